@@ -1,0 +1,1 @@
+"""The control plane: gateway, console, metering and billing. Never imports torch."""

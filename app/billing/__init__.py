@@ -1,0 +1,1 @@
+"""What it costs: price books, holds, balances and the ledger."""

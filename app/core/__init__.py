@@ -1,0 +1,1 @@
+"""What every area needs and that has no business meaning of its own."""

@@ -1,0 +1,1 @@
+"""What should run and what does: deployments, revisions, endpoints, replicas and builds."""

@@ -1,0 +1,1 @@
+"""What was used: usage events, the write-ahead journal, receipts and sums over both."""

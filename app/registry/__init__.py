@@ -1,0 +1,1 @@
+"""What was uploaded: models, their immutable versions, uploads and built artifacts."""

@@ -1,0 +1,36 @@
+"""Money: integers of nano-units (10^-9 of the currency). No floats anywhere.
+
+Owns rounding and display. Prices are nano-units per `unit_scale` of something counted.
+"""
+
+NANO_PER_UNIT = 1_000_000_000
+SYMBOLS = {"usd": "$", "eur": "€", "gbp": "£"}
+
+
+def price_of(quantity: int, price_nano: int, unit_scale: int) -> int:
+    """Nano-units for `quantity` at `price_nano` per `unit_scale`, rounded half to even once."""
+    assert quantity >= 0
+    assert unit_scale > 0
+    whole, rest = divmod(quantity * price_nano, unit_scale)
+    twice = 2 * rest
+    if twice > unit_scale or (twice == unit_scale and whole % 2):
+        whole += 1
+    return whole
+
+
+def format_nano(nano: int, currency: str = "usd", places: int = 6) -> str:
+    """`$0.001234`: cut (not rounded) to `places`, so that a sum never shows more than is owed."""
+    sign = "-" if nano < 0 else ""
+    units, rest = divmod(abs(nano), NANO_PER_UNIT)
+    decimals = f"{rest:09d}"[:places]
+    amount = f"{units:,}.{decimals}" if places else f"{units:,}"
+    symbol = SYMBOLS.get(currency)
+    return f"{sign}{symbol}{amount}" if symbol else f"{sign}{amount} {currency.upper()}"
+
+
+def parse_amount(text: str) -> int:
+    """Nano-units from `12.50`. Raises `ValueError` saying what is accepted."""
+    units, _, decimals = text.strip().lstrip("$€£").replace(",", "").partition(".")
+    if not (units or decimals) or not (units + decimals).isdigit() or len(decimals) > 9:
+        raise ValueError("an amount such as 12.50, with at most nine decimals")
+    return int(units or "0") * NANO_PER_UNIT + int(decimals.ljust(9, "0") or "0")

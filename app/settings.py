@@ -1,0 +1,189 @@
+"""The box's settings: one frozen value, read once from `TAPEOUT_*` variables.
+
+Owns names, defaults and validation. Every bad variable is reported, not only the first.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+Launcher = Literal["local"]
+
+
+class SettingsError(Exception):
+    """One line per variable that cannot be used, each saying what would be accepted."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """See `FIELDS` for the variable behind each setting."""
+
+    data_dir: Path = Path("tapeout-data")
+    host: str = "127.0.0.1"
+    port: int = 8080
+    public_url: str = ""
+    database_url: str = ""
+    admin_key: str = ""
+    launcher: Launcher = "local"
+    device: str = "cpu"
+    worker_threads: int = 0
+    build_threads: int = 0
+    build_timeout_seconds: int = 1800
+    build_memory_bytes: int = 0
+    max_upload_bytes: int = 64 * 1024**3
+    max_request_bytes: int = 8 * 1024**2
+    kv_cache_bytes: int = 512 * 1024**2
+    request_timeout_seconds: int = 600
+    drain_seconds: int = 30
+    session_days: int = 14
+    currency: str = "usd"
+    log_level: str = "INFO"
+
+    @property
+    def url(self) -> str:
+        """Where people reach the box, without a trailing slash."""
+        return self.public_url.rstrip("/") or f"http://{self.host}:{self.port}"
+
+    @property
+    def async_database_url(self) -> str:
+        """The control plane's SQLAlchemy URL, with an asynchronous driver."""
+        url = self.database_url or f"sqlite:///{self.data_dir / 'tapeout.db'}"
+        if url.startswith("sqlite:"):
+            return url.replace("sqlite:", "sqlite+aiosqlite:", 1)
+        return "postgresql+psycopg:" + url.split(":", 1)[1]
+
+    @property
+    def sync_database_url(self) -> str:
+        """The same database for the account writer and migrations, which run in threads."""
+        return self.async_database_url.replace("+aiosqlite", "", 1)
+
+    @property
+    def is_sqlite(self) -> bool:
+        return self.async_database_url.startswith("sqlite")
+
+    @property
+    def threads_per_worker(self) -> int:
+        return self.worker_threads or os.cpu_count() or 1
+
+    @property
+    def threads_per_build(self) -> int:
+        return self.build_threads or os.cpu_count() or 1
+
+
+def _port(text: str) -> int:
+    port = int(text)
+    if not 0 < port < 65536:
+        raise ValueError("a port is between 1 and 65535")
+    return port
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError("must be at least 1")
+    return number
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise ValueError("must be 0 or more")
+    return number
+
+
+_UNITS = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3, "t": 1024**4}
+
+
+def _bytes(text: str) -> int:
+    digits = text.strip().lower().removesuffix("b").removesuffix("i")
+    unit = digits[-1:] if digits[-1:] in _UNITS and digits[-1:] else ""
+    number = int(digits.removesuffix(unit)) * _UNITS[unit]
+    if number < 0:
+        raise ValueError("must be 0 or more")
+    return number
+
+
+def _database_url(text: str) -> str:
+    if not text.startswith(("sqlite:", "postgresql:", "postgres:")):
+        raise ValueError("must start with sqlite: or postgresql:")
+    return text
+
+
+def _launcher(text: str) -> str:
+    if text != "local":
+        raise ValueError("this build offers: local")
+    return text
+
+
+def _admin_key(text: str) -> str:
+    if len(text) < 16:
+        raise ValueError("must have at least 16 characters")
+    return text
+
+
+def _log_level(text: str) -> str:
+    if text.upper() not in {"DEBUG", "INFO", "WARNING", "ERROR"}:
+        raise ValueError("one of DEBUG, INFO, WARNING, ERROR")
+    return text.upper()
+
+
+# variable suffix: (field, parser, what it does). The README's settings table is checked
+# against this.
+FIELDS: dict[str, tuple[str, Callable[[str], Any], str]] = {
+    "DATA_DIR": ("data_dir", Path, "where uploads, models, journal and SQLite live"),
+    "HOST": ("host", str, "address to listen on"),
+    "PORT": ("port", _port, "port to listen on"),
+    "PUBLIC_URL": ("public_url", str, "how people reach the box, if not by host and port"),
+    "DATABASE_URL": ("database_url", _database_url, "SQLite in the data directory, or PostgreSQL"),
+    "ADMIN_KEY": ("admin_key", _admin_key, "an admin API key that exists from the first start"),
+    "LAUNCHER": ("launcher", _launcher, "how workers and builds are started"),
+    "DEVICE": ("device", str, "where models run: cpu or cuda"),
+    "WORKER_THREADS": ("worker_threads", _count, "CPU threads of a worker; 0: all cores"),
+    "BUILD_THREADS": ("build_threads", _count, "CPU threads of a build; 0: all cores"),
+    "BUILD_TIMEOUT_SECONDS": ("build_timeout_seconds", _positive, "a build is stopped after this"),
+    "BUILD_MEMORY": ("build_memory_bytes", _bytes, "memory limit of a build; 0: none"),
+    "MAX_UPLOAD": ("max_upload_bytes", _bytes, "largest upload"),
+    "MAX_REQUEST": ("max_request_bytes", _bytes, "largest request body"),
+    "KV_CACHE": ("kv_cache_bytes", _bytes, "KV cache of each decoder replica"),
+    "REQUEST_TIMEOUT_SECONDS": ("request_timeout_seconds", _positive, "a request ends after this"),
+    "DRAIN_SECONDS": ("drain_seconds", _positive, "how long SIGTERM lets requests finish"),
+    "SESSION_DAYS": ("session_days", _positive, "how long a sign-in lasts"),
+    "CURRENCY": ("currency", str, "currency of the price book"),
+    "LOG_LEVEL": ("log_level", _log_level, "how much is logged"),
+}
+
+
+def read_settings(environment: Mapping[str, str], **overrides: Any) -> Settings:
+    """Settings from `TAPEOUT_*`, with command-line overrides (`None` means not given).
+
+    Raises `SettingsError` with every problem found, unknown variables included.
+    """
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    for variable, text in environment.items():
+        name = variable.removeprefix("TAPEOUT_")
+        if name == variable or name in CLIENT_VARIABLES:
+            continue
+        if name not in FIELDS:
+            problems.append(f"{variable} is not a setting")
+            continue
+        field, parse, _ = FIELDS[name]
+        try:
+            values[field] = parse(text)
+        except ValueError as error:
+            problems.append(f"{variable}: {error}")
+    if problems:
+        raise SettingsError(sorted(problems))
+    values.update({name: value for name, value in overrides.items() if value is not None})
+    values["data_dir"] = Path(values.get("data_dir", Settings().data_dir)).resolve()
+    return Settings(**values)
+
+
+# Read by the command-line client and by the runtime, not by the server.
+CLIENT_VARIABLES = frozenset({"URL", "API_KEY", "NATIVE_DIR"})
