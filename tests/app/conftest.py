@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy import create_engine, make_url, text
+from sqlalchemy import Connection, NullPool, create_engine, make_url, text
 
 from app.core.database import Database, create_writer_engine
 from app.core.migration import upgrade
@@ -53,14 +53,15 @@ def database_url(template_database: str, tmp_path: Path) -> Iterator[str]:
     server = os.environ["TEST_DATABASE_URL"]
     with _server_connection(server) as connection:
         connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {template.database}"))
-    yield f"postgresql:{template.set(database=name).render_as_string(hide_password=False).split(':', 1)[1]}"
+    yield template.set(database=name).render_as_string(hide_password=False)
     with _server_connection(server) as connection:
         connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
 
 
-def _server_connection(url: str):  # noqa: ANN202
-    engine = create_engine(make_url(url).set(drivername="postgresql+psycopg"))
-    return engine.execution_options(isolation_level="AUTOCOMMIT").connect()
+def _server_connection(url: str) -> Connection:
+    url = make_url(url).set(drivername="postgresql+psycopg").render_as_string(hide_password=False)
+    engine = create_engine(url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+    return engine.connect()
 
 
 @pytest.fixture
