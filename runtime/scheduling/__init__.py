@@ -1,0 +1,1 @@
+"""Which sequence runs what, when and in which blocks. Plain Python, no torch."""
