@@ -110,7 +110,7 @@ def _bytes(text: str) -> int:
 
 
 def _database_url(text: str) -> str:
-    if not text.startswith(("sqlite:", "postgresql:", "postgres:")):
+    if text.partition(":")[0] not in {"sqlite", "postgresql", "postgresql+psycopg", "postgres"}:
         raise ValueError("must start with sqlite: or postgresql:")
     return text
 

@@ -1,0 +1,24 @@
+"""The `tapeout` command: `serve` runs the box, everything else talks to one over HTTP.
+
+Owns arguments, printing and exit codes; what it shows comes from the public interface alone.
+"""
+
+import click
+
+from app.cli.listings import keys, logs, models, prices, usage
+from app.cli.push import push
+from app.cli.serve import serve
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="tapeout", prog_name="tapeout")
+def main() -> None:
+    """Upload a PyTorch model, get a metered endpoint.
+
+    All commands but `serve` read TAPEOUT_URL (default http://127.0.0.1:8080) and
+    TAPEOUT_API_KEY.
+    """
+
+
+for command in (serve, push, models, logs, usage, keys, prices):
+    main.add_command(command)

@@ -1,0 +1,156 @@
+"""The commands that only show: models, logs, usage, keys and prices."""
+
+import time
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import click
+
+from app.cli.client import Box
+from app.core.money import format_nano
+
+
+def print_table(header: list[str], rows: list[list[str]]) -> None:
+    """Columns as wide as their widest cell; the last one is not padded."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    for row in [header, *rows]:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        click.echo("  ".join(cells).rstrip())
+
+
+@click.command()
+def models() -> None:
+    """List the models and how their newest versions stand."""
+    rows = [model_row(model) for model in Box().json("GET", "/api/models")["models"]]
+    print_table(["MODEL", "VERSION", "STATUS", "KIND", "ENDPOINT"], rows)
+
+
+def model_row(model: dict[str, Any]) -> list[str]:
+    """One line of the list of models."""
+    version: dict[str, Any] | None = model["latest_version"]
+    if version is None:
+        return [model["name"], "", "no version", "", ""]
+    manifest: dict[str, Any] = version["manifest"] or {}
+    serving = "serving" if version["is_serving"] else ""
+    return [
+        model["name"],
+        str(version["number"]),
+        version["status"],
+        manifest.get("kind", ""),
+        serving,
+    ]
+
+
+@click.command()
+@click.argument("name")
+@click.option("--build", "is_build", is_flag=True, help="The build's log, not the worker's.")
+@click.option("--follow", "-f", is_flag=True, help="Keep printing what is added.")
+def logs(name: str, is_build: bool, follow: bool) -> None:
+    """Print the log of an endpoint's worker or, before it serves, of its newest build."""
+    box = Box()
+    version = box.json("GET", f"/api/models/{name}")["latest_version"]
+    if is_build or version is None or not version["is_serving"]:
+        number = version["number"] if version else 1
+        path = f"/api/models/{name}/versions/{number}/log"
+    else:
+        path = f"/api/deployments/{name}/log"
+    offset = 0
+    while True:
+        response = box.checked(box.request("GET", path, params={"offset": offset}))
+        offset = int(response.headers.get("X-Next-Offset", offset + len(response.content)))
+        click.echo(response.text, nl=False)
+        if not follow and not response.content:
+            return
+        if not response.content:
+            time.sleep(0.5)
+
+
+@click.command()
+@click.option("--days", default=30, show_default=True, help="How far back.")
+@click.option(
+    "--by",
+    "group_by",
+    default="model",
+    show_default=True,
+    type=click.Choice(["model", "key", "day", "dimension"]),
+)
+def usage(days: int, group_by: str) -> None:
+    """Show what was used and what is owed."""
+    start = datetime.now(UTC) - timedelta(days=days)
+    answer = Box().json(
+        "GET", "/api/usage", params={"from": start.isoformat(), "group_by": group_by}
+    )
+    print_usage(answer)
+
+
+def print_usage(answer: dict[str, Any]) -> None:
+    """The table of `/api/usage` and the amount owed."""
+    currency = answer["currency"]
+    columns = ("requests", "input", "cached_input", "output", "device_ms")
+    rows = [
+        [
+            row["group"],
+            *(f"{row[column]:,}" for column in columns),
+            format_nano(row["amount_nano"], currency),
+        ]
+        for row in answer["rows"]
+    ]
+    header = [answer["group_by"], *columns, "amount"]
+    print_table([title.upper().replace("_", " ") for title in header], rows)
+    click.echo(f"\nOwed: {format_nano(answer['owed_nano'], currency, places=9)}")
+
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+def keys(context: click.Context) -> None:
+    """List API keys; `create` and `revoke` change them."""
+    if context.invoked_subcommand is not None:
+        return
+    rows = [
+        [
+            key["id"],
+            key["name"],
+            key["prefix"],
+            ",".join(key["scopes"]),
+            "revoked" if key["revoked_at"] else (key["expires_at"] or "never expires"),
+        ]
+        for key in Box().json("GET", "/api/keys")["keys"]
+    ]
+    print_table(["ID", "NAME", "PREFIX", "SCOPES", "EXPIRES"], rows)
+
+
+@keys.command()
+@click.argument("name")
+@click.option("--scope", "scopes", multiple=True, default=("inference",), show_default=True)
+@click.option("--days", type=int, help="Days until it expires; without, never.")
+def create(name: str, scopes: tuple[str, ...], days: int | None) -> None:
+    """Make a key and print it: this is the only time it is shown."""
+    expires_at = (datetime.now(UTC) + timedelta(days=days)).isoformat() if days else None
+    body = {"name": name, "scopes": list(scopes), "expires_at": expires_at}
+    click.echo(Box().json("POST", "/api/keys", json=body)["secret"])
+
+
+@keys.command()
+@click.argument("key_id")
+def revoke(key_id: str) -> None:
+    """Make a key useless within a second."""
+    box = Box()
+    box.checked(box.request("DELETE", f"/api/keys/{key_id}"))
+    click.echo(f"{key_id} is revoked.")
+
+
+@click.command()
+def prices() -> None:
+    """Show the price book in force."""
+    book = Box().json("GET", "/api/prices")
+    rows = [
+        [
+            item["endpoint_name"],
+            item["dimension"],
+            item["service_class"],
+            format_nano(item["price_nano"], book["currency"]),
+            f"per {item['unit_scale']:,}",
+        ]
+        for item in book["items"]
+    ]
+    print_table(["ENDPOINT", "DIMENSION", "CLASS", "PRICE", "UNIT"], rows)

@@ -1,0 +1,100 @@
+"""What `push` sends: one file as it is, or several as a tar that is never written to disk.
+
+The tar is a list of pieces with known lengths, so its size is known before it is read and an
+upload can go on from any offset. It is reproducible: equal files give equal bytes.
+"""
+
+import tarfile
+from bisect import bisect_right
+from collections.abc import Iterable
+from itertools import accumulate
+from pathlib import Path
+
+from app.cli.client import Refused
+
+Piece = bytes | Path
+
+
+class Parcel:
+    """Bytes to upload, addressable by offset. `filename` is what the box shows people."""
+
+    def __init__(self, filename: str, pieces: list[Piece]) -> None:
+        self.filename = filename
+        self._pieces = pieces
+        lengths = [len(p) if isinstance(p, bytes) else p.stat().st_size for p in pieces]
+        self._ends = list(accumulate(lengths))
+        self._starts = [end - length for end, length in zip(self._ends, lengths, strict=True)]
+        self.num_bytes = self._ends[-1] if pieces else 0
+
+    def read(self, offset: int, num_bytes: int) -> bytes:
+        """Up to `num_bytes` from `offset`; fewer only at the end. Raises `Refused` when a file
+        changed its size meanwhile."""
+        chunks: list[bytes] = []
+        index = bisect_right(self._ends, offset)
+        while num_bytes and index < len(self._pieces):
+            chunk = self._read_piece(index, offset - self._starts[index], num_bytes)
+            chunks.append(chunk)
+            offset += len(chunk)
+            num_bytes -= len(chunk)
+            index = bisect_right(self._ends, offset)
+        return b"".join(chunks)
+
+    def _read_piece(self, index: int, start: int, num_bytes: int) -> bytes:
+        piece = self._pieces[index]
+        if isinstance(piece, bytes):
+            return piece[start : start + num_bytes]
+        wanted = min(num_bytes, self._ends[index] - self._starts[index] - start)
+        with piece.open("rb") as file:
+            file.seek(start)
+            chunk = file.read(wanted)
+        if len(chunk) != wanted:
+            raise Refused(f"{piece} changed while it was being uploaded; push again.")
+        return chunk
+
+
+def pack(path: Path, tokenizer: Path | None) -> Parcel:
+    """The parcel for a model file or directory, with a tokenizer directory beside it if given.
+
+    Raises `Refused` for a path that is missing or empty.
+    """
+    if not path.exists():
+        raise Refused(f"{path} does not exist.")
+    if tokenizer is not None and not tokenizer.is_dir():
+        raise Refused(f"--tokenizer {tokenizer} is not a directory.")
+    if path.is_dir():
+        return _tar(f"{path.resolve().name}.tar", _files_below(path, "") + _beside(tokenizer))
+    if tokenizer is None:
+        return Parcel(path.name, [path])
+    return _tar(f"{path.stem}.tar", [(path.name, path), *_beside(tokenizer)])
+
+
+def _beside(tokenizer: Path | None) -> list[tuple[str, Path]]:
+    return _files_below(tokenizer, "tokenizer/") if tokenizer else []
+
+
+def _files_below(directory: Path, prefix: str) -> list[tuple[str, Path]]:
+    """(name in the tar, file), sorted; hidden files stay home and links are followed."""
+    files = [
+        (prefix + file.relative_to(directory).as_posix(), file)
+        for file in sorted(directory.rglob("*"))
+        if file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(directory).parts)
+    ]
+    if not files:
+        raise Refused(f"{directory} holds no files.")
+    return files
+
+
+def _tar(filename: str, files: Iterable[tuple[str, Path]]) -> Parcel:
+    pieces: list[Piece] = []
+    total = 0
+    for name, file in files:
+        entry = tarfile.TarInfo(name)
+        entry.size = file.stat().st_size
+        header = entry.tobuf(tarfile.PAX_FORMAT)
+        padding = bytes(-entry.size % tarfile.BLOCKSIZE)
+        pieces += [header, *([file] if entry.size else []), *([padding] if padding else [])]
+        total += len(header) + entry.size + len(padding)
+    end = 2 * tarfile.BLOCKSIZE
+    pieces.append(bytes(end + -(total + end) % tarfile.RECORDSIZE))
+    return Parcel(filename, pieces)
