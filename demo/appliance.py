@@ -3,6 +3,7 @@
 Owns its process id, key and log file. What the demo then does with it is in `tour.py`.
 """
 
+import contextlib
 import os
 import re
 import secrets
@@ -122,10 +123,8 @@ def stop(is_quiet: bool = False) -> None:
 
 def is_ours(pid: int) -> bool:
     """Whether a process of that id is our `tapeout serve`, not one that got the number later."""
-    try:
+    with contextlib.suppress(ChildProcessError):  # started by an earlier run
         os.waitpid(pid, os.WNOHANG)
-    except ChildProcessError:
-        pass  # started by an earlier run
     found = subprocess.run(
         ["ps", "-o", "stat=,args=", "-p", str(pid)],  # noqa: S607 - present on every Unix
         capture_output=True,

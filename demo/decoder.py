@@ -66,8 +66,8 @@ def train(tokenizer: PreTrainedTokenizerFast, say: Callable[[str], None]) -> Lla
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
+        eos_token_id=0,  # <|end|>, the first special token
+        pad_token_id=0,
     )
     model = LlamaForCausalLM(config).train()
     stream = token_stream(tokenizer)

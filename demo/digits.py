@@ -35,9 +35,9 @@ class DigitsCnn(nn.Module):
 
 def split() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training images and labels, then the held-out ones; always the same split."""
-    bunch = load_digits()
-    images = torch.tensor(bunch.images / 16.0, dtype=torch.float32).unsqueeze(1)
-    labels = torch.tensor(bunch.target)
+    pixels, targets = load_digits(return_X_y=True)  # [1797, 64] from 0 to 16, [1797]
+    images = torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
+    labels = torch.tensor(targets)
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(labels)))
     held_out, training = order[:NUM_HELD_OUT], order[NUM_HELD_OUT:]
     return images[training], labels[training], images[held_out], labels[held_out]
