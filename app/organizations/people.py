@@ -1,0 +1,96 @@
+"""People who sign in: the rules for e-mail addresses and passwords, and their accounts."""
+
+import asyncio
+import re
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.core import clock
+from app.core.errors import Conflict, InvalidRequest
+from app.core.ids import new_id
+from app.core.security import hash_password, is_password_right
+from app.organizations.tables import Membership, User
+
+MIN_PASSWORD_CHARS = 10
+MAX_PASSWORD_CHARS = 200
+MAX_EMAIL_CHARS = 254
+_EMAIL = re.compile(r"[^@\s\x00-\x1f]+@[^@\s\x00-\x1f]+")
+
+# Argon2 takes 64 MiB a time; more at once than this would let strangers exhaust memory.
+_hashing = ThreadPoolExecutor(2, thread_name_prefix="passwords")
+
+
+def checked_email(email: str) -> str:
+    """The address in the one spelling that is stored. Raises `InvalidRequest`."""
+    email = email.strip().lower()
+    if len(email) > MAX_EMAIL_CHARS or not _EMAIL.fullmatch(email):
+        raise InvalidRequest("Enter an e-mail address such as ada@example.com.", param="email")
+    return email
+
+
+def check_password(password: str, email: str) -> None:
+    """Raises `InvalidRequest` naming the rule that a new password breaks."""
+    if len(password) < MIN_PASSWORD_CHARS:
+        raise InvalidRequest(
+            f"The password needs at least {MIN_PASSWORD_CHARS} characters.", param="password"
+        )
+    if len(password) > MAX_PASSWORD_CHARS:
+        raise InvalidRequest(
+            f"The password may have at most {MAX_PASSWORD_CHARS} characters.", param="password"
+        )
+    if len(set(password)) < 4 or password.lower() == email:
+        raise InvalidRequest("This password is too easy to guess.", param="password")
+
+
+async def create_person(
+    session: AsyncSession, organization_id: str, email: str, password_hash: str, role: str
+) -> User:
+    """A new account with its membership. Raises `Conflict` if the address is taken."""
+    if await session.scalar(select(User.id).where(User.email == email)):
+        raise Conflict("There is already an account with this e-mail address.", param="email")
+    user = User(id=new_id("user"), email=email, password_hash=password_hash, created_at=clock.now())
+    session.add(user)
+    await session.flush()
+    session.add(
+        Membership(
+            id=new_id("member"),
+            user_id=user.id,
+            organization_id=organization_id,
+            role=role,
+            created_at=clock.now(),
+        )
+    )
+    await session.flush()
+    return user
+
+
+async def num_people(session: AsyncSession) -> int:
+    """How many accounts the box has."""
+    return await session.scalar(select(func.count()).select_from(User)) or 0
+
+
+async def hashed(password: str) -> str:
+    """Argon2id of a password, in a thread."""
+    return await asyncio.get_running_loop().run_in_executor(_hashing, hash_password, password)
+
+
+async def is_right(user: User | None, password: str) -> bool:
+    """Whether it is this person's password; takes as long when there is no such person."""
+    loop = asyncio.get_running_loop()
+    password_hash = user.password_hash if user else None
+    return await loop.run_in_executor(_hashing, _is_right, password_hash, password)
+
+
+def _is_right(password_hash: str | None, password: str) -> bool:
+    nobody = _nobody_hash()
+    password = password[: MAX_PASSWORD_CHARS + 1]
+    return is_password_right(password_hash or nobody, password) and password_hash is not None
+
+
+@cache
+def _nobody_hash() -> str:
+    """What the password of an unknown person is compared with."""
+    return hash_password("nobody has this password")

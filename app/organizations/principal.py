@@ -1,0 +1,58 @@
+"""Who is calling: the answer of every kind of authentication, and what it may do."""
+
+from typing import Literal, get_args
+
+import msgspec
+
+from app.core.errors import Forbidden
+
+Scope = Literal["inference", "read", "write", "admin"]
+Role = Literal["owner", "admin", "member"]
+
+SCOPES: frozenset[str] = frozenset(get_args(Scope))
+
+# What a scope allows, in the words shown to people.
+SCOPE_MEANINGS: dict[str, str] = {
+    "inference": "call endpoints",
+    "read": "list models, usage and receipts",
+    "write": "upload, deploy and delete models",
+    "admin": "manage keys, prices and limits",
+}
+
+SCOPES_BY_ROLE: dict[str, frozenset[str]] = {
+    "owner": SCOPES,
+    "admin": SCOPES,
+    "member": SCOPES - {"admin"},
+}
+
+
+class Principal(msgspec.Struct, frozen=True, kw_only=True):
+    """A caller, on behalf of one organization. `api_key_id` is empty for a person in the
+    console; `user_id` and `role` are None for an API key."""
+
+    organization_id: str
+    organization_name: str
+    cache_salt: bytes
+    is_operator: bool
+    scopes: frozenset[str]
+    api_key_id: str = ""
+    api_key_name: str = "console"
+    user_id: str | None = None
+    role: str | None = None
+
+    def require(self, scope: Scope) -> None:
+        """Raises `Forbidden`, naming the scope, unless this caller has it."""
+        if scope not in self.scopes:
+            holder = "Your role" if self.user_id else "This API key"
+            raise Forbidden(
+                f"{holder} may not {SCOPE_MEANINGS[scope]}: it lacks the scope {scope!r}.",
+                code="missing_scope",
+            )
+
+    def require_operator(self) -> None:
+        """Raises `Forbidden` unless this caller administers the box itself."""
+        self.require("admin")
+        if not self.is_operator:
+            raise Forbidden(
+                "Only the organization that operates this box may do this.", code="operator_only"
+            )
