@@ -1,0 +1,132 @@
+"""What a caller is told about wrong inputs, and that right ones arrive bit for bit."""
+
+import math
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from runtime.batching.tensors import PredictFailure, decode_inputs, encode_outputs
+from runtime.protocol import Schema, Tensor, TensorSpec
+
+SCHEMA = Schema(
+    inputs=[
+        TensorSpec(
+            name="ids",
+            dtype="int64",
+            shape=[None, None],
+            min_shape=[0, 2],
+            max_shape=[16, 6],
+        ),
+        TensorSpec(name="scale", dtype="float32", shape=[None, 3]),
+    ],
+    outputs=[TensorSpec(name="output", dtype="float32", shape=[None, 3])],
+    is_batched=True,
+)
+
+
+def wire(name: str, array: np.ndarray) -> Tensor:
+    return Tensor(name=name, dtype=array.dtype.name, shape=list(array.shape), data=array.tobytes())
+
+
+def good(rows: int = 2) -> dict[str, Tensor]:
+    return {
+        "ids": wire("ids", np.arange(rows * 4, dtype=np.int64).reshape(rows, 4)),
+        "scale": wire("scale", np.ones((rows, 3), np.float32)),
+    }
+
+
+def refusal(tensors: list[Tensor]) -> PredictFailure:
+    with pytest.raises(PredictFailure) as caught:
+        decode_inputs(tensors, SCHEMA)
+    return caught.value
+
+
+def test_inputs_come_in_the_order_of_the_schema():
+    tensors = good()
+    ids, scale = decode_inputs([tensors["scale"], tensors["ids"]], SCHEMA)
+    assert ids.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert scale.dtype is torch.float32
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "words"),
+    [
+        ({"dtype": "int32"}, "wrong_dtype", "int64"),
+        ({"shape": [8]}, "wrong_shape", "2 axes"),
+        ({"shape": [1, 8]}, "wrong_shape", "axis 1 must be 2 to 6"),
+        ({"shape": [8, 1]}, "wrong_shape", "axis 1 must be 2 to 6"),
+        ({"shape": [0, 4]}, "wrong_shape", "axis 0 must be at least 1"),
+        ({"shape": [-2, -4]}, "wrong_shape", "at least 1"),
+        ({"data": b"123"}, "wrong_length", "need 64"),
+        ({"name": "idz"}, "unknown_input", "it takes 'ids', 'scale'"),
+        ({"name": "scale"}, "duplicate_input", "twice"),
+    ],
+)
+def test_a_wrong_input_is_named(change, code, words):
+    tensors = good()
+    wrong = msgspec.structs.replace(tensors["ids"], **change)
+    error = refusal([wrong, tensors["scale"]]).error
+    assert error.code == code
+    assert error.status == 400
+    assert words in error.message
+    assert error.param == f"inputs.{wrong.name}"
+
+
+def test_a_missing_input_is_named_with_what_it_should_be():
+    error = refusal([good()["ids"]]).error
+    assert (error.code, error.param) == ("missing_input", "inputs.scale")
+    assert "float32 of shape [n, 3]" in error.message
+
+
+def test_inputs_must_have_equally_many_rows():
+    error = refusal([good(2)["ids"], good(3)["scale"]]).error
+    assert error.code == "wrong_shape"
+    assert "3 rows" in error.message
+
+
+def test_a_batch_may_exceed_its_axis_since_it_runs_in_pieces():
+    tensors = good(40)
+    assert decode_inputs(list(tensors.values()), SCHEMA)[0].shape == (40, 4)
+
+
+def test_not_a_number_is_a_value():
+    schema = Schema(inputs=[SCHEMA.inputs[1]], outputs=[], is_batched=True)
+    array = np.array([[math.nan, math.inf, -0.0]], np.float32)
+    (decoded,) = decode_inputs([wire("scale", array)], schema)
+    assert decoded.numpy().tobytes() == array.tobytes()
+
+
+def test_any_byte_but_zero_is_true():
+    spec = TensorSpec(name="mask", dtype="bool", shape=[3])
+    schema = Schema(inputs=[spec], outputs=[], is_batched=False)
+    tensor = Tensor(name="mask", dtype="bool", shape=[3], data=bytes([0, 1, 7]))
+    (decoded,) = decode_inputs([tensor], schema)
+    assert decoded.view(torch.uint8).tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "dtype", ["float16", "float64", "int8", "uint16", "uint64", "complex64", "int32"]
+)
+def test_every_wire_dtype_survives_the_round_trip(dtype):
+    array = np.arange(6).astype(dtype).reshape(2, 3)
+    spec = TensorSpec(name="x", dtype=dtype, shape=[None, 3])
+    schema = Schema(inputs=[spec], outputs=[spec], is_batched=True)
+    decoded = decode_inputs([wire("x", array)], schema)
+    assert encode_outputs(decoded, schema) == [wire("x", array)]
+
+
+def test_outputs_are_c_ordered():
+    spec = TensorSpec(name="x", dtype="int64", shape=[2, 3])
+    schema = Schema(inputs=[spec], outputs=[spec], is_batched=False)
+    (encoded,) = encode_outputs([torch.arange(6).reshape(3, 2).T], schema)
+    assert np.frombuffer(encoded.data, np.int64).tolist() == [0, 2, 4, 1, 3, 5]
+
+
+def test_outputs_that_do_not_fit_a_frame_are_refused():
+    spec = TensorSpec(name="x", dtype="float64", shape=[None])
+    schema = Schema(inputs=[spec], outputs=[spec], is_batched=True)
+    with pytest.raises(PredictFailure, match="fewer rows") as caught:
+        encode_outputs([torch.zeros(1).double().expand(9 * 1024**2)], schema)
+    assert caught.value.error.status == 413
