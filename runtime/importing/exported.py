@@ -1,0 +1,191 @@
+"""Loads a program that `torch.export.save` wrote and runs it on flat lists of tensors.
+
+Loading such a file can run code: only ever called inside a sandboxed build or worker. The
+archive's members are `pt2.py`'s to judge, names and axes `signature.py`'s.
+"""
+
+import io
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from runtime.importing.program import ImportFailure
+from runtime.importing.pt2 import check_pt2, is_pt2
+from runtime.importing.signature import Leaf, Signature, read_signature
+from runtime.protocol import Schema, TensorSpec
+
+# Where each operator of a training-time layer says that it is training.
+_TRAINING_ARGUMENTS = {
+    "aten.batch_norm.default": 5,
+    "aten.instance_norm.default": 5,
+    "aten.dropout.default": 2,
+    "aten.feature_dropout.default": 2,
+    "aten.alpha_dropout.default": 2,
+    "aten.rrelu.default": 3,
+    "aten.native_dropout.default": 2,
+    "aten.native_batch_norm.default": 5,
+}
+
+
+class ExportedProgramModel:
+    """A loaded tensor program. Tensors go in and out in the order of `schema`."""
+
+    def __init__(self, program: ExportedProgram, signature: Signature) -> None:
+        self.program = program
+        self.signature = signature
+        self.schema: Schema = signature.schema
+        self.notes: list[str] = [signature.batch_note] if signature.batch_note else []
+        self.module = program.module()
+        self.example_inputs = _example_inputs(program, signature)
+        state = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
+        parameters = dict(self.module.named_parameters())
+        self.num_parameters = sum(tensor.numel() for tensor in parameters.values())
+        self.weight_bytes = sum(tensor.nbytes for tensor in state.values())
+        self._device = next((tensor.device for tensor in state.values()), torch.device("cpu"))
+
+    def run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Outputs on the CPU in their wire dtypes. Whatever the graph raises, this raises."""
+        return self.run_module(self.module, inputs)
+
+    def run_module(self, module: torch.nn.Module, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        """`run` through another form of the same graph."""
+        args, kwargs = self.call_arguments(inputs)
+        with torch.inference_mode():
+            result = module(*args, **kwargs)
+            leaves = pytree.tree_leaves(result, is_leaf=lambda leaf: leaf is None)
+            return [
+                value.to("cpu", _wire_dtype(leaf.spec))
+                for value, leaf in zip(leaves, self.signature.outputs, strict=True)
+                if leaf.spec
+            ]
+
+    def call_arguments(self, inputs: list[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments of the program's call, constants filled in."""
+        tensors = iter(inputs)
+        leaves = [
+            next(tensors).to(self._device, leaf.dtype) if leaf.spec else leaf.constant
+            for leaf in self.signature.inputs
+        ]
+        in_spec = self.program.call_spec.in_spec
+        assert in_spec is not None, "an exported program knows its inputs"
+        return pytree.tree_unflatten(leaves, in_spec)
+
+
+def load_exported(path: Path, device: str = "cpu") -> ExportedProgramModel:
+    """Raises `ImportFailure` when the file is refused, or torch cannot load it."""
+    with zipfile.ZipFile(path) as archive:
+        if not is_pt2(archive):
+            raise ImportFailure("pt2_damaged", "The file is not a program from torch.export.save.")
+        check_pt2(archive, path.stat().st_size)
+        _check_sample_inputs(archive)
+    program = _load(path)
+    _check_inference(program)
+    if device != "cpu":
+        from torch.export.passes import move_to_device_pass
+
+        program = move_to_device_pass(program, device)
+    return ExportedProgramModel(program, read_signature(program))
+
+
+def _load(path: Path) -> ExportedProgram:
+    try:
+        # A buffer, since torch warns about names that do not end in .pt2.
+        with path.open("rb") as file:
+            return torch.export.load(file)
+    except Exception as error:
+        reason = first_line(error)
+        raise ImportFailure(
+            "pt2_unloadable",
+            f"torch {torch.__version__} cannot load the program: {reason}. If another version "
+            "saved it, export it again with this one; custom operators are not available here.",
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """An exception in one short line, for a message."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:300].rstrip('.')}" if text else type(error).__name__
+
+
+def _check_sample_inputs(archive: zipfile.ZipFile) -> None:
+    """torch falls back to a full unpickle when the example inputs do not load as plain tensors;
+    such a program is refused before that."""
+    for member in archive.infolist():
+        if not member.filename.partition("/")[2].startswith("data/sample_inputs/"):
+            continue
+        data = archive.read(member)
+        try:
+            if data:
+                torch.load(io.BytesIO(data), weights_only=True)
+        except Exception as error:
+            raise ImportFailure(
+                "sample_inputs",
+                "The program's example inputs hold more than plain tensors, and loading them would "
+                "run code. Export again with tensors (in tuples, lists and dicts) as arguments.",
+            ) from error
+
+
+def _check_inference(program: ExportedProgram) -> None:
+    """Refuses graphs captured in training mode, and graphs that write to their own buffers."""
+    for node in program.graph.nodes:
+        at = _TRAINING_ARGUMENTS.get(str(node.target))
+        if node.op == "call_function" and at is not None and node.args[at : at + 1] == (True,):
+            layer = str(node.target).split(".")[1].replace("_", " ")
+            raise ImportFailure(
+                "training_mode",
+                f"The model was exported in training mode (its {layer} is still training), so its "
+                "answers would be random or depend on other requests. Export again after "
+                "model.eval():\n"
+                "    program = torch.export.export(model.eval(), example, dynamic_shapes=...)\n"
+                '    torch.export.save(program, "model.pt2")',
+            )
+    if mutated := sorted(program.graph_signature.buffers_to_mutate.values()):
+        raise mutation_failure(mutated)
+
+
+def mutation_failure(names: list[str]) -> ImportFailure:
+    """The refusal of a program whose runs change what it is."""
+    return ImportFailure(
+        "stateful",
+        f"The model changes its own buffers as it runs ({', '.join(names[:3])}), so one request "
+        "would change the answers of the next. Keep such state outside the model, as an input "
+        "and an output.",
+    )
+
+
+def _wire_dtype(spec: TensorSpec) -> torch.dtype:
+    dtype = getattr(torch, spec.dtype)
+    assert isinstance(dtype, torch.dtype), "numpy and torch share the names of wire dtypes"
+    return dtype
+
+
+def _example_inputs(program: ExportedProgram, signature: Signature) -> list[torch.Tensor] | None:
+    """The tensors the program was exported with, in the order of its schema; None when the file
+    does not hold them."""
+    if program.example_inputs is None:
+        return None
+    leaves = pytree.tree_leaves(program.example_inputs, is_leaf=lambda leaf: leaf is None)
+    if len(leaves) != len(signature.inputs):
+        return None
+    pairs = [
+        (value, leaf) for value, leaf in zip(leaves, signature.inputs, strict=True) if leaf.spec
+    ]
+    if not all(_fits(value, leaf) for value, leaf in pairs):
+        return None
+    return [value for value, _ in pairs]
+
+
+def _fits(value: Any, leaf: Leaf) -> bool:
+    return (
+        isinstance(value, torch.Tensor)
+        and value.dim() == len(leaf.axes)
+        and value.dtype == leaf.dtype
+        and all(
+            not axis.is_Integer or int(axis) == size  # type: ignore[arg-type]
+            for axis, size in zip(leaf.axes, value.shape, strict=True)
+        )
+    )

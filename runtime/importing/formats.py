@@ -1,0 +1,135 @@
+"""Names what an upload is when it is not servable, and the lines that make it so.
+
+Reads headers, member names and pickle opcodes; never unpickles. The texts are written for
+the person who uploaded the file.
+"""
+
+import pickletools
+import zipfile
+from pathlib import Path
+
+from runtime.importing.program import ImportFailure
+
+MAX_OPCODES_BYTES = 8 * 1024**2
+
+EXPORT_LINES = """\
+    example = (torch.randn(2, ...),)  # your inputs, a batch of 2
+    batch = {0: torch.export.Dim.DYNAMIC}  # one of these for each input
+    program = torch.export.export(model.eval(), example, dynamic_shapes=(batch,))
+    torch.export.save(program, "model.pt2")"""
+
+# What a tensor-only checkpoint names; any other global means pickled classes.
+_TENSOR_GLOBALS = ("torch ", "torch._utils ", "torch._tensor ", "torch.nn.parameter ")
+_CONTAINER_GLOBALS = ("collections OrderedDict", "_codecs encode")
+
+
+def describe_foreign_zip(archive: zipfile.ZipFile) -> ImportFailure | None:
+    """Why a zip that torch wrote is not servable; None when torch did not write it."""
+    names = archive.namelist()
+    if any(name.endswith(".data/extern_modules") for name in names):
+        return ImportFailure(
+            "torch_package",
+            f"This is a torch.package, which is Python code. Export the model instead:\n"
+            f"{EXPORT_LINES}",
+        )
+    if "serialized_exported_program.json" in names:
+        return ImportFailure(
+            "old_export",
+            "This program was saved by torch 2.7 or older, whose format holds pickled weights. "
+            f"Export it again with torch 2.8 or later:\n{EXPORT_LINES}",
+        )
+    pickles = [name for name in names if name.endswith("/data.pkl")]
+    if not pickles:
+        return None
+    root = pickles[0].removesuffix("/data.pkl")
+    if any(name.startswith((f"{root}/code/", f"{root}/constants.pkl")) for name in names):
+        return ImportFailure(
+            "torchscript",
+            "This is TorchScript, which cannot be loaded safely and is deprecated. Export the "
+            f"model that it was made from instead:\n{EXPORT_LINES}",
+        )
+    with archive.open(pickles[0]) as file:
+        return describe_pickle(file.read(MAX_OPCODES_BYTES))
+
+
+def describe_pickle(data: bytes) -> ImportFailure:
+    """The refusal of a file that `torch.save` wrote, from its opcodes alone."""
+    classes = sorted({name for name in pickle_globals(data) if not _is_tensor_global(name)})
+    if classes:
+        shown = classes[0].replace(" ", ".")
+        return ImportFailure(
+            "pickled_module",
+            f"This is a pickled module (it names the class {shown[:120]}): a pickle is code and is "
+            "never loaded here. Load it where you trained it and export it:\n"
+            f'    model = torch.load("model.pt", weights_only=False)\n{EXPORT_LINES}',
+        )
+    return ImportFailure(
+        "state_dict",
+        "This is a bare state dict: weights without the model that uses them. Load it into your "
+        'model and export that:\n    model.load_state_dict(torch.load("model.pt"))\n'
+        f"{EXPORT_LINES}",
+    )
+
+
+def pickle_globals(data: bytes) -> set[str]:
+    """`"module name"` of every global a pickle would import, read without running it. Best
+    effort: it chooses a message, it guards nothing."""
+    found: set[str] = set()
+    strings: list[str] = []
+    try:
+        for opcode, argument, _ in pickletools.genops(data):
+            if opcode.name == "GLOBAL":
+                found.add(str(argument))
+            elif opcode.name == "STACK_GLOBAL" and len(strings) >= 2:
+                found.add(f"{strings[-2]} {strings[-1]}")
+            elif isinstance(argument, str):
+                strings.append(argument)
+    except ValueError:
+        pass  # truncated or not a pickle after all: what was read so far decides the message
+    return found
+
+
+def _is_tensor_global(name: str) -> bool:
+    return name.startswith(_TENSOR_GLOBALS) or name in _CONTAINER_GLOBALS
+
+
+def describe_unknown(path: Path, head: bytes) -> ImportFailure:
+    """The refusal of a file that is no archive."""
+    if not path.stat().st_size:
+        return ImportFailure("empty", "The file is empty.")
+    if head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        with path.open("rb") as file:
+            return describe_pickle(file.read(MAX_OPCODES_BYTES))
+    if _is_safetensors(head):
+        return ImportFailure(
+            "bare_safetensors",
+            "These are weights without a model. Upload the whole directory as one archive, with "
+            "config.json and the tokenizer:\n    tar -cf model.tar -C my-model .",
+        )
+    for magic, name in ((b"\xfd7zXZ", "xz"), (b"BZh", "bzip2"), (b"\x28\xb5\x2f\xfd", "zstd")):
+        if head.startswith(magic):
+            return ImportFailure(
+                "compression",
+                f"The archive is compressed with {name}. Weights barely compress; upload a plain "
+                "one:\n    tar -cf model.tar -C my-model .",
+            )
+    if head.startswith(b"GGUF"):
+        return ImportFailure(
+            "gguf",
+            "GGUF files are not served. Upload the original Hugging Face directory as a tar.",
+        )
+    if head.startswith((b"\x7fELF", b"MZ", b"\xcf\xfa\xed\xfe")):
+        return ImportFailure(
+            "native_code", f"This is native code. Export the model:\n{EXPORT_LINES}"
+        )
+    return ImportFailure(
+        "unknown_format",
+        "The file is not recognised. Accepted are a .pt2 from torch.export.save, or a .tar, "
+        ".tar.gz or .zip of a Hugging Face directory (config.json, *.safetensors, tokenizer "
+        f"files). For a PyTorch module:\n{EXPORT_LINES}",
+    )
+
+
+def _is_safetensors(head: bytes) -> bool:
+    header_bytes = int.from_bytes(head[:8], "little")
+    return len(head) > 9 and 2 <= header_bytes < 2**32 and head[8:9] == b"{"

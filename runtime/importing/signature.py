@@ -1,0 +1,235 @@
+"""Reads a tensor program's wire schema off its graph signature: names, dtypes, dynamic axes.
+
+Owns naming and the question which axis is the batch. Does not load or run programs.
+"""
+
+from typing import Any
+
+import msgspec
+import sympy
+import torch
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
+from torch.utils import _pytree as pytree
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.value_ranges import bound_sympy
+
+from runtime.importing.program import ImportFailure
+from runtime.protocol import Schema, TensorSpec
+
+# What each torch dtype is on the wire. bfloat16 has no numpy name, so it travels as float32,
+# which holds every bfloat16 exactly.
+WIRE_DTYPES: dict[torch.dtype, str] = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.float16: "float16",
+    torch.bfloat16: "float32",
+    torch.int8: "int8",
+    torch.int16: "int16",
+    torch.int32: "int32",
+    torch.int64: "int64",
+    torch.uint8: "uint8",
+    torch.uint16: "uint16",
+    torch.uint32: "uint32",
+    torch.uint64: "uint64",
+    torch.bool: "bool",
+    torch.complex64: "complex64",
+    torch.complex128: "complex128",
+}
+# `Dim.DYNAMIC` and `Dim.AUTO` write 2 as their least size, but promise nothing about 0 and 1:
+# torch's own check lets smaller sizes pass, and so does this.
+UNPROMISED_MIN = 2
+
+
+class Leaf(msgspec.Struct, frozen=True, kw_only=True):
+    """One flattened input or output: a tensor, or a constant that was fixed at export."""
+
+    spec: TensorSpec | None
+    dtype: torch.dtype | None = None
+    # The expression of each axis: an int, or a symbol (or arithmetic of symbols).
+    axes: tuple[sympy.Expr, ...] = ()
+    constant: Any = None
+
+
+class Signature(msgspec.Struct, frozen=True, kw_only=True):
+    """Flattened inputs and outputs in the order of the program's call, constants included."""
+
+    schema: Schema
+    inputs: list[Leaf]
+    outputs: list[Leaf]
+    batch_note: str = ""
+
+
+def read_signature(program: ExportedProgram) -> Signature:
+    """Raises `ImportFailure` for inputs and outputs that have no place on the wire."""
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes}
+    inputs = [
+        _leaf(spec.arg, name, values, program, "input")
+        for spec, name in zip(_user_inputs(program), _input_names(program), strict=True)
+    ]
+    outputs = [
+        _leaf(spec.arg, name, values, program, "output")
+        for spec, name in zip(_user_outputs(program), _output_names(program), strict=True)
+    ]
+    if not any(leaf.spec for leaf in inputs) or not any(leaf.spec for leaf in outputs):
+        raise ImportFailure(
+            "no_tensors", "The program must take at least one tensor and return at least one."
+        )
+    is_batched, note = _find_batch(inputs, outputs, program)
+    schema = Schema(
+        inputs=[leaf.spec for leaf in inputs if leaf.spec],
+        outputs=[leaf.spec for leaf in outputs if leaf.spec],
+        is_batched=is_batched,
+    )
+    return Signature(schema=schema, inputs=inputs, outputs=outputs, batch_note=note)
+
+
+def axis_bounds(expression: sympy.Expr, program: ExportedProgram) -> tuple[int, int | None]:
+    """The least and greatest size an axis may have; None is unbounded."""
+    if expression.is_Integer:
+        return int(expression), int(expression)  # type: ignore[arg-type]
+    bounds = bound_sympy(expression, program.range_constraints)
+    lower = 0 if bounds.lower in (-int_oo, -sympy.oo) else max(0, int(bounds.lower))  # type: ignore[arg-type]
+    upper = None if bounds.upper in (int_oo, sympy.oo) else int(bounds.upper)  # type: ignore[arg-type]
+    return (lower if lower > UNPROMISED_MIN else min(lower, 1)), upper
+
+
+# --- names ------------------------------------------------------------------------------
+
+
+def _user_inputs(program: ExportedProgram) -> list[Any]:
+    specs = program.graph_signature.input_specs
+    return [spec for spec in specs if spec.kind is InputKind.USER_INPUT]
+
+
+def _user_outputs(program: ExportedProgram) -> list[Any]:
+    specs = program.graph_signature.output_specs
+    return [spec for spec in specs if spec.kind is OutputKind.USER_OUTPUT]
+
+
+def _input_names(program: ExportedProgram) -> list[str]:
+    """`forward`'s argument names; for nested arguments, the names torch made of their paths."""
+    specs = _user_inputs(program)
+    entry = program.module_call_graph[0].signature
+    names = list(entry.forward_arg_names or []) if entry else []
+    if len(names) != len(specs):
+        names = [spec.arg.name for spec in specs]
+    return names
+
+
+def _output_names(program: ExportedProgram) -> list[str]:
+    """`output` for a single tensor, `output_0`.. for a sequence, keys for a dict; nested ones
+    join their path with `_`."""
+    specs = _user_outputs(program)
+    out_spec = program.call_spec.out_spec
+    assert out_spec is not None, "an exported program knows its outputs"
+    tree = pytree.tree_unflatten(range(len(specs)), out_spec)
+    names = []
+    for path, _ in pytree.tree_flatten_with_path(tree)[0]:
+        words = [_key_word(key) for key in path]
+        is_named = bool(words) and not words[0].isdigit()
+        names.append("_".join(words if is_named else ["output", *words]))
+    if len(set(names)) != len(names):
+        raise ImportFailure(
+            "output_names", "Two outputs of the program have the same name; rename one."
+        )
+    return names
+
+
+def _key_word(key: Any) -> str:
+    if isinstance(key, pytree.SequenceKey):
+        return str(key.idx)
+    if isinstance(key, pytree.MappingKey):
+        return str(key.key)
+    return str(getattr(key, "name", key)).strip(".[]'\"")
+
+
+# --- shapes -----------------------------------------------------------------------------
+
+
+def _leaf(
+    argument: Any, name: str, values: dict[str, Any], program: ExportedProgram, what: str
+) -> Leaf:
+    if isinstance(argument, ConstantArgument):
+        return Leaf(spec=None, constant=argument.value)
+    value = values.get(getattr(argument, "name", ""))
+    if not isinstance(argument, TensorArgument) or not isinstance(value, torch.Tensor):
+        raise ImportFailure(
+            "non_tensor",
+            f"The {what} {name!r} is a Python number whose value may change; only tensors have a "
+            f"place in a request. Pass it as a tensor, and export again.",
+        )
+    if value.dtype not in WIRE_DTYPES or value.layout is not torch.strided:
+        raise ImportFailure(
+            "dtype",
+            f"The {what} {name!r} has dtype {value.dtype} and layout {value.layout}, which no "
+            "client can send or read. Convert it inside the model, for example to float32.",
+        )
+    axes = tuple(_expression(size) for size in value.shape)
+    bounds = [axis_bounds(axis, program) for axis in axes]
+    is_dynamic = any(not axis.is_Integer for axis in axes)
+    spec = TensorSpec(
+        name=name,
+        dtype=WIRE_DTYPES[value.dtype],
+        shape=[int(axis) if axis.is_Integer else None for axis in axes],  # type: ignore[arg-type]
+        min_shape=[lower for lower, _ in bounds] if is_dynamic else None,
+        max_shape=[upper for _, upper in bounds] if is_dynamic else None,
+    )
+    return Leaf(spec=spec, dtype=value.dtype, axes=axes)
+
+
+def _expression(size: int | torch.SymInt) -> sympy.Expr:
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
+# --- the batch --------------------------------------------------------------------------
+
+
+def _find_batch(
+    inputs: list[Leaf], outputs: list[Leaf], program: ExportedProgram
+) -> tuple[bool, str]:
+    """Whether axis 0 of everything is one dynamic symbol that appears nowhere else; if not, the
+    note that says why and what to do."""
+    tensors = [leaf for leaf in inputs if leaf.spec]
+    lines = _reexport_lines(tensors)
+    first = tensors[0]
+    if not first.axes or first.axes[0].is_Integer:
+        size = first.axes[0] if first.axes else "a scalar"
+        name = first.spec.name if first.spec else ""
+        return False, (
+            f"The batch dimension of {name!r} is fixed at {size}: requests run one at a time. To "
+            f"allow batching, export with a dynamic first axis:\n{lines}"
+        )
+    batch = first.axes[0]
+    for leaf in tensors + [leaf for leaf in outputs if leaf.spec]:
+        assert leaf.spec is not None, "constants were left out"
+        if not leaf.axes or leaf.axes[0] != batch:
+            return False, (
+                f"The first axis of {leaf.spec.name!r} is not the batch of {tensors[0].spec.name!r}"  # type: ignore[union-attr]
+                ": requests run one at a time. To allow batching, every input and output must have "
+                f"the same dynamic first axis:\n{lines}"
+            )
+        if any(batch.free_symbols & axis.free_symbols for axis in leaf.axes[1:]):
+            return False, (
+                f"The shape of {leaf.spec.name!r} depends on the batch beyond its first axis, so "
+                "that rows depend on each other: requests run one at a time."
+            )
+    if not batch.is_Symbol or axis_bounds(batch, program)[0] > 1:
+        return False, (
+            f"The batch must be any size from 1, but the program wants {batch} of at least "
+            f"{axis_bounds(batch, program)[0]}: requests run one at a time."
+        )
+    return True, ""
+
+
+def _reexport_lines(inputs: list[Leaf]) -> str:
+    axes = ", ".join(
+        f'"{leaf.spec.name}": {{0: batch}}' if leaf.axes else f'"{leaf.spec.name}": None'
+        for leaf in inputs
+        if leaf.spec
+    )
+    return (
+        "    batch = torch.export.Dim.DYNAMIC  # and example inputs with a batch of 2\n"
+        f"    program = torch.export.export(model, example, dynamic_shapes={{{axes}}})\n"
+        '    torch.export.save(program, "model.pt2")'
+    )
