@@ -1,0 +1,51 @@
+"""Transactions behave alike on both databases: atomic, isolated, and aware of time zones."""
+
+import asyncio
+from datetime import datetime, timedelta, timezone
+
+import pytest
+from sqlalchemy import select
+
+from app.billing.tables import AccountBalance
+from app.core.database import Database
+from app.registry.tables import Artifact
+
+
+async def test_a_failed_block_leaves_nothing(database: Database) -> None:
+    moment = datetime(2026, 1, 2, 12, tzinfo=timezone(timedelta(hours=5)))
+
+    async def fail() -> None:
+        async with database.write() as session:
+            session.add(Artifact(id="art_1", digest="d", size_bytes=1, created_at=moment))
+            await session.flush()
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        await fail()
+    async with database.read() as session:
+        assert (await session.scalars(select(Artifact))).all() == []
+
+
+async def test_an_instant_keeps_its_meaning(database: Database) -> None:
+    moment = datetime(2026, 1, 2, 12, tzinfo=timezone(timedelta(hours=5)))
+    async with database.write() as session:
+        session.add(Artifact(id="art_1", digest="d", size_bytes=1, created_at=moment))
+    async with database.read() as session:
+        stored = (await session.scalars(select(Artifact))).one().created_at
+    assert stored == moment
+    assert stored.utcoffset() == timedelta(0)
+
+
+async def test_concurrent_read_then_write_loses_no_update(database: Database) -> None:
+    async with database.write() as session:
+        session.add(AccountBalance(organization_id="org_1", currency="usd"))
+
+    async def add_one() -> None:
+        async with database.write() as session:
+            query = select(AccountBalance).with_for_update()
+            balance = (await session.scalars(query)).one()
+            balance.posted_nano += 1
+
+    await asyncio.gather(*(add_one() for _ in range(30)))
+    async with database.read() as session:
+        assert (await session.scalars(select(AccountBalance.posted_nano))).one() == 30
