@@ -1,0 +1,58 @@
+"""Authentication of API requests: a bearer secret becomes a `Principal`, before anything of
+the request's body is read. Cookies mean nothing here."""
+
+from collections.abc import Callable
+from typing import Any
+
+from litestar import Request
+from litestar.connection import ASGIConnection
+from litestar.di import Provide
+from litestar.handlers import BaseRouteHandler
+
+from app.core.errors import Unauthenticated
+from app.organizations.keys import KeyRing
+from app.organizations.principal import Principal, Scope
+
+Connection = ASGIConnection[Any, Any, Any, Any]
+
+
+def bearer_secret(connection: Connection) -> str:
+    """The secret of `Authorization: Bearer` or `x-api-key`. Raises `Unauthenticated`."""
+    scheme, _, secret = connection.headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and secret.strip():
+        return secret.strip()
+    if secret := connection.headers.get("x-api-key", "").strip():
+        return secret
+    raise Unauthenticated(
+        "Send an API key: `Authorization: Bearer <key>`. The console's page Keys makes one.",
+        code="missing_api_key",
+    )
+
+
+async def bearer_principal(request: Connection) -> Principal:
+    """Who holds the request's API key. Raises `Unauthenticated`."""
+    key_ring: KeyRing = request.app.state.key_ring
+    return await key_ring.authenticate(bearer_secret(request))
+
+
+async def authenticated(connection: Connection, _: BaseRouteHandler) -> None:
+    """A guard that lets only holders of an API key pass, and remembers who it was."""
+    connection.scope["auth"] = await bearer_principal(connection)
+
+
+def allowed(scope: Scope) -> Callable[[Connection, BaseRouteHandler], None]:
+    """A guard, after `authenticated`, that lets only callers with this scope pass."""
+
+    def guard(connection: Connection, _: BaseRouteHandler) -> None:
+        connection.auth.require(scope)
+
+    return guard
+
+
+async def _principal(request: Request[Any, Any, Any]) -> Principal:
+    return request.auth
+
+
+# For a router whose guards include `authenticated`: handlers take
+# `principal: NamedDependency[Principal]`.
+dependencies = {"principal": Provide(_principal)}

@@ -1,0 +1,125 @@
+"""Errors as JSON: OpenAI's error object for everything that is not a page.
+
+No answer ever holds a stack trace, a path or anything else of the box's inside.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+from litestar import Request, Response
+from litestar.exceptions import HTTPException, ValidationException
+
+from app.core.errors import AppError
+from app.core.ids import new_id
+
+logger = logging.getLogger(__name__)
+
+AnyRequest = Request[Any, Any, Any]
+
+# Litestar's own refusals, by status: error type, code, and what to say instead of its words.
+_KNOWN = {
+    400: ("invalid_request_error", "invalid_value", ""),
+    401: ("authentication_error", "invalid_api_key", ""),
+    403: ("permission_error", "forbidden", ""),
+    404: ("invalid_request_error", "unknown_url", "There is nothing at {method} {path}."),
+    405: ("invalid_request_error", "method_not_allowed", "{path} does not answer to {method}."),
+    413: (
+        "invalid_request_error",
+        "too_large",
+        "The request's body is larger than this route accepts. Models of any size are sent "
+        "through resumable uploads (POST /api/uploads).",
+    ),
+    415: ("invalid_request_error", "unsupported_media_type", ""),
+    429: ("rate_limit_error", "rate_limited", ""),
+    503: ("server_error", "unavailable", ""),
+}
+
+
+class ErrorDetail(msgspec.Struct, frozen=True, kw_only=True):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(msgspec.Struct, frozen=True):
+    """The body of every error."""
+
+    error: ErrorDetail
+
+
+def error_body(error: AppError) -> ErrorBody:
+    """How an error reads on the wire; streams send it as their last event."""
+    return ErrorBody(
+        ErrorDetail(message=error.message, type=error.type, param=error.param, code=error.code)
+    )
+
+
+def render_app_error(_: AnyRequest, error: AppError) -> Response[ErrorBody]:
+    """An error of ours, with `Retry-After` where waiting helps."""
+    headers: dict[str, str] = {}
+    if error.retry_after_seconds is not None:
+        headers["Retry-After"] = str(error.retry_after_seconds)
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return Response(
+        error_body(error),
+        status_code=error.status,
+        headers=headers,
+        media_type="application/json",
+    )
+
+
+def render_http_error(request: AnyRequest, error: HTTPException) -> Response[Any]:
+    """A refusal of the web framework: unknown URL, wrong method, invalid parameter."""
+    if error.status_code >= 500 and "disconnected" in error.detail:
+        return Response(b"", status_code=499)  # nobody is there to read it
+    if error.status_code not in _KNOWN:
+        return render_unknown_error(request, error)
+    kind, code, template = _KNOWN[error.status_code]
+    message = template.format(method=request.method, path=request.url.path) or error.detail
+    param: str | None = None
+    if isinstance(error, ValidationException):
+        message, param = _invalid_parameter(error)
+    body = ErrorBody(ErrorDetail(message=message, type=kind, param=param, code=code))
+    headers = {
+        name: value
+        for name, value in (error.headers or {}).items()
+        if name.lower() in ("allow", "retry-after", "www-authenticate")
+    }
+    return Response(
+        body, status_code=error.status_code, headers=headers, media_type="application/json"
+    )
+
+
+def render_unknown_error(request: AnyRequest, error: Exception) -> Response[ErrorBody]:
+    """A fault of ours: logged in full under an id that the caller gets to quote."""
+    error_id = new_id("err")
+    logger.error("%s at %s %s", error_id, request.method, request.url.path, exc_info=error)
+    detail = ErrorDetail(
+        message=f"Something went wrong inside the box. Its operator finds it in the log as "
+        f"{error_id}.",
+        type="server_error",
+        param=None,
+        code="internal_error",
+    )
+    return Response(ErrorBody(detail), status_code=500, media_type="application/json")
+
+
+def _invalid_parameter(error: ValidationException) -> tuple[str, str | None]:
+    """One line naming the field, from the framework's list of problems."""
+    problems: list[dict[str, str]] = error.extra if isinstance(error.extra, list) else []
+    if not problems:
+        return error.detail, None
+    key, message = problems[0].get("key"), problems[0].get("message", error.detail)
+    return (f"{key}: {message}" if key else message), key
+
+
+# For the application; the console's pages have their own.
+exception_handlers: dict[int | type[Exception], Callable[[AnyRequest, Any], Response[Any]]] = {
+    AppError: render_app_error,
+    HTTPException: render_http_error,
+    Exception: render_unknown_error,
+}
