@@ -1,0 +1,65 @@
+"""Paged attention in plain torch: slow, readable, right. The oracle for every other backend."""
+
+import torch
+from torch import Tensor
+
+from runtime.execution.attention import AttentionBackend, AttentionMetadata, AttentionSpec
+
+
+class ReferenceAttention(AttentionBackend):
+    """Works on any device and dtype; one sequence at a time, its past gathered into one tensor."""
+
+    name = "reference"
+
+    def write(
+        self, keys: Tensor, values: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor
+    ) -> None:
+        block_size = key_cache.shape[2]
+        blocks, offsets = slots // block_size, slots % block_size
+        key_cache[blocks, :, offsets] = keys
+        value_cache[blocks, :, offsets] = values
+
+    def attend(
+        self,
+        query: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        metadata: AttentionMetadata,
+        spec: AttentionSpec,
+    ) -> Tensor:
+        output = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+        starts = metadata.query_start.tolist()
+        for i, context_len in enumerate(metadata.context_lens.tolist()):
+            rows = slice(starts[i], starts[i + 1])
+            blocks = metadata.block_tables[i].long()
+            keys = gather(key_cache, blocks, context_len)
+            values = gather(value_cache, blocks, context_len)
+            output[rows] = attend_one(query[rows], keys, values, spec).to(query.dtype)
+        return output
+
+
+def gather(cache: Tensor, blocks: Tensor, context_len: int) -> Tensor:
+    """The first `context_len` cached positions in order, as `[kv_heads, context_len, head_dim]`."""
+    num_blocks = -(-context_len // cache.shape[2])
+    return cache[blocks[:num_blocks]].transpose(0, 1).flatten(1, 2)[:, :context_len]
+
+
+def attend_one(query: Tensor, keys: Tensor, values: Tensor, spec: AttentionSpec) -> Tensor:
+    """Attention of one sequence's last tokens `[tokens, heads, head_dim]` over its whole past
+    `[kv_heads, context_len, head_dim]`; computed in float32, or float64 if the query is."""
+    num_tokens, num_heads, head_dim = query.shape
+    num_kv_heads, context_len, _ = keys.shape
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    # [kv_heads, group, tokens, head_dim]: the query heads that share a kv head, side by side.
+    grouped = query.to(dtype).view(num_tokens, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
+    scores = grouped @ keys.to(dtype).unsqueeze(1).transpose(2, 3) * spec.scale
+    if spec.soft_cap is not None:
+        scores = spec.soft_cap * torch.tanh(scores / spec.soft_cap)
+    key_at = torch.arange(context_len, device=query.device)
+    query_at = torch.arange(context_len - num_tokens, context_len, device=query.device)[:, None]
+    visible = key_at <= query_at
+    if spec.sliding_window is not None:
+        visible &= key_at > query_at - spec.sliding_window
+    probabilities = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    attended = probabilities @ values.to(dtype).unsqueeze(1)
+    return attended.permute(2, 0, 1, 3).reshape(num_tokens, num_heads, head_dim)

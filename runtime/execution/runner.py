@@ -1,0 +1,80 @@
+"""Runs one step of a decoder: token ids in, next-token logits out, keys and values in the pool.
+
+Owns how a model, a pool and an attention backend meet. Does not decide what is in a step
+(`runtime.scheduling`) nor which token is next (`sampler.py`).
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from runtime.cache.pool import KvPool
+from runtime.execution.attention import AttentionBackend, AttentionMetadata, Batch, LayerSpec
+
+# (layer index, query, keys, values) -> attended, all [tokens, heads or kv_heads, head_dim].
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+class PagedModel(Protocol):
+    """A decoder whose attention is left to the caller, over packed tokens of many sequences."""
+
+    @property
+    def layers(self) -> list[LayerSpec]: ...
+
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, sample_indices: Tensor, attend: Attend
+    ) -> Tensor:
+        """Logits `[sampled, vocab]` of the rows `sample_indices` of `token_ids` `[tokens]`.
+
+        Calls `attend` exactly once per layer, in any order.
+        """
+        ...
+
+
+class PackedBatch(Batch, Protocol):
+    """A step's packed batch on the CPU (see `batch.StepBatch`)."""
+
+    @property
+    def token_ids(self) -> Tensor: ...
+    @property
+    def positions(self) -> Tensor: ...
+    @property
+    def sample_indices(self) -> Tensor: ...
+
+
+class Runner:
+    """Holds a model, the pool its keys and values live in, and the backend that attends."""
+
+    def __init__(self, model: PagedModel, pool: KvPool, backend: AttentionBackend) -> None:
+        shapes = tuple(layer.kv_shape for layer in model.layers)
+        assert shapes == pool.shapes, "the pool was made for other layers"
+        self.model = model
+        self.pool = pool
+        self.backend = backend
+
+    @torch.inference_mode()
+    def run(self, batch: PackedBatch) -> Tensor:
+        """float32 logits `[sampled, vocab]` on the pool's device; every token's K/V is written."""
+        device = self.pool.device
+        metadata = AttentionMetadata.from_batch(batch, self.pool.block_size, device)
+
+        num_attended = 0
+
+        def attend(layer: int, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            nonlocal num_attended
+            num_attended += 1
+            key_cache, value_cache = self.pool.keys(layer), self.pool.values(layer)
+            self.backend.write(keys, values, key_cache, value_cache, metadata.slots)
+            spec = self.model.layers[layer].attention
+            return self.backend.attend(query, key_cache, value_cache, metadata, spec)
+
+        logits = self.model.forward(
+            batch.token_ids.to(device, non_blocking=True),
+            batch.positions.to(device, non_blocking=True),
+            batch.sample_indices.to(device, non_blocking=True),
+            attend,
+        )
+        assert num_attended == len(self.model.layers), "a layer kept its keys to itself"
+        return logits.float()

@@ -1,0 +1,40 @@
+"""What importing gives the rest of the runtime, and how it fails. No loader lives here."""
+
+from typing import Protocol
+
+from torch import nn
+
+from runtime.execution.runner import PagedModel
+from runtime.protocol import DecoderInfo, WireError
+
+
+class ImportFailure(Exception):
+    """The upload cannot be served; `error.message` says why and what its owner can do."""
+
+    def __init__(self, code: str, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.error = WireError(
+            type="invalid_request_error", message=message, code=code, param=param, status=422
+        )
+
+
+class Decoder(PagedModel, Protocol):
+    """A loaded decoder, ready for a `Runner`, whatever format it came in."""
+
+    @property
+    def info(self) -> DecoderInfo: ...
+
+    @property
+    def module(self) -> nn.Module:
+        """What holds the weights."""
+        ...
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a sequence, as the model's owner configured them."""
+        ...
+
+    @property
+    def notes(self) -> list[str]:
+        """What the owner should know of how the model is served, in plain words."""
+        ...
