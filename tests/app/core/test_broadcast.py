@@ -14,3 +14,11 @@ async def test_a_listener_hears_at_once_and_after_each_change() -> None:
         asyncio.get_running_loop().call_soon(broadcast.publish, "models")
         assert await anext(notices) is True
     broadcast.publish("models")  # nobody listens any more
+
+
+async def test_closing_ends_every_listener() -> None:
+    broadcast = Broadcast()
+    notices = broadcast.listen("models", heartbeat_seconds=60)
+    assert await anext(notices) is True
+    asyncio.get_running_loop().call_soon(broadcast.close)
+    assert [notice async for notice in notices] == []
