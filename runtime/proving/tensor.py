@@ -1,0 +1,275 @@
+"""Proves a tensor program: that it runs, repeats itself, and gives a row the same answer
+whatever shares its batch. Owns the checks and the verdict; inputs and tolerance are beside it.
+"""
+
+import logging
+import math
+from collections.abc import Callable
+
+import msgspec
+import torch
+
+from runtime.importing.exported import ExportedProgramModel, first_line, mutation_failure
+from runtime.protocol import Check, Verdict
+from runtime.proving.inputs import InputMaker, find_inputs
+from runtime.proving.reference import Tolerance, find_tolerance
+
+logger = logging.getLogger(__name__)
+
+NUM_ALONE = 4  # rows whose answers alone are what the batched ones are compared with
+
+Outputs = list[torch.Tensor]
+Report = Callable[[float, str], None]
+
+
+class TensorProof(msgspec.Struct, frozen=True, kw_only=True):
+    """`is_batched` is whether requests may share runs. `makers` gave inputs the program ran on."""
+
+    verdict: Verdict
+    checks: list[Check]
+    is_batched: bool
+    makers: list[InputMaker]
+    notes: list[str]
+
+
+def prove_tensor(
+    model: ExportedProgramModel, max_batch_rows: int = 64, report: Report = lambda *_: None
+) -> TensorProof:
+    """`report` takes a fraction and a line. Raises `ImportFailure` for a program that does not
+    run, or that changes itself as it runs."""
+    state = _copy_state(model)
+    report(0.0, "finding inputs that the program accepts")
+    makers = find_inputs(model)
+    _check_state(model, state)
+    checks = [_check_outputs(model, makers), _check_repeat(model, makers[0])]
+    is_repeatable = checks[-1].is_equal
+    notes: list[str] = []
+    if not is_repeatable:
+        notes.append(
+            "The program gives different answers to the same input (it draws random numbers): "
+            "nothing could be proved about it, and requests run one at a time."
+        )
+    is_batched = model.schema.is_batched and is_repeatable
+    if is_batched:
+        report(0.3, "comparing rows in batches with rows alone")
+        batch_checks = _check_batches(model, makers, max_batch_rows, report)
+        checks += batch_checks
+        failed = [check for check in batch_checks if not check.is_equal]
+        is_batched = not failed
+        if failed:
+            notes.append(
+                f"Batching would change the answers ({failed[0].name}: {failed[0].detail}): "
+                "requests run one at a time, exactly as the program was uploaded. A row's output "
+                "must depend on that row alone, which batch statistics and sums over axis 0 break."
+            )
+    _check_state(model, state)
+    report(1.0, f"{sum(check.is_equal for check in checks)} of {len(checks)} checks hold")
+    verdict: Verdict = "equal" if is_repeatable else "unproved"
+    return TensorProof(
+        verdict=verdict, checks=checks, is_batched=is_batched, makers=makers, notes=notes
+    )
+
+
+# --- single runs ------------------------------------------------------------------------
+
+
+def _copy_state(model: ExportedProgramModel) -> dict[str, torch.Tensor]:
+    return {name: buffer.clone() for name, buffer in model.module.named_buffers()}
+
+
+def _check_state(model: ExportedProgramModel, before: dict[str, torch.Tensor]) -> None:
+    changed = [
+        name
+        for name, buffer in model.module.named_buffers()
+        if not _same_bits(buffer, before[name])
+    ]
+    if changed:
+        raise mutation_failure(changed)
+
+
+def _check_outputs(model: ExportedProgramModel, makers: list[InputMaker]) -> Check:
+    """That outputs have the shapes the schema promises, and are finite for finite inputs."""
+    num_not_finite = 0
+    for maker in makers:
+        outputs = model.run(maker.make(2))
+        for output, spec in zip(outputs, model.schema.outputs, strict=True):
+            sizes = zip(output.shape, spec.shape, strict=False)
+            if output.dim() != len(spec.shape) or any(n not in (size, None) for size, n in sizes):
+                return Check(
+                    name="outputs",
+                    is_equal=False,
+                    detail=f"{spec.name!r} has shape {list(output.shape)}, not {spec.shape}",
+                )
+            num_not_finite += int((~output.isfinite()).sum())
+    detail = f"shapes and dtypes as declared, for {len(makers)} choices of sizes"
+    if num_not_finite:
+        detail += f"; {num_not_finite} values are NaN or infinite on random inputs"
+    return Check(name="outputs", is_equal=True, detail=detail)
+
+
+def _check_repeat(model: ExportedProgramModel, maker: InputMaker) -> Check:
+    inputs = maker.make(2)
+    first, second = model.run(inputs), model.run(inputs)
+    is_same = all(_same_bits(a, b) for a, b in zip(first, second, strict=True))
+    if is_same:
+        return Check(name="repeat", is_equal=True, detail="two runs on one input agree bit for bit")
+    tolerance = find_tolerance(model, [inputs], [first], has_reference=False)
+    error, is_equal = _compare(first, second, tolerance)
+    return Check(
+        name="repeat",
+        is_equal=is_equal,
+        detail="two runs on one input; error in multiples of what is allowed",
+        error=_finite(error),
+        tolerance=1.0,
+    )
+
+
+def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return torch.equal(
+        left.contiguous().reshape(-1).view(torch.uint8),
+        right.contiguous().reshape(-1).view(torch.uint8),
+    )
+
+
+# --- batches ----------------------------------------------------------------------------
+
+
+def _check_batches(
+    model: ExportedProgramModel, makers: list[InputMaker], max_batch_rows: int, report: Report
+) -> list[Check]:
+    limits = [spec.max_shape[0] for spec in model.schema.inputs if spec.max_shape]
+    largest = min([max_batch_rows, *(limit for limit in limits if limit is not None)])
+    if largest < 2:
+        return [Check(name="batch sizes", is_equal=False, detail="a run takes one row at most")]
+    checks: list[Check] = []
+    try:
+        for index, maker in enumerate(makers[:2]):
+            suffix = ", other sizes" if index else ""
+            checks += [
+                msgspec.structs.replace(check, name=check.name + suffix)
+                for check in _check_sizes(model, maker, largest)
+            ]
+            report(0.6 + 0.3 * index, f"{checks[-1].name}: {checks[-1].detail}")
+    except Exception as error:  # a stranger's graph may raise anything
+        logger.info("a batch failed", exc_info=True)
+        detail = f"the program fails on some batch sizes ({first_line(error)})"
+        checks.append(Check(name="batch sizes", is_equal=False, detail=detail))
+    return checks
+
+
+def _check_sizes(model: ExportedProgramModel, maker: InputMaker, largest: int) -> list[Check]:
+    rows = maker.make(largest)
+    picked = sorted({*range(min(NUM_ALONE, largest)), largest - 1})
+    alone = {row: model.run(_rows(rows, [row])) for row in picked}
+    tolerance = find_tolerance(
+        model, [_rows(rows, [row]) for row in picked], [alone[row] for row in picked]
+    )
+    checks = [_noise_check(tolerance)]
+    together: Outputs = []
+    for size in sorted({2, 3, largest} & set(range(2, largest + 1))):
+        together = model.run([tensor[:size] for tensor in rows])
+        compared = {row: answer for row, answer in alone.items() if row < size}
+        checks.append(_batch_check(f"batch of {size}", compared, together, tolerance))
+    checks.append(_check_neighbours(model, rows, alone[0], tolerance))
+    if logits := [index for index, output in enumerate(alone[0]) if _is_logits(output)]:
+        checks.append(_top_1_check(alone, together, logits, tolerance))
+    return checks
+
+
+def _noise_check(tolerance: Tolerance) -> Check:
+    known = [deviation for deviation in tolerance.deviations if deviation is not None]
+    what = "largest absolute difference of an output from the program in float64"
+    if not known:
+        what = "the program does not run in float64; the tolerance is a share of the output range"
+    return Check(
+        name="float64",
+        is_equal=True,
+        detail=what,
+        error=max(known) if known else None,
+        tolerance=max(tolerance.allowed),
+    )
+
+
+def _batch_check(
+    name: str, alone: dict[int, Outputs], together: Outputs, tolerance: Tolerance
+) -> Check:
+    pairs = [_compare(answer, _rows(together, [row]), tolerance) for row, answer in alone.items()]
+    return Check(
+        name=name,
+        is_equal=all(is_equal for _, is_equal in pairs),
+        detail=f"{len(pairs)} rows against themselves alone; error in multiples of what is allowed",
+        error=_finite(max(error for error, _ in pairs)),
+        tolerance=1.0,
+    )
+
+
+def _check_neighbours(
+    model: ExportedProgramModel, rows: list[torch.Tensor], alone: Outputs, tolerance: Tolerance
+) -> Check:
+    """A row beside one full of NaN: whatever adds rows up, however faintly, shows it."""
+    inputs = []
+    for tensor in rows:
+        neighbour = tensor[1:2].clone()
+        if tensor.is_floating_point() or tensor.is_complex():
+            neighbour.fill_(math.nan)
+        inputs.append(torch.cat([tensor[:1], neighbour]))
+    has_nan = any(tensor.is_floating_point() or tensor.is_complex() for tensor in rows)
+    error, is_equal = _compare(alone, _rows(model.run(inputs), [0]), tolerance)
+    return Check(
+        name="neighbours",
+        is_equal=is_equal,
+        detail=f"a row beside {'a row of NaN' if has_nan else 'another row'}, against it alone",
+        error=_finite(error),
+        tolerance=1.0,
+    )
+
+
+def _top_1_check(
+    alone: dict[int, Outputs], together: Outputs, logits: list[int], tolerance: Tolerance
+) -> Check:
+    """Agreement of the largest value along the last axis, ties within the tolerance aside."""
+    num_agreed = num_clear = 0
+    for index in logits:
+        for row, answer in alone.items():
+            expected, actual = answer[index], together[index][row : row + 1]
+            top = expected.double().topk(2, dim=-1).values
+            is_clear = (top[..., 0] - top[..., 1]) > 2 * tolerance.allowed[index]
+            is_agreed = expected.argmax(-1) == actual.argmax(-1)
+            num_clear += int(is_clear.sum())
+            num_agreed += int((is_clear & is_agreed).sum())
+    return Check(
+        name="top-1",
+        is_equal=num_agreed == num_clear,
+        detail=f"{num_agreed} of {num_clear} clear largest values agree",
+    )
+
+
+def _is_logits(output: torch.Tensor) -> bool:
+    return output.is_floating_point() and output.dim() >= 2 and output.shape[-1] >= 2
+
+
+def _rows(tensors: list[torch.Tensor], picked: list[int]) -> list[torch.Tensor]:
+    return [tensor[picked] for tensor in tensors]
+
+
+def _finite(error: float) -> float | None:
+    return error if math.isfinite(error) else None
+
+
+def _compare(expected: Outputs, actual: Outputs, tolerance: Tolerance) -> tuple[float, bool]:
+    """The largest error as a multiple of what is allowed, and whether all is within. NaN equals
+    NaN and infinity itself; a NaN on one side alone is an infinite error."""
+    worst = 0.0
+    for left, right, allowed in zip(expected, actual, tolerance.allowed, strict=True):
+        if left.shape != right.shape:
+            return math.inf, False
+        if not (left.is_floating_point() or left.is_complex()):
+            worst = max(worst, 0.0 if torch.equal(left, right) else math.inf)
+            continue
+        is_same = (left == right) | (left.isnan() & right.isnan())
+        error = torch.where(is_same, torch.zeros_like(left), left - right).abs().double()
+        error = error.nan_to_num(nan=math.inf)
+        largest = float(error.max()) if error.numel() else 0.0
+        if largest:
+            worst = max(worst, largest / allowed if allowed else math.inf)
+    return worst, worst <= 1.0
