@@ -1,0 +1,101 @@
+"""One upload's file while it grows: appends, hashes, goes back to a mark, makes durable.
+
+Everything here blocks and belongs in a thread.
+"""
+
+import errno
+import hashlib
+import os
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from app.core.errors import StorageFull
+from app.core.storage import fsync_directory
+
+READ_BYTES = 4 * 1024**2
+
+
+class Hash(Protocol):
+    """The part of hashlib's objects that is used here; hashlib does not export their type."""
+
+    def update(self, data: bytes, /) -> None: ...
+    def digest(self) -> bytes: ...
+    def hexdigest(self) -> str: ...
+    def copy(self) -> "Hash": ...
+
+
+class Mark(NamedTuple):
+    """A place in the file to go back to, with the hash of everything before it."""
+
+    num_bytes: int
+    sha256: Hash
+
+
+class ReceivedFile:
+    """`num_bytes` were received and hashed; the file holds exactly these."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._sha256: Hash = hashlib.sha256()
+        self._piece_sha256: Hash | None = None
+        self.num_bytes = 0
+
+    @classmethod
+    def resume(cls, path: Path) -> "ReceivedFile":
+        """What an earlier process left, hashed again: gigabytes a second, in constant memory."""
+        file = cls(path)
+        with path.open("rb") as source:
+            while data := source.read(READ_BYTES):
+                file._sha256.update(data)
+                file.num_bytes += len(data)
+        return file
+
+    @property
+    def sha256(self) -> str:
+        return self._sha256.hexdigest()
+
+    def mark(self, *, is_checked: bool) -> Mark:
+        """Starts a piece, hashed on its own too if it `is_checked`."""
+        self._piece_sha256 = hashlib.sha256() if is_checked else None
+        return Mark(self.num_bytes, self._sha256.copy())
+
+    def append(self, data: bytes) -> None:
+        """Raises `StorageFull` when the disk is; nothing of `data` is kept then."""
+        try:
+            with self._path.open("r+b") as file:
+                file.seek(self.num_bytes)
+                file.write(data)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            self._truncate()
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise StorageFull(
+                    "The box's disk is full. What arrived is kept; go on once there is room."
+                ) from error
+            raise
+        self._sha256.update(data)
+        if self._piece_sha256 is not None:
+            self._piece_sha256.update(data)
+        self.num_bytes += len(data)
+
+    def piece_digest(self) -> bytes:
+        """SHA-256 of what came since the mark."""
+        assert self._piece_sha256 is not None, "the mark asked for a checked piece"
+        return self._piece_sha256.digest()
+
+    def rewind(self, mark: Mark) -> None:
+        """Forgets everything since the mark."""
+        self.num_bytes = mark.num_bytes
+        self._sha256 = mark.sha256
+        self._truncate()
+
+    def sync(self) -> None:
+        """Returns once a power loss cannot take the bytes away."""
+        with self._path.open("r+b") as file:
+            os.fsync(file.fileno())
+        fsync_directory(self._path.parent)
+
+    def _truncate(self) -> None:
+        with self._path.open("r+b") as file:
+            file.truncate(self.num_bytes)
