@@ -65,6 +65,7 @@ class Sampler:
     def __init__(self) -> None:
         self._counts: WeakKeyDictionary[Sequence, TokenCounts] = WeakKeyDictionary()
 
+    @torch.inference_mode()
     def sample(
         self, logits: Tensor, sequences: List[Sequence]
     ) -> list[SampledToken | SamplingFailure]:
@@ -158,7 +159,7 @@ def _draw_from_likeliest(scores: Tensor, sequences: List[Sequence]) -> list[int]
     vocab_size = scores.shape[-1]
     scores = scores / _column(scores, [each.temperature for each in params])
     top_k = _column(scores, [each.top_k if each.top_k > 0 else vocab_size for each in params])
-    top_p = _column(scores, [each.top_p for each in params])
+    top_p = _column(scores, [max(each.top_p, 1e-9) for each in params])
     num_candidates = min(vocab_size, max(NUM_CANDIDATES, *(each.top_k for each in params)))
     while True:
         kept, ids = scores.topk(num_candidates)  # [rows, candidates], likeliest first
