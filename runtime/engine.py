@@ -273,8 +273,9 @@ class DecoderEngine:
         return dict(zip(sequences, self._sampler.sample(logits, sequences), strict=True))
 
     def _share_time(self, plan: StepPlan, elapsed_ns: int) -> None:
+        num_tokens = plan.num_tokens
         for item in plan.items:
-            share_ns = elapsed_ns * item.num_tokens // plan.num_tokens
+            share_ns = elapsed_ns * item.num_tokens // num_tokens
             self._deliveries[item.sequence.sequence_id].device_ns += share_ns
         self._totals.runs += 1
         self._totals.device_ns += elapsed_ns

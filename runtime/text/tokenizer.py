@@ -40,18 +40,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return cast(dict[str, Any], content)
 
 
-def read_eos_token_ids(directory: Path) -> frozenset[int]:
-    """What `generate` of transformers would stop at: `generation_config.json`, else
-    `config.json`. Needs no tokenizer."""
-    for name in ("generation_config.json", "config.json"):
-        ids: object = read_json(directory / name).get("eos_token_id")
-        if isinstance(ids, int):
-            return frozenset({ids})
-        if isinstance(ids, list):
-            return frozenset(cast(list[int], ids))
-    return frozenset()
-
-
 class Tokenizer:
     """A `tokenizers.Tokenizer` with its special tokens. Safe to use from several threads.
 

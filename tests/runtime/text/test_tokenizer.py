@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from runtime.text.tokenizer import Tokenizer, TokenizerError, read_eos_token_ids
+from runtime.text.tokenizer import Tokenizer, TokenizerError
 
 from .conftest import TEXTS
 
@@ -82,13 +82,6 @@ def test_truncation_and_padding_of_the_file_are_ignored(save_tokenizer: SaveToke
     assert 4 < len(Tokenizer.load(directory).encode("The quick brown fox jumps over")) < 50
 
 
-def test_eos_token_ids_are_those_of_generate(save_tokenizer: SaveTokenizer) -> None:
-    directory = save_tokenizer(config={"eos_token_id": 1})
-    assert read_eos_token_ids(directory) == {1}
-    save_tokenizer(generation_config={"eos_token_id": [1, 3]})
-    assert read_eos_token_ids(directory) == {1, 3}
-
-
 def test_token_text_shows_each_token_alone(all_tokenizers: dict[str, Tokenizer]) -> None:
     for kind in ("byte_level", "sentencepiece"):
         tokenizer = all_tokenizers[kind]
@@ -113,6 +106,10 @@ def test_what_cannot_be_read_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(TokenizerError, match=r"tokenizer\.json cannot be read"):
         Tokenizer.load(tmp_path)
-    (tmp_path / "config.json").write_text("[")
-    with pytest.raises(TokenizerError, match=r"config\.json is not valid JSON"):
-        read_eos_token_ids(tmp_path)
+
+
+def test_a_broken_configuration_is_named(save_tokenizer: SaveTokenizer) -> None:
+    directory = save_tokenizer()
+    (directory / "tokenizer_config.json").write_text("[")
+    with pytest.raises(TokenizerError, match=r"tokenizer_config\.json is not valid JSON"):
+        Tokenizer.load(directory)
