@@ -65,12 +65,14 @@ class AccountBalance(Base):
 
 
 class Hold(Base):
-    """Money set aside for a running request: its uncached worst case. Gone once settled."""
+    """Money set aside for a running request: its uncached worst case. Gone once settled.
+    `journal_id` names the process that took it, so that its next start can free what is left."""
 
     __tablename__ = "hold"
 
     request_id: Mapped[str] = mapped_column(String(40), primary_key=True)
     organization_id: Mapped[str] = mapped_column(String(40), index=True)
+    journal_id: Mapped[str] = mapped_column(String(40), index=True)
     amount_nano: Mapped[int] = mapped_column(BigInteger)
     created_at: Mapped[datetime]
 

@@ -42,11 +42,13 @@ def upgrade() -> None:
         "hold",
         sa.Column("request_id", sa.String(length=40), nullable=False),
         sa.Column("organization_id", sa.String(length=40), nullable=False),
+        sa.Column("journal_id", sa.String(length=40), nullable=False),
         sa.Column("amount_nano", sa.BigInteger(), nullable=False),
         sa.Column("created_at", UtcDateTime(), nullable=False),
         sa.PrimaryKeyConstraint("request_id", name=op.f("pk_hold")),
     )
     with op.batch_alter_table("hold", schema=None) as batch_op:
+        batch_op.create_index(batch_op.f("ix_hold_journal_id"), ["journal_id"], unique=False)
         batch_op.create_index(
             batch_op.f("ix_hold_organization_id"), ["organization_id"], unique=False
         )
@@ -553,6 +555,7 @@ def downgrade() -> None:
     op.drop_table("ledger_transaction")
     with op.batch_alter_table("hold", schema=None) as batch_op:
         batch_op.drop_index(batch_op.f("ix_hold_organization_id"))
+        batch_op.drop_index(batch_op.f("ix_hold_journal_id"))
 
     op.drop_table("hold")
     with op.batch_alter_table("artifact", schema=None) as batch_op:

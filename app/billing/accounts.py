@@ -1,0 +1,322 @@
+"""The account writer: the one thread of this process that moves money.
+
+Owns its queue, group commit and retries; the SQL is in `posting.py`. Holds are answered first and
+need only be atomic; settlements are durable before they count as done.
+"""
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from sqlalchemy import Engine, event
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.billing import posting
+from app.billing.posting import HoldRequest, Standing
+from app.billing.rating import Settlement
+from app.core.database import create_writer_engine
+from app.core.errors import AppError, PaymentRequired, Unavailable
+from app.core.money import format_nano
+
+MAX_BATCH = 512  # settlements in one transaction
+MAX_UNSETTLED = 100_000  # beyond this the database is too far behind to admit more
+SETTLE_DELAY_SECONDS = 0.01  # how long settlements may wait for company
+RETRY_SECONDS = (0.05, 0.2, 1.0, 5.0)
+
+log = logging.getLogger(__name__)
+
+Waiter = asyncio.Future[None]
+
+
+class _Hold(NamedTuple):
+    request: HoldRequest
+    waiter: Waiter
+
+
+class _Void(NamedTuple):
+    request_id: str
+
+
+class _Flush(NamedTuple):
+    waiter: Waiter
+
+
+_Operation = _Hold | _Void | _Flush | Settlement | None
+
+
+class AccountWriter:
+    """Start it once; then `hold`, `settle` and `void` may be called from the event loop.
+
+    `on_settled` is called from the writer's thread with the request ids that are durable.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        currency: str = "usd",
+        on_settled: Callable[[list[str]], None] = lambda request_ids: None,
+    ) -> None:
+        self._url = url
+        self._currency = currency
+        self._on_settled = on_settled
+        self._operations: queue.SimpleQueue[_Operation] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._writer: _Writer | None = None
+
+    async def start(self, journal_id: str) -> None:
+        """Holds are taken in the name of `journal_id`; those that an earlier process left under
+        it are what `orphaned_holds` returns."""
+        self._loop = asyncio.get_running_loop()
+        self._writer = await asyncio.to_thread(
+            _Writer, self._url, journal_id, self._currency, self._loop, self._on_settled
+        )
+        self._thread = threading.Thread(
+            target=self._writer.run, args=(self._operations,), name="accounts", daemon=True
+        )
+        self._thread.start()
+
+    async def close(self) -> None:
+        """Settles what is queued, then stops. What the database refuses until then stays in the
+        journal for the next start."""
+        if self._thread is not None:
+            self._operations.put(None)
+            await asyncio.to_thread(self._thread.join)
+            self._thread = None
+
+    async def hold(self, request_id: str, organization_id: str, amount_nano: int) -> None:
+        """Sets money aside. Raises `PaymentRequired` naming the limit and the shortfall."""
+        assert self._writer is not None, "start() has not run"
+        if self._writer.num_unsettled + self._operations.qsize() > MAX_UNSETTLED:
+            raise _unavailable()
+        waiter: Waiter = self._loop.create_future()
+        self._operations.put(_Hold(HoldRequest(request_id, organization_id, amount_nano), waiter))
+        await waiter
+
+    def void(self, request_id: str) -> None:
+        """Gives back the hold of a request that did not run, whether or not it was taken yet."""
+        self._operations.put(_Void(request_id))
+
+    def settle(self, settlement: Settlement) -> None:
+        """Queued. A request settled twice counts once."""
+        self._operations.put(settlement)
+
+    async def flush(self) -> None:
+        """Returns when everything queued before is durable (or was put off, see the log)."""
+        waiter: Waiter = self._loop.create_future()
+        self._operations.put(_Flush(waiter))
+        await waiter
+
+    async def release_orphans(self, known_request_ids: set[str]) -> int:
+        """At start, before any request: frees holds of this journal's earlier processes whose
+        requests the journal does not know, so never ran. Returns how many."""
+        assert self._writer is not None, "start() has not run"
+        orphans = await asyncio.to_thread(self._writer.orphans)
+        unknown = [request_id for request_id in orphans if request_id not in known_request_ids]
+        for request_id in unknown:
+            self.void(request_id)
+        await self.flush()
+        return len(unknown)
+
+
+class _Writer:
+    """The thread's own state: two connections and what is still to be settled."""
+
+    def __init__(
+        self,
+        url: str,
+        journal_id: str,
+        currency: str,
+        loop: asyncio.AbstractEventLoop,
+        on_settled: Callable[[list[str]], None],
+    ) -> None:
+        self._durable = create_writer_engine(url)
+        self._atomic = _atomic_engine(url)
+        self._journal_id = journal_id
+        self._currency = currency
+        self._loop = loop
+        self._on_settled = on_settled
+        self._settlements: list[Settlement] = []
+        self._voids: list[str] = []
+        self._num_failures = 0
+        self._settle_at = 0.0
+
+    @property
+    def num_unsettled(self) -> int:
+        return len(self._settlements)
+
+    def orphans(self) -> list[str]:
+        with self._durable.begin() as connection:
+            return posting.orphaned_holds(connection, self._journal_id)
+
+    def run(self, operations: "queue.SimpleQueue[_Operation]") -> None:
+        is_closing = False
+        while not is_closing:
+            batch = self._collect(operations)
+            is_closing = bool(batch) and batch[-1] is None
+            holds = [item for item in batch if isinstance(item, _Hold)]
+            flushes = [item.waiter for item in batch if isinstance(item, _Flush)]
+            self._voids += [item.request_id for item in batch if isinstance(item, _Void)]
+            fresh = [item for item in batch if isinstance(item, Settlement)]
+            if fresh and not self._settlements:
+                self._settle_at = max(self._settle_at, time.monotonic() + SETTLE_DELAY_SECONDS)
+            self._settlements += fresh
+            if holds:
+                self._take(holds)
+            if flushes or is_closing or self._is_due():
+                self._settle_all()
+            if flushes:
+                self._loop.call_soon_threadsafe(_resolve, dict.fromkeys(flushes))
+        self._durable.dispose()
+        self._atomic.dispose()
+
+    def _collect(self, operations: "queue.SimpleQueue[_Operation]") -> list[_Operation]:
+        """Waits for work, or until what is put off is due; then takes all there is."""
+        timeout = None
+        if self._settlements or self._voids:
+            timeout = max(0.0, self._settle_at - time.monotonic())
+        batch: list[_Operation] = []
+        try:
+            batch.append(operations.get(timeout=timeout))
+            while batch[-1] is not None:
+                batch.append(operations.get_nowait())
+        except queue.Empty:
+            pass
+        return batch
+
+    def _is_due(self) -> bool:
+        return bool(self._settlements or self._voids) and time.monotonic() >= self._settle_at
+
+    def _take(self, holds: list[_Hold]) -> None:
+        """Answers every hold. Where money is short, pending settlements may free some: a client
+        that asks again right after an answer must not be refused for its own last request."""
+        answers: dict[Waiter, AppError | None] = {}
+        refused = self._attempt(holds, answers)
+        if refused and (self._settlements or self._voids):
+            self._settle_all()
+            refused = self._attempt([hold for hold, _ in refused], answers)
+        for hold, standing in refused:
+            answers[hold.waiter] = _payment_required(hold.request, standing)
+        self._loop.call_soon_threadsafe(_resolve, answers)
+
+    def _attempt(
+        self, holds: list[_Hold], answers: dict[Waiter, AppError | None]
+    ) -> list[tuple[_Hold, Standing]]:
+        try:
+            with self._atomic.begin() as connection:
+                refused = posting.take_holds(
+                    connection,
+                    [hold.request for hold in holds],
+                    self._journal_id,
+                    self._currency,
+                )
+        except SQLAlchemyError:
+            log.exception("holds could not be taken")
+            answers.update({hold.waiter: _unavailable() for hold in holds})
+            return []
+        answers.update(
+            {hold.waiter: None for hold in holds if hold.request.request_id not in refused}
+        )
+        return [
+            (hold, refused[hold.request.request_id])
+            for hold in holds
+            if hold.request.request_id in refused
+        ]
+
+    def _settle_all(self) -> None:
+        """Everything pending, a batch at a time. When the database fails, the rest is put off."""
+        try:
+            if self._voids:
+                with self._durable.begin() as connection:
+                    posting.void_holds(connection, self._voids)
+                self._voids = []
+            while self._settlements:
+                batch = self._settlements[:MAX_BATCH]
+                settled = self._post(batch)
+                self._settlements = self._settlements[MAX_BATCH:]
+                self._on_settled([settlement.request_id for settlement in settled])
+            self._num_failures = 0
+        except DBAPIError:
+            delay = RETRY_SECONDS[min(self._num_failures, len(RETRY_SECONDS) - 1)]
+            self._num_failures += 1
+            self._settle_at = time.monotonic() + delay
+            log.exception("settling failed; %d wait", len(self._settlements))
+
+    def _post(self, batch: Sequence[Settlement]) -> Sequence[Settlement]:
+        """Returns what is in the database now. Settlements that are there already, as after a
+        crash, are skipped; one that the database will never take is left to the journal, so
+        that it cannot hold up the others."""
+        try:
+            with self._durable.begin() as connection:
+                posting.post_settlements(connection, batch)
+        except (IntegrityError, DataError):
+            return [settlement for settlement in batch if self._is_posted(settlement)]
+        return batch
+
+    def _is_posted(self, settlement: Settlement) -> bool:
+        try:
+            with self._durable.begin() as connection:
+                posting.post_settlements(connection, posting.unrecorded(connection, [settlement]))
+        except (IntegrityError, DataError):
+            log.exception("%s cannot be settled and stays in the journal", settlement.event_id)
+            return False
+        return True
+
+
+def _atomic_engine(url: str) -> Engine:
+    """Its commits on SQLite do not wait for the disk: a hold that a power cut takes away belonged
+    to a request which it took away as well."""
+    engine = create_writer_engine(url)
+    if engine.dialect.name == "sqlite":
+
+        @event.listens_for(engine, "connect")
+        def on_connect(connection: object, _: object) -> None:
+            connection.execute("PRAGMA synchronous=NORMAL")  # type: ignore[attr-defined]
+
+    return engine
+
+
+def _resolve(answers: dict[Waiter, AppError | None]) -> None:
+    for waiter, error in answers.items():
+        if waiter.done():  # whoever waited was cancelled, and voids the hold
+            continue
+        if error is None:
+            waiter.set_result(None)
+        else:
+            waiter.set_exception(error)
+
+
+def _payment_required(hold: HoldRequest, standing: Standing) -> PaymentRequired:
+    limit = standing.credit_limit_nano or 0
+    shortfall = hold.amount_nano - standing.available_nano
+
+    def shown(nano: int) -> str:
+        return format_nano(nano, standing.currency, places=9)
+
+    return PaymentRequired(
+        f"The organization's spending limit of {shown(limit)} does not cover this request: it may "
+        f"cost up to {shown(hold.amount_nano)}, {shown(standing.available_nano)} is left "
+        f"({shown(standing.held_nano)} is held for running requests), so "
+        f"{shown(shortfall)} is missing. Raise the limit, or ask for fewer tokens."
+    )
+
+
+def _unavailable() -> Unavailable:
+    return Unavailable(
+        "The box cannot reserve the money for this request at the moment.",
+        code="accounts_unavailable",
+        retry_after_seconds=5,
+    )
+
+
+async def open_account(session: AsyncSession, organization_id: str, currency: str) -> None:
+    """An account without limit and with nothing on it, unless there is one."""
+    connection = await session.connection()
+    await connection.execute(
+        posting.open_statement(connection.dialect.name, organization_id, currency)
+    )

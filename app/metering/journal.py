@@ -1,0 +1,282 @@
+"""The write-ahead journal: nothing leaves the box before its record is durable.
+
+Owns the writing thread, group commit, and which segments may be deleted. What records mean is
+in `records.py`, how they lie on disk in `segments.py`.
+"""
+
+import asyncio
+import fcntl
+import logging
+import os
+import queue
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from app.core.errors import Conflict, Unavailable
+from app.core.ids import new_id
+from app.metering.records import (
+    AdmitRecord,
+    FinishRecord,
+    SettledRecord,
+    StepRecord,
+    Tally,
+    Usage,
+    use_of,
+)
+from app.metering.segments import (
+    Segment,
+    SegmentReader,
+    encode,
+    segment_numbers,
+    segment_path,
+)
+from runtime.protocol import SequenceOutput
+
+SEGMENT_BYTES = 32 * 1024**2
+
+log = logging.getLogger(__name__)
+
+
+class Entry(NamedTuple):
+    """One thing for the writing thread to do."""
+
+    payload: bytes
+    waiter: "asyncio.Future[None] | None" = None  # resolved once durable
+    admitted: str | None = None
+    settled: tuple[str, ...] = ()
+
+
+class Journal:
+    """One directory of segments, used by one process at a time.
+
+    `start` returns what earlier processes left unsettled. Afterwards every method may be called
+    from the event loop; `settled` from any thread.
+    """
+
+    def __init__(self, directory: Path, *, segment_bytes: int = SEGMENT_BYTES) -> None:
+        self.directory = directory
+        self.id = ""
+        self._segment_bytes = segment_bytes
+        self._entries: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._lock_descriptor: int | None = None
+
+    async def start(self) -> list[Usage]:
+        """Takes the directory, reads what is there and begins a new segment.
+
+        Raises `Conflict` when another process uses the directory.
+        """
+        self._lock_descriptor = _lock(self.directory)
+        self.id = _directory_id(self.directory)
+        recovery = await asyncio.to_thread(read_unsettled, self.directory)
+        self._loop = asyncio.get_running_loop()
+        writer = _Writer(self.directory, self._segment_bytes, recovery.open_segments)
+        self._thread = threading.Thread(
+            target=writer.run, args=(self._entries, self._loop), name="journal", daemon=True
+        )
+        self._thread.start()
+        return recovery.usages
+
+    async def close(self) -> None:
+        """Writes what is queued, then stops the thread and frees the directory."""
+        if self._thread is not None:
+            self._entries.put(None)
+            await asyncio.to_thread(self._thread.join)
+            self._thread = None
+        if self._lock_descriptor is not None:
+            os.close(self._lock_descriptor)
+            self._lock_descriptor = None
+
+    def admit(self, record: AdmitRecord) -> None:
+        """Queued, not awaited: the first commit of the request's own output covers it."""
+        self._entries.put(Entry(encode(record), admitted=record.request_id))
+
+    async def commit_step(self, outputs: list[SequenceOutput]) -> None:
+        """Returns once the record of this step is durable. Raises `Unavailable` if it cannot be:
+        the outputs must then not be delivered."""
+        record = StepRecord(time.time_ns(), [use_of(output) for output in outputs])
+        await self._commit(encode(record))
+
+    async def finish(self, record: FinishRecord) -> None:
+        """Returns once the end of the request is durable, or raises `Unavailable`."""
+        await self._commit(encode(record))
+
+    def note_finish(self, record: FinishRecord) -> None:
+        """As `finish`, for an end that nothing waits for."""
+        self._entries.put(Entry(encode(record)))
+
+    def settled(self, request_ids: list[str]) -> None:
+        """These are in the database for good. Any thread may call this."""
+        payload = encode(SettledRecord(request_ids))
+        self._entries.put(Entry(payload, settled=tuple(request_ids)))
+
+    async def _commit(self, payload: bytes) -> None:
+        waiter = self._loop.create_future()
+        self._entries.put(Entry(payload, waiter))
+        await waiter
+
+
+class _Writer:
+    """The thread's own state: the open segment and which requests keep which segment alive."""
+
+    def __init__(self, directory: Path, segment_bytes: int, open_segments: dict[str, int]) -> None:
+        self._directory = directory
+        self._segment_bytes = segment_bytes
+        self._open_segments = open_segments  # request id -> segment of its first record
+        self._segment: Segment | None = None
+        self._next_number = max(segment_numbers(directory), default=0) + 1
+        self._oldest_number = min(segment_numbers(directory), default=self._next_number)
+        self._carried: list[Entry] = []  # what of an unwritten batch still has to be kept
+
+    def run(
+        self, entries: "queue.SimpleQueue[Entry | None]", loop: asyncio.AbstractEventLoop
+    ) -> None:
+        is_closing = False
+        while not is_closing:
+            batch: list[Entry] = []
+            entry = entries.get()
+            while True:
+                if entry is None:
+                    is_closing = True
+                    break
+                batch.append(entry)
+                try:
+                    entry = entries.get_nowait()
+                except queue.Empty:
+                    break
+            waiters = [entry.waiter for entry in batch if entry.waiter is not None]
+            error = self._write(batch, is_sync=bool(waiters) or is_closing)
+            if waiters:
+                loop.call_soon_threadsafe(_resolve, waiters, error)
+        if self._segment is not None:
+            self._segment.close()
+
+    def _write(self, batch: list[Entry], *, is_sync: bool) -> OSError | None:
+        """After an error the segment's end is not to be trusted: the next batch opens another."""
+        batch = self._carried + batch
+        try:
+            if batch:
+                self._append(batch, is_sync=is_sync)
+        except OSError as error:
+            log.error("the journal in %s cannot be written: %s", self._directory, error)
+            if self._segment is not None:
+                self._segment.close()
+                self._segment = None
+            self._carried = [e._replace(waiter=None) for e in batch if e.admitted or e.settled]
+            return error
+        self._carried = []
+        return None
+
+    def _append(self, batch: list[Entry], *, is_sync: bool) -> None:
+        if self._segment is None:
+            number, self._next_number = self._next_number, self._next_number + 1
+            self._segment = Segment(self._directory, number)
+        segment = self._segment
+        segment.append([entry.payload for entry in batch])
+        if is_sync:
+            segment.sync()
+        for entry in batch:
+            if entry.admitted is not None:
+                self._open_segments[entry.admitted] = segment.number
+            for request_id in entry.settled:
+                self._open_segments.pop(request_id, None)
+        if segment.size_bytes >= self._segment_bytes:
+            segment.sync()
+            segment.close()
+            self._segment = None
+        if self._oldest_number < segment.number:
+            self._delete_settled(segment.number)
+
+    def _delete_settled(self, newest: int) -> None:
+        """Records of a request never precede its admission, so everything older than the oldest
+        open admission is done with."""
+        oldest = min(self._open_segments.values(), default=newest)
+        for number in range(self._oldest_number, min(oldest, newest)):
+            segment_path(self._directory, number).unlink(missing_ok=True)
+        self._oldest_number = max(self._oldest_number, min(oldest, newest))
+
+
+def _resolve(waiters: "list[asyncio.Future[None]]", error: OSError | None) -> None:
+    for waiter in waiters:
+        if waiter.done():  # whoever waited was cancelled
+            continue
+        if error is None:
+            waiter.set_result(None)
+        else:
+            waiter.set_exception(
+                Unavailable(
+                    "The box cannot record usage at the moment, so it answers nothing.",
+                    code="journal_unavailable",
+                    retry_after_seconds=5,
+                )
+            )
+
+
+class Recovery(NamedTuple):
+    """What a journal's segments hold that is not settled yet."""
+
+    usages: list[Usage]
+    open_segments: dict[str, int]
+
+
+def read_unsettled(directory: Path) -> Recovery:
+    """Adds up every request that has no settled mark. One that neither finished nor was ended is
+    `lost`. Logs the bytes of segment ends that could not be read."""
+    tallies: dict[str, Tally] = {}
+    ends: dict[str, FinishRecord] = {}
+    last_at_ns: dict[str, int] = {}
+    segments: dict[str, int] = {}
+    for number in segment_numbers(directory):
+        reader = SegmentReader(segment_path(directory, number))
+        for record in reader:
+            if isinstance(record, AdmitRecord):
+                tallies.setdefault(record.request_id, Tally(record))
+                segments.setdefault(record.request_id, number)
+            elif isinstance(record, StepRecord):
+                for use in record.uses:
+                    if use.request_id in tallies:
+                        tallies[use.request_id].add(use, record.at_ns)
+                        last_at_ns[use.request_id] = record.at_ns
+            elif isinstance(record, FinishRecord):
+                ends[record.request_id] = record
+            else:
+                for request_id in record.request_ids:
+                    tallies.pop(request_id, None)
+                    segments.pop(request_id, None)
+        if reader.num_unread_bytes:
+            log.warning("%s: %d bytes unread", reader.path.name, reader.num_unread_bytes)
+    usages = [
+        _closed(tally, ends.get(request_id), last_at_ns.get(request_id))
+        for request_id, tally in tallies.items()
+    ]
+    return Recovery(usages, segments)
+
+
+def _closed(tally: Tally, end: FinishRecord | None, last_at_ns: int | None) -> Usage:
+    if end is not None:
+        tally.device_ns += end.device_ns
+        return tally.usage(end.outcome, end.finish_reason, end.at_ns)
+    outcome, reason = tally.outcome()
+    return tally.usage(outcome, reason, last_at_ns or tally.admitted.started_at_ns)
+
+
+def _lock(directory: Path) -> int:
+    descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise Conflict(f"Another process already uses the journal in {directory}.") from error
+    return descriptor
+
+
+def _directory_id(directory: Path) -> str:
+    """The name under which this journal's process takes holds; made at first use."""
+    path = directory / "id"
+    if not path.exists():
+        fresh = path.with_suffix(".new")
+        fresh.write_text(new_id("jnl"))
+        fresh.rename(path)
+    return path.read_text()

@@ -1,0 +1,259 @@
+"""Holds, limits and settlements on a real database, under concurrency and repetition."""
+
+import asyncio
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+
+import pytest
+from sqlalchemy import func, select
+from sqlalchemy.exc import OperationalError
+
+from app.billing import accounts as accounts_module
+from app.billing import posting
+from app.billing.accounts import AccountWriter
+from app.billing.rating import Settlement
+from app.billing.service import read_account, set_spending_limit
+from app.billing.tables import AccountBalance, Hold, LedgerEntry, LedgerTransaction
+from app.core.database import Database
+from app.core.errors import Conflict, PaymentRequired
+from app.metering.tables import UsageEvent, UsageLine
+from app.settings import Settings
+from tests.app.billing.conftest import ORGANIZATION
+
+MakeSettlement = Callable[..., Settlement]
+
+
+async def limit(database: Database, nano: int | None) -> None:
+    async with database.write() as session:
+        await set_spending_limit(session, ORGANIZATION, nano, "usd")
+
+
+async def balance(database: Database) -> AccountBalance:
+    async with database.read() as session:
+        row = await session.get(AccountBalance, ORGANIZATION)
+        assert row is not None
+        return row
+
+
+async def count(database: Database, table: type) -> int:
+    async with database.read() as session:
+        return await session.scalar(select(func.count()).select_from(table)) or 0
+
+
+async def test_an_unknown_organization_is_opened_without_limit(
+    accounts: AccountWriter, database: Database
+) -> None:
+    await accounts.hold("req_1", ORGANIZATION, 10**15)
+    row = await balance(database)
+    assert (row.posted_nano, row.held_nano, row.credit_limit_nano) == (0, 10**15, None)
+
+
+async def test_a_hold_becomes_a_settled_event(
+    accounts: AccountWriter, database: Database, settlement: MakeSettlement
+) -> None:
+    await accounts.hold("req_1", ORGANIZATION, 10_000_000)
+    settled = settlement("req_1")
+    accounts.settle(settled)
+    await accounts.flush()
+
+    row = await balance(database)
+    assert (row.posted_nano, row.held_nano) == (-settled.amount_nano, 0)
+    assert accounts.settled_ids == ["req_1"]  # type: ignore[attr-defined]
+    assert await count(database, Hold) == 0
+    async with database.read() as session:
+        event = await session.get(UsageEvent, "req_1:1")
+        assert event is not None
+        assert event.amount_nano == settled.amount_nano
+        assert event.duration_ns == 5_000_000
+        lines = (await session.scalars(select(UsageLine))).all()
+        assert sum(line.amount_nano for line in lines) == settled.amount_nano
+        entries = (await session.scalars(select(LedgerEntry))).all()
+        assert {entry.account: entry.amount_nano for entry in entries} == {
+            f"customer:{ORGANIZATION}": -settled.amount_nano,
+            "revenue": settled.amount_nano,
+        }
+
+
+async def test_settling_twice_counts_once(
+    accounts: AccountWriter, database: Database, settlement: MakeSettlement
+) -> None:
+    once = settlement("req_1")
+    accounts.settle(once)
+    await accounts.flush()
+    accounts.settle(once)
+    accounts.settle(settlement("req_2"))
+    accounts.settle(settlement("req_2"))
+    await accounts.flush()
+    assert await count(database, UsageEvent) == 2
+    assert await count(database, LedgerTransaction) == 2
+    async with database.read() as session:
+        account = await read_account(session, ORGANIZATION, "usd")
+    assert account.owed_nano == 2 * once.amount_nano
+
+
+async def test_concurrent_requests_cannot_pass_a_tiny_limit(
+    accounts: AccountWriter, database: Database, settlement: MakeSettlement
+) -> None:
+    """200 at once, each may cost 1,000,000 and costs 410,100; the limit covers 7 at a time."""
+    limit_nano = 7_500_000
+    await limit(database, limit_nano)
+    refusals: list[PaymentRequired] = []
+    most_held = 0
+
+    async def request(i: int) -> None:
+        nonlocal most_held
+        try:
+            await accounts.hold(f"req_{i}", ORGANIZATION, 1_000_000)
+        except PaymentRequired as error:
+            refusals.append(error)
+            return
+        row = await balance(database)
+        assert row.posted_nano - row.held_nano >= -limit_nano
+        most_held = max(most_held, row.held_nano)
+        accounts.settle(settlement(f"req_{i}"))
+
+    await asyncio.gather(*(request(i) for i in range(200)))
+    await accounts.flush()
+    row = await balance(database)
+    num_served = await count(database, UsageEvent)
+    assert 7 <= num_served == 200 - len(refusals)
+    assert row.held_nano == 0
+    assert -row.posted_nano == num_served * 410_100 <= limit_nano
+    assert 0 < most_held <= limit_nano
+    assert refusals[0].code == "spending_limit_reached"
+
+
+async def test_a_refusal_names_the_limit_and_the_shortfall(
+    accounts: AccountWriter, database: Database
+) -> None:
+    await limit(database, 1_500_000_000)
+    await accounts.hold("req_1", ORGANIZATION, 1_000_000_000)
+    with pytest.raises(PaymentRequired) as caught:
+        await accounts.hold("req_2", ORGANIZATION, 750_000_000)
+    message = caught.value.message
+    assert "limit of $1.500000000" in message
+    assert "$0.500000000 is left" in message
+    assert "$0.250000000 is missing" in message
+
+
+async def test_the_next_request_sees_what_the_last_one_gave_back(
+    accounts: AccountWriter,
+    database: Database,
+    settlement: MakeSettlement,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The limit fits one hold at a time: a settlement that still waits must count."""
+    monkeypatch.setattr(accounts_module, "SETTLE_DELAY_SECONDS", 3600.0)
+    await limit(database, 3_000_000)
+    for i in range(4):
+        await accounts.hold(f"req_{i}", ORGANIZATION, 1_700_000)
+        accounts.settle(settlement(f"req_{i}"))
+    with pytest.raises(PaymentRequired):
+        await accounts.hold("req_4", ORGANIZATION, 1_700_000)
+
+
+async def test_a_void_gives_everything_back(accounts: AccountWriter, database: Database) -> None:
+    await accounts.hold("req_1", ORGANIZATION, 5)
+    accounts.void("req_1")
+    accounts.void("req_unknown")
+    await accounts.flush()
+    assert (await balance(database)).held_nano == 0
+
+
+async def test_holds_of_an_earlier_process_are_freed(
+    accounts: AccountWriter, database: Database, settings: Settings
+) -> None:
+    for name in ("req_ran", "req_never_ran"):
+        await accounts.hold(name, ORGANIZATION, 5)
+    await accounts.close()
+    again = AccountWriter(settings.sync_database_url)
+    await again.start("jnl_test")
+    other = AccountWriter(settings.sync_database_url)
+    await other.start("jnl_other")
+    await other.hold("req_other", ORGANIZATION, 5)
+    assert await again.release_orphans({"req_ran"}) == 1
+    assert (await balance(database)).held_nano == 10
+    await again.close()
+    await other.close()
+
+
+async def test_one_bad_settlement_does_not_hold_up_the_others(
+    accounts: AccountWriter, database: Database, settlement: MakeSettlement
+) -> None:
+    bad = settlement("req_bad", outcome="unheard-of")
+    for item in (settlement("req_1"), bad, settlement("req_2")):
+        accounts.settle(item)
+    await accounts.flush()
+    assert accounts.settled_ids == ["req_1", "req_2"]  # type: ignore[attr-defined]
+    assert await count(database, UsageEvent) == 2
+
+
+async def test_settlements_wait_out_a_busy_database(
+    accounts: AccountWriter,
+    database: Database,
+    settlement: MakeSettlement,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    post = posting.post_settlements
+    failures = [0]
+
+    def flaky(*arguments: object) -> None:
+        failures[0] += 1
+        if failures[0] < 3:
+            raise OperationalError("insert", {}, sqlite3.OperationalError("database is locked"))
+        post(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(posting, "post_settlements", flaky)
+    await accounts.hold("req_1", ORGANIZATION, 10_000_000)
+    accounts.settle(settlement("req_1"))
+    await accounts.is_settled.wait()  # type: ignore[attr-defined]
+    assert (await balance(database)).held_nano == 0
+
+
+async def test_a_limit_cannot_break_a_promise_but_can_end_spending(
+    accounts: AccountWriter, database: Database, settlement: MakeSettlement
+) -> None:
+    await accounts.hold("req_1", ORGANIZATION, 1_000_000)
+    with pytest.raises(Conflict, match="running now hold more"):
+        await limit(database, 10)
+    accounts.settle(settlement("req_1"))
+    await accounts.flush()
+    await limit(database, 10)  # below what is owed already
+    with pytest.raises(PaymentRequired):
+        await accounts.hold("req_2", ORGANIZATION, 1)
+    await limit(database, None)
+    await accounts.hold("req_3", ORGANIZATION, 10**12)
+
+
+async def test_the_ledger_sums_to_zero_and_matches_the_balance(
+    accounts: AccountWriter, database: Database, settlement: MakeSettlement
+) -> None:
+    for i in range(30):
+        await accounts.hold(f"req_{i}", ORGANIZATION, 10_000_000)
+        outcome = ("completed", "cancelled", "failed")[i % 3]
+        accounts.settle(settlement(f"req_{i}", output_tokens=i, outcome=outcome))
+    await accounts.flush()
+    async with database.read() as session:
+        assert await session.scalar(select(func.sum(LedgerEntry.amount_nano))) == 0
+        owned = await session.scalar(
+            select(func.sum(LedgerEntry.amount_nano)).where(
+                LedgerEntry.account == f"customer:{ORGANIZATION}"
+            )
+        )
+        events = await session.scalar(select(func.sum(UsageEvent.amount_nano)))
+    assert (await balance(database)).posted_nano == owned == -(events or 0) != 0
+
+
+def test_sqlite_holds_do_not_wait_for_the_disk(settings: Settings) -> None:
+    if not settings.is_sqlite:
+        pytest.skip("PostgreSQL keeps its own counsel")
+    for make, level in ((accounts_module._atomic_engine, 1), (posting_engine, 2)):
+        engine = make(settings.sync_database_url)
+        with closing(engine.raw_connection()) as connection:
+            assert connection.cursor().execute("PRAGMA synchronous").fetchone() == (level,)
+        engine.dispose()
+
+
+def posting_engine(url: str):
+    return accounts_module.create_writer_engine(url)
