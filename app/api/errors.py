@@ -118,7 +118,7 @@ def _invalid_parameter(error: ValidationException) -> tuple[str, str | None]:
 
 
 # For the application; the console's pages have their own.
-exception_handlers: dict[int | type[Exception], Callable[[AnyRequest, Any], Response[Any]]] = {
+EXCEPTION_HANDLERS: dict[int | type[Exception], Callable[[AnyRequest, Any], Response[Any]]] = {
     AppError: render_app_error,
     HTTPException: render_http_error,
     Exception: render_unknown_error,

@@ -23,8 +23,8 @@ MAX_NAME_BYTES = 255
 
 
 class Member(msgspec.Struct, frozen=True):
-    """One regular file. `read(n)` gives up to `n` of its first bytes, once, and only until the
-    next member is taken. `data_at` is where it lies in the archive, if it lies there as it is."""
+    """One regular file. `read(n)` gives up to `n` of its bytes, then the next, until the next
+    member is taken. `data_at` is where it lies in the archive, if it lies there as it is."""
 
     name: str
     size_bytes: int

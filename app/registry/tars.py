@@ -4,7 +4,6 @@ Python's `tarfile` is not used: a header can make it loop, or read any amount in
 """
 
 import gzip
-import io
 import re
 from collections.abc import Iterator
 from typing import BinaryIO, Protocol
@@ -36,22 +35,24 @@ class Stream(Protocol):
 
 
 class PlainStream:
-    """An uncompressed file: skipping costs nothing."""
+    """An uncompressed file: skipping costs nothing, and others may read the file in between."""
 
     def __init__(self, file: BinaryIO, size_bytes: int) -> None:
-        self._file, self._size_bytes = file, size_bytes
-        file.seek(0)
+        self._file, self._size_bytes, self._at = file, size_bytes, 0
 
     def read(self, num_bytes: int) -> bytes:
-        return self._file.read(num_bytes)
+        self._file.seek(self._at)
+        data = self._file.read(num_bytes)
+        self._at += len(data)
+        return data
 
     def skip(self, num_bytes: int) -> None:
-        if self._file.tell() + num_bytes > self._size_bytes:
+        if self._at + num_bytes > self._size_bytes:
             raise damaged("it is cut short")
-        self._file.seek(num_bytes, io.SEEK_CUR)
+        self._at += num_bytes
 
     def tell(self) -> int | None:
-        return self._file.tell()
+        return self._at
 
 
 class _EnoughError(Exception):

@@ -118,13 +118,29 @@ def zip_members(archive: zipfile.ZipFile, totals: Totals) -> Iterator[Member]:
         if info.is_dir():
             continue
 
-        def read(num_bytes: int, info: zipfile.ZipInfo = info) -> bytes:
-            with reading(), archive.open(info) as file:
-                return b"".join(_pieces(file, num_bytes))
-
         is_stored = info.compress_type == zipfile.ZIP_STORED
         data_at = _data_at(archive, info) if is_stored else None
-        yield Member(name, info.file_size, data_at, read)
+        file = _ZipFile(archive, info)
+        yield Member(name, info.file_size, data_at, file.read)
+        file.close()
+
+
+class _ZipFile:
+    """One member's bytes, from the first on; opened only if someone asks."""
+
+    def __init__(self, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> None:
+        self._archive, self._info = archive, info
+        self._file: IO[bytes] | None = None
+
+    def read(self, num_bytes: int) -> bytes:
+        with reading():
+            if self._file is None:
+                self._file = self._archive.open(self._info)
+            return b"".join(_pieces(self._file, num_bytes))
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
 def _pieces(file: IO[bytes], num_bytes: int) -> Iterator[bytes]:

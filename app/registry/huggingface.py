@@ -1,0 +1,163 @@
+"""The files of an unpacked model: a Hugging Face directory, or a `.pt2` with files beside it.
+
+Collects what the members say as they pass, then judges the whole.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from app.core.errors import Unprocessable
+from app.registry import refusals
+from app.registry.archives import Member
+from app.registry.safetensors import MAX_HEADER_BYTES, check_safetensors
+
+HEAD_BYTES = 512
+MAX_CONFIG_BYTES = 1024**2
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+TOKENIZER_NAMES = frozenset({"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"})
+INDEX_NAME = "model.safetensors.index.json"
+_READ_BYTES = {
+    "config.json": MAX_CONFIG_BYTES,
+    "tokenizer_config.json": MAX_HEADER_BYTES,
+    INDEX_NAME: MAX_HEADER_BYTES,
+}
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+
+
+class Directory:
+    """What an archive unpacks to. `take` every member, then `conclude`."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self._names: list[str] = []
+        self._contents: dict[str, bytes] = {}
+
+    def take(self, member: Member) -> None:
+        """Looks at one file's first bytes. Raises `Unprocessable` for what is refused anywhere in
+        an archive: code, and weights that contradict their header."""
+        self._names.append(member.name)
+        base = member.name.rsplit("/", 1)[-1]
+        if base.endswith(".safetensors"):
+            check_safetensors(member.name, member.size_bytes, member.read)
+        elif limit := _READ_BYTES.get(base):
+            if member.size_bytes > limit:
+                raise Unprocessable(
+                    f"{member.name} is larger than {limit:,} bytes.", code="config_too_large"
+                )
+            self._contents[member.name] = member.read(member.size_bytes)
+        elif base.endswith((".py", ".pyc")):
+            raise Unprocessable(
+                f"The upload contains Python code ({member.name[:120]}), which is not run. Remove "
+                "it if the model's class is part of transformers.",
+                code="remote_code",
+            )
+        elif base.endswith(refusals.NATIVE_SUFFIXES) or refusals.is_native(member.read(HEAD_BYTES)):
+            raise refusals.native_code(f"{member.name[:120]!r} in the archive")
+
+    def conclude(self, *, is_whole: bool) -> Literal["huggingface", "pt2"]:
+        """What the files are together. Raises `Unprocessable`; with `is_whole` false, only for
+        what is there, not for what is missing."""
+        prefix = self._root()
+        names = {name.removeprefix(prefix) for name in self._names}
+        programs = sorted(name for name in names if name.endswith(".pt2") and "/" not in name)
+        if len(programs) > 1:
+            raise Unprocessable(
+                f"The archive holds {len(programs)} .pt2 programs; upload one per model.",
+                code="several_programs",
+            )
+        if programs:
+            return "pt2"
+        self._check_configs(prefix)
+        if is_whole:
+            _check_complete(names, _top_level(names))
+            self._check_shards(prefix, names)
+        self._note(names)
+        return "huggingface"
+
+    def _root(self) -> str:
+        """The directory that everything lies in, as `a/b/` or empty."""
+        prefix = ""
+        while True:
+            first = {name.removeprefix(prefix).partition("/")[::2] for name in self._names}
+            entries = {(name, bool(rest)) for name, rest in first if name != "__MACOSX"}
+            if len(entries) != 1 or not next(iter(entries))[1]:
+                return prefix
+            prefix += next(iter(entries))[0] + "/"
+            self._names = [name for name in self._names if name.startswith(prefix)]
+
+    def _check_configs(self, prefix: str) -> None:
+        if f"{prefix}adapter_config.json" in self._names:
+            raise Unprocessable(
+                "This is an adapter (LoRA), not a whole model. Merge it and upload the result:\n"
+                '    model = model.merge_and_unload()\n    model.save_pretrained("merged")',
+                code="adapter",
+            )
+        for name in ("config.json", "tokenizer_config.json"):
+            if (data := self._contents.get(prefix + name)) is None:
+                continue
+            if "auto_map" in _json_object(name, data):
+                raise Unprocessable(
+                    f"{name} has an auto_map: the model needs Python code of its own, which is not "
+                    "run. Use a model class that is part of transformers.",
+                    code="remote_code",
+                )
+
+    def _check_shards(self, prefix: str, names: set[str]) -> None:
+        data = self._contents.get(prefix + INDEX_NAME)
+        if data is None:
+            return
+        try:
+            index = msgspec.json.decode(data, type=_Index)
+        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+            raise _invalid_json(INDEX_NAME, error) from error
+        if missing := sorted(set(index.weight_map.values()) - names):
+            raise Unprocessable(
+                f"{len(missing)} of the model's weight files are missing: {missing[0][:120]}. "
+                "Upload the whole directory.",
+                code="weights_missing",
+            )
+
+    def _note(self, names: set[str]) -> None:
+        if not names & TOKENIZER_NAMES:
+            self.notes.append(
+                "There is no tokenizer: the endpoint will take prompts as token ids alone."
+            )
+        unused = sorted(name for name in names if name.endswith(PICKLE_SUFFIXES))
+        if unused:
+            self.notes.append(f"Pickled files are not used: {', '.join(unused[:3])}.")
+
+
+def _top_level(names: set[str]) -> list[str]:
+    return sorted({name.partition("/")[0] for name in names})
+
+
+def _check_complete(names: set[str], top_level: list[str]) -> None:
+    if "config.json" not in names:
+        listing = ", ".join(name[:60] for name in top_level[:8])
+        more = " ..." if len(top_level) > 8 else ""
+        raise Unprocessable(
+            "The archive holds neither a .pt2 program nor a Hugging Face directory (config.json "
+            f"and *.safetensors). It holds: {listing + more or 'nothing'}.",
+            code="unknown_contents",
+        )
+    if not any(name.endswith(".safetensors") and "/" not in name for name in names):
+        raise Unprocessable(
+            "The directory has no *.safetensors weights; pickled weights (pytorch_model.bin) are "
+            f"code and are not accepted. Save it again:\n{refusals.SAVE_LINES}",
+            code="no_safetensors",
+        )
+
+
+def _json_object(name: str, data: bytes) -> dict[str, object]:
+    try:
+        return msgspec.json.decode(data, type=dict[str, object])
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise _invalid_json(name, error) from error
+
+
+def _invalid_json(name: str, error: Exception) -> Unprocessable:
+    return Unprocessable(f"{name} is not valid JSON: {error}.", code="invalid_json")
