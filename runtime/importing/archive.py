@@ -34,6 +34,12 @@ ZIP_MAGIC = (b"PK\x03\x04", b"PK\x05\x06")
 TAR_MAGIC_AT = 257
 TAR_MAGIC = b"ustar"
 
+# What the standard library raises for archives that are cut short, altered or too exotic.
+_DAMAGE = (
+    *(zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error),
+    *(EOFError, NotImplementedError, UnicodeDecodeError),
+)
+
 
 class UnpackedUpload(msgspec.Struct, frozen=True, kw_only=True):
     """`path` is the Hugging Face directory, or the `.pt2` file. `beside` are the names of the
@@ -50,13 +56,11 @@ def unpack(path: Path, directory: Path, max_bytes: int = MAX_UNPACKED_BYTES) -> 
     with path.open("rb") as file:
         head = file.read(512)
     if head.startswith(ZIP_MAGIC):
-        with _open_zip(path) as archive:
-            if is_pt2(archive):
-                check_pt2(archive, path.stat().st_size)
+        try:
+            if _unpack_zip(path, directory, max_bytes) == "pt2":
                 return UnpackedUpload(kind="pt2", path=path)
-            if reason := describe_foreign_zip(archive):
-                raise reason
-            _extract_zip(archive, directory, _Budget(path, directory, max_bytes))
+        except _DAMAGE as error:
+            raise _damaged(error) from error
     elif head.startswith(GZIP_MAGIC) or head[TAR_MAGIC_AT:].startswith(TAR_MAGIC):
         is_gzip = head.startswith(GZIP_MAGIC)
         _extract_tar(path, directory, _Budget(path, directory, max_bytes), is_gzip=is_gzip)
@@ -123,11 +127,16 @@ class _BoundedReader:
 # --- extraction -------------------------------------------------------------------------
 
 
-def _open_zip(path: Path) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as error:
-        raise _damaged(error) from error
+def _unpack_zip(path: Path, directory: Path, max_bytes: int) -> Literal["pt2", "archive"]:
+    """Extracts an archive; a `.pt2`, which is a zip too, is only checked."""
+    with zipfile.ZipFile(path) as archive:
+        if is_pt2(archive):
+            check_pt2(archive, path.stat().st_size)
+            return "pt2"
+        if failure := describe_foreign_zip(archive):
+            raise failure
+        _extract_zip(archive, directory, _Budget(path, directory, max_bytes))
+        return "archive"
 
 
 def _extract_zip(archive: zipfile.ZipFile, directory: Path, budget: _Budget) -> None:
@@ -144,11 +153,8 @@ def _extract_zip(archive: zipfile.ZipFile, directory: Path, budget: _Budget) -> 
         if member.is_dir():
             target.mkdir(parents=True, exist_ok=True)
             continue
-        try:
-            with archive.open(member) as source:
-                _write(source, target, budget.add_bytes)
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-            raise _damaged(error) from error
+        with archive.open(member) as source:
+            _write(source, target, budget.add_bytes)
 
 
 def _extract_tar(path: Path, directory: Path, budget: _Budget, *, is_gzip: bool) -> None:
@@ -159,7 +165,7 @@ def _extract_tar(path: Path, directory: Path, budget: _Budget, *, is_gzip: bool)
             with tarfile.open(fileobj=reader, mode="r|") as archive:  # type: ignore[arg-type]
                 for member in archive:
                     _extract_tar_member(archive, member, directory, budget)
-        except (tarfile.TarError, zlib.error, EOFError, gzip.BadGzipFile) as error:
+        except _DAMAGE as error:
             raise _damaged(error) from error
 
 
@@ -240,10 +246,7 @@ def _recognise(directory: Path) -> UnpackedUpload:
     names = sorted(entry.name for entry in entries)
     programs = [entry for entry in entries if entry.is_file() and entry.suffix == ".pt2"]
     if len(programs) == 1:
-        with _open_zip(programs[0]) as archive:
-            if not is_pt2(archive):
-                raise describe_foreign_zip(archive) or describe_unknown(programs[0], b"")
-            check_pt2(archive, programs[0].stat().st_size)
+        _check_program(programs[0])
         beside = [name for name in names if name != programs[0].name]
         return UnpackedUpload(kind="pt2", path=programs[0], beside=beside)
     if len(programs) > 1:
@@ -255,7 +258,20 @@ def _recognise(directory: Path) -> UnpackedUpload:
     return UnpackedUpload(kind="huggingface", path=root)
 
 
+def _check_program(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if not is_pt2(archive):
+                raise describe_foreign_zip(archive) or describe_unknown(path, b"")
+            check_pt2(archive, path.stat().st_size)
+    except _DAMAGE as error:
+        raise _damaged(error) from error
+
+
 def _check_huggingface(names: list[str]) -> None:
+    """What is inside is the loader's to judge; this only tells a model from something else."""
+    if "config.json" in names:
+        return
     if "adapter_config.json" in names:
         raise ImportFailure(
             "adapter",
@@ -263,18 +279,9 @@ def _check_huggingface(names: list[str]) -> None:
             "    model = model.merge_and_unload()\n"
             '    model.save_pretrained("merged")',
         )
-    if "config.json" not in names:
-        listing = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
-        raise ImportFailure(
-            "unknown_contents",
-            "The archive holds neither a .pt2 program nor a Hugging Face directory (config.json "
-            f"and *.safetensors). It holds: {listing or 'nothing'}.",
-        )
-    if not any(name.endswith(".safetensors") for name in names):
-        raise ImportFailure(
-            "no_safetensors",
-            "The directory has no *.safetensors weights; pickled weights (pytorch_model.bin) are "
-            "code and are not accepted. Save it again:\n"
-            "    model = AutoModelForCausalLM.from_pretrained(directory)\n"
-            "    model.save_pretrained(directory, safe_serialization=True)",
-        )
+    listing = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
+    raise ImportFailure(
+        "unknown_contents",
+        "The archive holds neither a .pt2 program nor a Hugging Face directory (config.json and "
+        f"*.safetensors). It holds: {listing or 'nothing'}.",
+    )

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from runtime.importing.program import ImportFailure
 from runtime.importing.pt2 import check_pt2, is_pt2
 from runtime.importing.signature import Leaf, Signature, read_signature
-from runtime.protocol import Schema, TensorSpec
+from runtime.protocol import Schema
 
 # Where each operator of a training-time layer says that it is training.
 _TRAINING_ARGUMENTS = {
@@ -49,30 +49,37 @@ class ExportedProgramModel:
 
     def run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         """Outputs on the CPU in their wire dtypes. Whatever the graph raises, this raises."""
-        return self.run_module(self.module, inputs)
-
-    def run_module(self, module: torch.nn.Module, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
-        """`run` through another form of the same graph."""
-        args, kwargs = self.call_arguments(inputs)
         with torch.inference_mode():
-            result = module(*args, **kwargs)
-            leaves = pytree.tree_leaves(result, is_leaf=lambda leaf: leaf is None)
+            outputs = self.call(self.module, inputs)
             return [
-                value.to("cpu", _wire_dtype(leaf.spec))
-                for value, leaf in zip(leaves, self.signature.outputs, strict=True)
-                if leaf.spec
+                output.to("cpu", getattr(torch, spec.dtype))
+                for output, spec in zip(outputs, self.schema.outputs, strict=True)
             ]
 
-    def call_arguments(self, inputs: list[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Positional and keyword arguments of the program's call, constants filled in."""
+    def call(
+        self,
+        module: torch.nn.Module,
+        inputs: list[torch.Tensor],
+        float_dtype: torch.dtype | None = None,
+    ) -> list[torch.Tensor]:
+        """What `module`, some form of this graph, gives for `inputs`, with constants filled in.
+        `float_dtype` replaces the dtype of floating inputs; outputs stay as they come."""
         tensors = iter(inputs)
-        leaves = [
-            next(tensors).to(self._device, leaf.dtype) if leaf.spec else leaf.constant
-            for leaf in self.signature.inputs
-        ]
+        leaves = []
+        for leaf in self.signature.inputs:
+            if leaf.spec is None:
+                leaves.append(leaf.constant)
+                continue
+            assert leaf.dtype is not None, "a tensor has a dtype"
+            is_widened = float_dtype is not None and leaf.dtype.is_floating_point
+            dtype = float_dtype if is_widened else leaf.dtype
+            leaves.append(next(tensors).to(self._device, dtype))
         in_spec = self.program.call_spec.in_spec
         assert in_spec is not None, "an exported program knows its inputs"
-        return pytree.tree_unflatten(leaves, in_spec)
+        args, kwargs = pytree.tree_unflatten(leaves, in_spec)
+        results = pytree.tree_leaves(module(*args, **kwargs))
+        pairs = zip(results, self.signature.outputs, strict=True)
+        return [value for value, leaf in pairs if leaf.spec]
 
 
 def load_exported(path: Path, device: str = "cpu") -> ExportedProgramModel:
@@ -117,9 +124,8 @@ def _check_sample_inputs(archive: zipfile.ZipFile) -> None:
     for member in archive.infolist():
         if not member.filename.partition("/")[2].startswith("data/sample_inputs/"):
             continue
-        data = archive.read(member)
         try:
-            if data:
+            if data := archive.read(member):
                 torch.load(io.BytesIO(data), weights_only=True)
         except Exception as error:
             raise ImportFailure(
@@ -157,18 +163,12 @@ def mutation_failure(names: list[str]) -> ImportFailure:
     )
 
 
-def _wire_dtype(spec: TensorSpec) -> torch.dtype:
-    dtype = getattr(torch, spec.dtype)
-    assert isinstance(dtype, torch.dtype), "numpy and torch share the names of wire dtypes"
-    return dtype
-
-
 def _example_inputs(program: ExportedProgram, signature: Signature) -> list[torch.Tensor] | None:
     """The tensors the program was exported with, in the order of its schema; None when the file
     does not hold them."""
     if program.example_inputs is None:
         return None
-    leaves = pytree.tree_leaves(program.example_inputs, is_leaf=lambda leaf: leaf is None)
+    leaves = pytree.tree_leaves(program.example_inputs)
     if len(leaves) != len(signature.inputs):
         return None
     pairs = [

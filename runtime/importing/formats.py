@@ -4,13 +4,16 @@ Reads headers, member names and pickle opcodes; never unpickles. The texts are w
 the person who uploaded the file.
 """
 
+import io
 import pickletools
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from runtime.importing.program import ImportFailure
 
 MAX_OPCODES_BYTES = 8 * 1024**2
+LEGACY_PICKLES = 5  # torch before 1.6: magic number, version, system, the object, its storages
 
 EXPORT_LINES = """\
     example = (torch.randn(2, ...),)  # your inputs, a batch of 2
@@ -20,7 +23,7 @@ EXPORT_LINES = """\
 
 # What a tensor-only checkpoint names; any other global means pickled classes.
 _TENSOR_GLOBALS = ("torch ", "torch._utils ", "torch._tensor ", "torch.nn.parameter ")
-_CONTAINER_GLOBALS = ("collections OrderedDict", "_codecs encode")
+_CONTAINER_GLOBALS = ("collections OrderedDict", "_codecs encode", "__builtin__ set")
 
 
 def describe_foreign_zip(archive: zipfile.ZipFile) -> ImportFailure | None:
@@ -54,7 +57,7 @@ def describe_foreign_zip(archive: zipfile.ZipFile) -> ImportFailure | None:
 
 def describe_pickle(data: bytes) -> ImportFailure:
     """The refusal of a file that `torch.save` wrote, from its opcodes alone."""
-    classes = sorted({name for name in pickle_globals(data) if not _is_tensor_global(name)})
+    classes = [name for name in pickle_globals(data) if not _is_harmless_global(name)]
     if classes:
         shown = classes[0].replace(" ", ".")
         return ImportFailure(
@@ -71,25 +74,31 @@ def describe_pickle(data: bytes) -> ImportFailure:
     )
 
 
-def pickle_globals(data: bytes) -> set[str]:
-    """`"module name"` of every global a pickle would import, read without running it. Best
-    effort: it chooses a message, it guards nothing."""
-    found: set[str] = set()
-    strings: list[str] = []
+def pickle_globals(data: bytes) -> list[str]:
+    """`"module name"` of every global a pickle would import, in order, read without running it.
+    Best effort: it chooses a message, it guards nothing."""
+    stream = io.BytesIO(data)
+    found: list[str] = []
     try:
-        for opcode, argument, _ in pickletools.genops(data):
-            if opcode.name == "GLOBAL":
-                found.add(str(argument))
-            elif opcode.name == "STACK_GLOBAL" and len(strings) >= 2:
-                found.add(f"{strings[-2]} {strings[-1]}")
-            elif isinstance(argument, str):
-                strings.append(argument)
+        for _ in range(LEGACY_PICKLES):
+            found += _one_pickle(stream)
     except ValueError:
-        pass  # truncated or not a pickle after all: what was read so far decides the message
+        pass  # cut short, or the last pickle was read: what was found so far decides
     return found
 
 
-def _is_tensor_global(name: str) -> bool:
+def _one_pickle(stream: io.BytesIO) -> Iterator[str]:
+    strings: list[str] = []
+    for opcode, argument, _ in pickletools.genops(stream):
+        if opcode.name == "GLOBAL":
+            yield str(argument)
+        elif opcode.name == "STACK_GLOBAL" and len(strings) >= 2:
+            yield f"{strings[-2]} {strings[-1]}"
+        elif isinstance(argument, str):
+            strings.append(argument)
+
+
+def _is_harmless_global(name: str) -> bool:
     return name.startswith(_TENSOR_GLOBALS) or name in _CONTAINER_GLOBALS
 
 

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import bound_sympy
 
+from runtime.batching.tensors import show_shape
 from runtime.importing.program import ImportFailure
 from runtime.protocol import Schema, TensorSpec
 
@@ -92,6 +93,15 @@ def axis_bounds(expression: sympy.Expr, program: ExportedProgram) -> tuple[int, 
     lower = 0 if bounds.lower in (-int_oo, -sympy.oo) else max(0, int(bounds.lower))  # type: ignore[arg-type]
     upper = None if bounds.upper in (int_oo, sympy.oo) else int(bounds.upper)  # type: ignore[arg-type]
     return (lower if lower > UNPROMISED_MIN else min(lower, 1)), upper
+
+
+def describe_schema(schema: Schema) -> str:
+    """Inputs and outputs in one line, as `image float32 [n, 1, 8, 8] -> logits float32 [n, 10]`."""
+    sides = [
+        ", ".join(f"{spec.name} {spec.dtype} {show_shape(spec)}" for spec in specs)
+        for specs in (schema.inputs, schema.outputs)
+    ]
+    return " -> ".join(sides)
 
 
 # --- names ------------------------------------------------------------------------------

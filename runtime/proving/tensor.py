@@ -23,11 +23,13 @@ Report = Callable[[float, str], None]
 
 
 class TensorProof(msgspec.Struct, frozen=True, kw_only=True):
-    """`is_batched` is whether requests may share runs. `makers` gave inputs the program ran on."""
+    """`is_batched` is whether requests may share runs, of up to `max_rows` rows. `makers` gave
+    inputs the program ran on."""
 
     verdict: Verdict
     checks: list[Check]
     is_batched: bool
+    max_rows: int
     makers: list[InputMaker]
     notes: list[str]
 
@@ -50,9 +52,12 @@ def prove_tensor(
             "nothing could be proved about it, and requests run one at a time."
         )
     is_batched = model.schema.is_batched and is_repeatable
+    max_rows = 1
     if is_batched:
-        report(0.3, "comparing rows in batches with rows alone")
-        batch_checks = _check_batches(model, makers, max_batch_rows, report)
+        limits = [spec.max_shape[0] for spec in model.schema.inputs if spec.max_shape]
+        max_rows = min([max_batch_rows, *(limit for limit in limits if limit is not None)])
+        report(0.3, f"comparing rows in batches of up to {max_rows} with rows alone")
+        batch_checks = _check_batches(model, makers, max_rows, report)
         checks += batch_checks
         failed = [check for check in batch_checks if not check.is_equal]
         is_batched = not failed
@@ -66,7 +71,12 @@ def prove_tensor(
     report(1.0, f"{sum(check.is_equal for check in checks)} of {len(checks)} checks hold")
     verdict: Verdict = "equal" if is_repeatable else "unproved"
     return TensorProof(
-        verdict=verdict, checks=checks, is_batched=is_batched, makers=makers, notes=notes
+        verdict=verdict,
+        checks=checks,
+        is_batched=is_batched,
+        max_rows=max_rows if is_batched else 1,
+        makers=makers,
+        notes=notes,
     )
 
 
@@ -135,10 +145,8 @@ def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 
 def _check_batches(
-    model: ExportedProgramModel, makers: list[InputMaker], max_batch_rows: int, report: Report
+    model: ExportedProgramModel, makers: list[InputMaker], largest: int, report: Report
 ) -> list[Check]:
-    limits = [spec.max_shape[0] for spec in model.schema.inputs if spec.max_shape]
-    largest = min([max_batch_rows, *(limit for limit in limits if limit is not None)])
     if largest < 2:
         return [Check(name="batch sizes", is_equal=False, detail="a run takes one row at most")]
     checks: list[Check] = []

@@ -1,0 +1,93 @@
+"""The artifact directory: the files a worker needs to serve a version, and nothing else.
+
+program.json   the manifest
+receipt.json   what the build tried and found
+program.pt2    a tensor program, or config.json, *.safetensors, tokenizer ... of a decoder
+"""
+
+import os
+import shutil
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from runtime.protocol import BuildReceipt, Manifest
+
+T = TypeVar("T")
+
+MANIFEST_NAME = "program.json"
+RECEIPT_NAME = "receipt.json"
+PROGRAM_NAME = "program.pt2"
+MAX_MANIFEST_BYTES = 16 * 1024**2
+
+# What of a Hugging Face directory is served; everything else stays behind.
+SERVED_FILES = (
+    "config.json",
+    "generation_config.json",
+    "*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "LICENSE*",
+)
+
+
+class ArtifactError(Exception):
+    """The directory is not an artifact that a build wrote."""
+
+
+def add_program(source: Path, artifact_dir: Path) -> None:
+    """Copy a `.pt2` into the artifact. The upload itself stays where it is."""
+    shutil.copyfile(source, artifact_dir / PROGRAM_NAME)
+
+
+def add_directory(source: Path, artifact_dir: Path) -> list[str]:
+    """Move the served files of an unpacked Hugging Face directory into the artifact. Returns the
+    names of those left behind."""
+    left = []
+    for path in sorted(source.iterdir()):
+        if path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in SERVED_FILES):
+            shutil.move(path, artifact_dir / path.name)
+        else:
+            left.append(path.name)
+    return left
+
+
+def write_manifest(artifact_dir: Path, manifest: Manifest, receipt: BuildReceipt) -> None:
+    """Last of all, so that a directory with a manifest is a whole artifact."""
+    _write(artifact_dir / RECEIPT_NAME, msgspec.json.encode(receipt))
+    _write(artifact_dir / MANIFEST_NAME, msgspec.json.encode(manifest))
+
+
+def read_manifest(artifact_dir: Path) -> Manifest:
+    """Raises `ArtifactError`."""
+    return _read(artifact_dir / MANIFEST_NAME, Manifest)
+
+
+def read_receipt(artifact_dir: Path) -> BuildReceipt:
+    """Raises `ArtifactError`."""
+    return _read(artifact_dir / RECEIPT_NAME, BuildReceipt)
+
+
+def _read(path: Path, kind: type[T]) -> T:
+    try:
+        with path.open("rb") as file:
+            return msgspec.json.decode(file.read(MAX_MANIFEST_BYTES), type=kind)
+    except (OSError, msgspec.DecodeError) as error:
+        raise ArtifactError(f"{path.name} cannot be read: {error}") from error
+
+
+def _write(path: Path, data: bytes) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_bytes(msgspec.json.format(data))
+    os.replace(partial, path)
