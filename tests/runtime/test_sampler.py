@@ -145,6 +145,8 @@ def test_frequency_and_presence_count_generated_tokens_only() -> None:
     logits[0, 3], logits[0, 4], logits[0, 5] = 3.0, 2.9, 2.0
     prompt_only = sequence_with(prompt=(3, 3, 3), temperature=0.0, frequency_penalty=1.0)
     assert ids_of(Sampler().sample(logits, [prompt_only])) == [3]
+    prompt_only = sequence_with(prompt=(3, 3, 3), temperature=0.0, presence_penalty=1.0)
+    assert ids_of(Sampler().sample(logits, [prompt_only])) == [3]
     frequency = sequence_with(generated=(3, 4, 3, 4), temperature=0.0, frequency_penalty=0.6)
     assert ids_of(Sampler().sample(logits, [frequency])) == [5]
     presence = sequence_with(generated=(3, 3, 3), temperature=0.0, presence_penalty=0.5)
