@@ -29,7 +29,7 @@ from runtime.importing.huggingface_directory import (
     has_chat_template,
     read_json,
 )
-from runtime.importing.huggingface_probe import Probe
+from runtime.importing.huggingface_probe import Probe, attention_not_found
 from runtime.importing.program import ImportFailure
 from runtime.protocol import DecoderInfo
 
@@ -190,14 +190,22 @@ def _from_pretrained(
             use_safetensors=True,
             output_loading_info=True,
         )
+    except KeyError as error:
+        if error.args != (attention,):
+            raise _load_failure(error) from error
+        raise attention_not_found() from error  # an old-style class with its own attention table
     # transformers raises whatever a malformed configuration makes it stumble over.
     except Exception as error:
-        raise ImportFailure(
-            "load_failed",
-            f"transformers {transformers.__version__} cannot load it: {_first_line(error)}. "
-            "Check that AutoModelForCausalLM.from_pretrained(directory) works with that version.",
-        ) from error
+        raise _load_failure(error) from error
     return loaded
+
+
+def _load_failure(error: Exception) -> ImportFailure:
+    return ImportFailure(
+        "load_failed",
+        f"transformers {transformers.__version__} cannot load this model: {_first_line(error)}. "
+        "Check that AutoModelForCausalLM.from_pretrained(directory) works with that version.",
+    )
 
 
 def _run_probe(module: PreTrainedModel, max_context_tokens: int) -> Probe:

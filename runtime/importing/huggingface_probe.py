@@ -62,7 +62,7 @@ class Probe:
         is_causal: bool | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """Record the layer, then attend as it will be served. Tensors are `[1, heads, tokens, _]`."""
+        """Record the layer, then attend as it will be. Tensors are `[1, heads, tokens, width]`."""
         _refuse_arguments(module, kwargs)
         if dropout or is_causal is False:
             raise _unsupported(module, "attends with dropout or to later tokens")
@@ -86,11 +86,7 @@ class Probe:
     def check_complete(self, num_hidden_layers: int | None) -> None:
         """Raise `ImportFailure` if any layer mixes tokens by something else than this attention."""
         if not self.layers:
-            raise ImportFailure(
-                "attention_not_found",
-                "None of the model's layers uses transformers' attention interface, so its keys "
-                "and values cannot be cached. This kind of model cannot be served yet.",
-            )
+            raise attention_not_found()
         if num_hidden_layers is not None and num_hidden_layers != len(self.layers):
             raise ImportFailure(
                 "attention_not_found",
@@ -107,6 +103,14 @@ class Probe:
             ):
                 return window
         raise _unsupported(module, "builds an attention mask of its own, or none")
+
+
+def attention_not_found() -> ImportFailure:
+    return ImportFailure(
+        "attention_not_found",
+        "None of the model's layers uses transformers' attention interface, so its keys and "
+        "values cannot be cached. This kind of model cannot be served yet.",
+    )
 
 
 def classify_mask(

@@ -4,7 +4,6 @@ The proof's and the tests' stand-in for a scheduler: it decides nothing on its o
 of cutting, mixing and sharing sequences can be asked for by name.
 """
 
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -44,8 +43,8 @@ class Replay:
         self.runner = runner
         self._sequences: dict[str, _Sequence] = {}
         self._num_users = [0] * runner.pool.num_blocks
-        self._free = list(range(runner.pool.num_blocks))
-        random.Random(seed).shuffle(self._free)  # noqa: S311 - placement, not secrecy
+        shuffled = torch.Generator().manual_seed(seed)
+        self._free: list[int] = torch.randperm(runner.pool.num_blocks, generator=shuffled).tolist()
         runner.pool.poison(self._free)
 
     def step(self, work: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
@@ -53,7 +52,7 @@ class Replay:
 
         Returns float32 logits `[tokens, vocab]` of each sequence's new tokens.
         """
-        batch = self._pack(work)
+        batch = self.pack(work)
         logits = self.runner.run(batch)
         lengths = [len(tokens) for tokens in work.values()]
         return dict(zip(work, logits.split(lengths), strict=True))
@@ -76,7 +75,8 @@ class Replay:
                 self._free.append(block)
                 self.runner.pool.poison([block])
 
-    def _pack(self, work: Mapping[str, Sequence[int]]) -> PackedTokens:
+    def pack(self, work: Mapping[str, Sequence[int]]) -> PackedTokens:
+        """The batch of one step, its tokens already counted as cached; `step` also runs it."""
         block_size = self.runner.pool.block_size
         positions: list[int] = []
         slots: list[int] = []

@@ -1,0 +1,274 @@
+// One work item of paged attention: a tile of one sequence's query tokens, one kv head, a range of
+// keys. The query heads that share a kv head are rows of the same tile, so each key and value is
+// read once for all of them. Softmax is computed online, in float32. Two ways to do an item:
+//   narrow  few rows (decoding): vectors run along head_dim, straight from the cache.
+//   wide    many rows (prefill): vectors run along the rows, everything transposed, so that the
+//           softmax needs no reduction across a vector and keys and values are mere broadcasts.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+#include <vector>
+
+#include "cpu_vectors.h"
+
+namespace {
+
+constexpr int kNarrowRows = 8;  // rows of a narrow item, at most
+
+// What every item of a call shares. Strides are in elements.
+template <typename T>
+struct Call {
+  const T* query;  // [tokens, heads, head_dim]
+  int64_t query_token, query_head;
+  const T* keys;  // [num_blocks, kv_heads, block_size, head_dim], the last two dense
+  const T* values;
+  int64_t cache_block, cache_head;
+  const int32_t* block_tables;  // [sequences, max_blocks]
+  int64_t max_blocks, block_size, head_dim, num_heads, num_kv_heads, group;
+  float scale, soft_cap;
+  int64_t window;
+  T* output;  // [tokens, heads, head_dim], dense
+
+  const T* block(const T* cache, int64_t sequence, int64_t index, int64_t kv_head) const {
+    return cache + block_tables[sequence * max_blocks + index] * cache_block + kv_head * cache_head;
+  }
+};
+
+struct Item {
+  int64_t sequence, kv_head;
+  int64_t token, num_tokens;   // rows of the packed batch
+  int64_t position;            // of the first of them
+  int64_t first_key, end_key;  // the keys this item reads
+  int64_t partial;             // where a split item leaves its part; -1 if it is whole
+  bool is_narrow;
+};
+
+// Parts of split items: per row its maximum, its sum, and head_dim unnormalised outputs.
+struct Partials {
+  std::vector<float> data;
+  int64_t row_size;
+  float* row(int64_t partial, int64_t row) {
+    return data.data() + (partial * kNarrowRows + row) * row_size;
+  }
+};
+
+float* scratch(int64_t size) {
+  thread_local std::vector<float> memory;
+  if (static_cast<int64_t>(memory.size()) < size) memory.resize(size);
+  return memory.data();
+}
+
+template <typename T>
+int64_t row_offset(const Call<T>& call, const Item& item, int64_t row) {
+  const int64_t head = item.kv_head * call.group + row % call.group;
+  return ((item.token + row / call.group) * call.num_heads + head) * call.head_dim;
+}
+
+template <typename T>
+const T* query_row(const Call<T>& call, const Item& item, int64_t row) {
+  return call.query + (item.token + row / call.group) * call.query_token +
+         (item.kv_head * call.group + row % call.group) * call.query_head;
+}
+
+inline bool is_visible(int64_t key, int64_t position, int64_t window) {
+  return key <= position && key > position - window;
+}
+
+template <typename T, int R>
+void narrow_scores(const T* keys, int64_t num_keys, int64_t dim, const float* q, float* scores,
+                   int64_t width) {
+  for (int64_t j = 0; j < num_keys; ++j) {
+    Vec sums[R] = {};
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      const Vec key = load(keys + j * dim + d);
+      for (int r = 0; r < R; ++r) sums[r] += key * load(q + r * dim + d);
+    }
+    for (int r = 0; r < R; ++r) scores[r * width + j] = sum_lanes(sums[r]);
+  }
+}
+
+template <typename T, int R>
+void narrow_values(const T* values, int64_t num_keys, int64_t dim, const float* p, int64_t width,
+                   const float* alpha, float* out) {
+  for (int64_t d = 0; d < dim; d += kLanes) {
+    Vec sums[R];
+    for (int r = 0; r < R; ++r) sums[r] = load(out + r * dim + d) * alpha[r];
+    for (int64_t j = 0; j < num_keys; ++j) {
+      const Vec value = load(values + j * dim + d);
+      for (int r = 0; r < R; ++r) sums[r] += value * p[r * width + j];
+    }
+    for (int r = 0; r < R; ++r) store(out + r * dim + d, sums[r]);
+  }
+}
+
+// One row's softmax over a block, online: scores become weights. Returns the factor by which what
+// was summed before must shrink.
+template <typename T>
+float narrow_softmax(const Call<T>& call, float* scores, int64_t width, int64_t first_key,
+                     int64_t num_keys, int64_t position, float* maximum_so_far, float* sum) {
+  if (call.soft_cap > 0)
+    for (int64_t j = 0; j < width; j += kLanes)
+      store(scores + j, capped(load(scores + j), call.soft_cap));
+  for (int64_t j = 0; j < width; ++j)
+    if (j >= num_keys || !is_visible(first_key + j, position, call.window)) scores[j] = -kInfinity;
+  float top = *maximum_so_far;
+  for (int64_t j = 0; j < num_keys; ++j) top = scores[j] > top ? scores[j] : top;
+  const float base = top == -kInfinity ? 0.0f : top;
+  Vec total{};
+  for (int64_t j = 0; j < width; j += kLanes) {
+    const Vec weights = exponential(load(scores + j) - base);
+    store(scores + j, weights);
+    total += weights;
+  }
+  const float alpha = *maximum_so_far == -kInfinity ? 0.0f : std::exp(*maximum_so_far - base);
+  *maximum_so_far = top;
+  *sum = *sum * alpha + sum_lanes(total);
+  return alpha;
+}
+
+template <typename T, int R>
+void run_narrow(const Call<T>& call, const Item& item, Partials& partials) {
+  const int64_t dim = call.head_dim, bs = call.block_size;
+  const int64_t width = (bs + kLanes - 1) / kLanes * kLanes;
+  float* q = scratch(R * (2 * dim + width));
+  float* out = q + R * dim;
+  float* scores = out + R * dim;
+  float tops[R], sums[R], alpha[R];
+  for (int r = 0; r < R; ++r) {
+    const T* source = query_row(call, item, r);
+    for (int64_t d = 0; d < dim; ++d) q[r * dim + d] = static_cast<float>(source[d]) * call.scale;
+    tops[r] = -kInfinity;
+    sums[r] = 0;
+  }
+  std::fill(out, out + R * dim, 0.0f);
+  for (int64_t key = item.first_key; key < item.end_key;) {
+    const int64_t offset = key % bs, n = std::min(bs - offset, item.end_key - key);
+    const int64_t index = key / bs;
+    const T* keys = call.block(call.keys, item.sequence, index, item.kv_head) + offset * dim;
+    const T* values = call.block(call.values, item.sequence, index, item.kv_head) + offset * dim;
+    narrow_scores<T, R>(keys, n, dim, q, scores, width);
+    for (int r = 0; r < R; ++r)
+      alpha[r] = narrow_softmax(call, scores + r * width, width, key, n,
+                                item.position + r / call.group, &tops[r], &sums[r]);
+    narrow_values<T, R>(values, n, dim, scores, width, alpha, out);
+    key += n;
+  }
+  for (int r = 0; r < R; ++r) {
+    if (item.partial >= 0) {
+      float* part = partials.row(item.partial, r);
+      part[0] = tops[r];
+      part[1] = sums[r];
+      std::copy(out + r * dim, out + (r + 1) * dim, part + 2);
+    } else {
+      T* target = call.output + row_offset(call, item, r);
+      for (int64_t d = 0; d < dim; ++d) target[d] = static_cast<T>(out[r * dim + d] / sums[r]);
+    }
+  }
+}
+
+// Converts a block's rows to float; a float cache is used where it lies.
+template <typename T>
+const float* as_float(const T* source, int64_t size, float* target) {
+  if constexpr (std::is_same_v<T, float>) {
+    return source;
+  } else {
+    int64_t i = 0;
+    for (; i + kLanes <= size; i += kLanes) store(target + i, load(source + i));
+    for (; i < size; ++i) target[i] = static_cast<float>(source[i]);
+    return target;
+  }
+}
+
+// The same online softmax for kLanes rows at once; `scores` is [num_keys, rows] at the first lane.
+template <typename T>
+void wide_softmax(const Call<T>& call, float* scores, int64_t rows, int64_t first_key,
+                  int64_t num_keys, IntVec position, bool is_masked, float* top, float* sum,
+                  float* alpha) {
+  const int32_t window = static_cast<int32_t>(call.window);
+  Vec highest = load(top);
+  for (int64_t j = 0; j < num_keys; ++j) {
+    Vec s = load(scores + j * rows);
+    if (call.soft_cap > 0) s = capped(s, call.soft_cap);
+    if (is_masked) {
+      const IntVec behind = position - static_cast<int32_t>(first_key + j);
+      s = (behind >= 0) & (behind < window) ? s : splat(-kInfinity);
+    }
+    store(scores + j * rows, s);
+    highest = maximum(s, highest);
+  }
+  const Vec base = highest == -kInfinity ? Vec{} : highest;
+  const Vec shrink = exponential(load(top) - base);
+  Vec total = load(sum) * shrink;
+  for (int64_t j = 0; j < num_keys; ++j) {
+    const Vec weights = exponential(load(scores + j * rows) - base);
+    store(scores + j * rows, weights);
+    total += weights;
+  }
+  store(top, highest);
+  store(sum, total);
+  store(alpha, shrink);
+}
+
+template <typename T>
+void run_wide(const Call<T>& call, const Item& item) {
+  const int64_t dim = call.head_dim, bs = call.block_size, real = item.num_tokens * call.group;
+  const int64_t rows = (real + kLanes - 1) / kLanes * kLanes;
+  float* q = scratch(rows * (2 * dim + bs + 4) + 2 * bs * dim);  // [dim, rows]
+  float* out = q + dim * rows;                                   // [dim, rows]
+  float* scores = out + dim * rows;                              // [block_size, rows]
+  float *top = scores + bs * rows, *sum = top + rows, *alpha = sum + rows;
+  int32_t* positions = reinterpret_cast<int32_t*>(alpha + rows);
+  float *key_floats = alpha + 2 * rows, *value_floats = key_floats + bs * dim;
+  for (int64_t m = 0; m < rows; ++m) {
+    // Rows that only fill a vector repeat the last one; nothing reads what they become.
+    const int64_t row = std::min(m, real - 1);
+    const T* source = query_row(call, item, row);
+    for (int64_t d = 0; d < dim; ++d) q[d * rows + m] = static_cast<float>(source[d]) * call.scale;
+    positions[m] = static_cast<int32_t>(item.position + row / call.group);
+  }
+  std::fill(out, out + dim * rows, 0.0f);
+  std::fill(top, top + rows, -kInfinity);
+  std::fill(sum, sum + rows, 0.0f);
+  const int64_t last_position = item.position + item.num_tokens - 1;
+  for (int64_t key = item.first_key; key < item.end_key;) {
+    const int64_t offset = key % bs, n = std::min(bs - offset, item.end_key - key);
+    const T* key_block = call.block(call.keys, item.sequence, key / bs, item.kv_head);
+    const T* value_block = call.block(call.values, item.sequence, key / bs, item.kv_head);
+    const float* keys = as_float(key_block + offset * dim, n * dim, key_floats);
+    const float* values = as_float(value_block + offset * dim, n * dim, value_floats);
+    multiply(keys, dim, 1, q, rows, scores, n, dim, nullptr);
+    const bool is_masked = key + n - 1 > item.position || key <= last_position - call.window;
+    for (int64_t m = 0; m < rows; m += kLanes) {
+      IntVec position;
+      std::memcpy(&position, positions + m, sizeof position);
+      wide_softmax(call, scores + m, rows, key, n, position, is_masked, top + m, sum + m,
+                   alpha + m);
+    }
+    multiply(values, 1, dim, scores, rows, out, dim, n, alpha);
+    key += n;
+  }
+  for (int64_t m = 0; m < real; ++m) {
+    T* target = call.output + row_offset(call, item, m);
+    for (int64_t d = 0; d < dim; ++d) target[d] = static_cast<T>(out[d * rows + m] / sum[m]);
+  }
+}
+
+template <typename T>
+void run_item(const Call<T>& call, const Item& item, Partials& partials) {
+  switch (item.is_narrow ? item.num_tokens * call.group : 0) {
+    case 1: return run_narrow<T, 1>(call, item, partials);
+    case 2: return run_narrow<T, 2>(call, item, partials);
+    case 3: return run_narrow<T, 3>(call, item, partials);
+    case 4: return run_narrow<T, 4>(call, item, partials);
+    case 5: return run_narrow<T, 5>(call, item, partials);
+    case 6: return run_narrow<T, 6>(call, item, partials);
+    case 7: return run_narrow<T, 7>(call, item, partials);
+    case 8: return run_narrow<T, 8>(call, item, partials);
+    default: return run_wide(call, item);
+  }
+}
+
+}  // namespace

@@ -1,0 +1,137 @@
+"""Ragged paged batches for attention backends: prefill, chunks and decodes in one step."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from runtime.cache.pool import KvPool, KvShape
+from runtime.execution.attention import AttentionBackend, AttentionMetadata, AttentionSpec
+from runtime.execution.reference import attend_one
+
+
+@dataclass(frozen=True)
+class Case:
+    """`lengths` are (new tokens, context tokens) per sequence."""
+
+    lengths: tuple[tuple[int, int], ...]
+    num_heads: int = 6
+    num_kv_heads: int = 2
+    head_dim: int = 32
+    block_size: int = 16
+    dtype: torch.dtype = torch.float32
+    sliding_window: int | None = None
+    soft_cap: float | None = None
+
+
+@dataclass
+class PagedInputs:
+    """A case's tensors, with the past already cached and everything unused poisoned."""
+
+    query: Tensor
+    keys: Tensor  # of the new tokens
+    values: Tensor
+    pool: KvPool
+    metadata: AttentionMetadata
+    spec: AttentionSpec
+    whole_keys: list[Tensor]  # per sequence, its whole context [kv_heads, context, head_dim]
+    whole_values: list[Tensor]
+
+    def attend(self, backend: AttentionBackend) -> Tensor:
+        caches = self.pool.keys(1), self.pool.values(1)
+        backend.write(self.keys, self.values, *caches, self.metadata.slots)
+        return backend.attend(self.query, *caches, self.metadata, self.spec)
+
+    def expected(self) -> Tensor:
+        """From the dense keys and values, in float64: no paging is involved."""
+        starts = self.metadata.query_start.tolist()
+        outputs = [
+            attend_one(
+                self.query[starts[i] : starts[i + 1]].double(),
+                self.whole_keys[i].double(),
+                self.whole_values[i].double(),
+                self.spec,
+            )
+            for i in range(len(self.whole_keys))
+        ]
+        return torch.cat(outputs)
+
+
+def make_inputs(case: Case, seed: int = 0) -> PagedInputs:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(case.dtype)
+
+    shape = KvShape(case.num_kv_heads, case.head_dim)
+    size = case.block_size
+    num_blocks = sum(-(-context // size) for _, context in case.lengths) + 3
+    pool = KvPool([shape] * 3, num_blocks=num_blocks, block_size=size, dtype=case.dtype)
+    pool.poison(range(num_blocks))
+    shuffled = torch.Generator().manual_seed(seed)
+    order = torch.randperm(num_blocks, generator=shuffled).tolist()
+    tables, slots, starts, wholes, new = [], [], [0], [], []
+    for num_new, context in case.lengths:
+        table = [order.pop() for _ in range(-(-context // size))]
+        whole = normal(2, case.num_kv_heads, context, case.head_dim)
+        for p in range(context - num_new):
+            pool.keys(1)[table[p // size], :, p % size] = whole[0, :, p]
+            pool.values(1)[table[p // size], :, p % size] = whole[1, :, p]
+        tables.append(table)
+        slots += [table[p // size] * size + p % size for p in range(context - num_new, context)]
+        starts.append(starts[-1] + num_new)
+        wholes.append(whole)
+        new.append(whole[:, :, context - num_new :])
+    width = max(len(table) for table in tables)
+    packed = torch.cat(new, dim=2).transpose(1, 2)  # [2, tokens, kv_heads, head_dim], strided
+    metadata = AttentionMetadata(
+        query_start=torch.tensor(starts, dtype=torch.int32),
+        context_lens=torch.tensor([context for _, context in case.lengths], dtype=torch.int32),
+        # Entries past a context are arbitrary: they must not be read.
+        block_tables=torch.tensor(
+            [table + [2**30] * (width - len(table)) for table in tables], dtype=torch.int32
+        ),
+        slots=torch.tensor(slots),
+        block_size=size,
+        max_query_len=max(num_new for num_new, _ in case.lengths),
+        max_context_len=max(context for _, context in case.lengths),
+    )
+    return PagedInputs(
+        query=normal(case.num_heads, starts[-1], case.head_dim).transpose(0, 1),
+        keys=packed[0],
+        values=packed[1],
+        pool=pool,
+        metadata=metadata,
+        spec=AttentionSpec(case.head_dim**-0.5, case.sliding_window, case.soft_cap),
+        whole_keys=[whole[0] for whole in wholes],
+        whole_values=[whole[1] for whole in wholes],
+    )
+
+
+# Decodes, whole prompts, chunks that continue a past, a single token, contexts ending inside and
+# at the end of a block, and one long enough to be split.
+RAGGED = ((1, 300), (1, 3), (37, 37), (30, 90), (2, 64), (1, 1), (1, 16), (3, 20))
+
+CASES = {
+    "grouped": Case(RAGGED),
+    "sharing one kv head": Case(RAGGED, num_heads=8, num_kv_heads=1),
+    "one head per kv head": Case(RAGGED, num_heads=3, num_kv_heads=3, head_dim=64),
+    "odd width": Case(RAGGED, head_dim=20),
+    "odd blocks": Case(RAGGED, block_size=5),
+    "large blocks": Case(RAGGED, block_size=64),
+    "window": Case(RAGGED, sliding_window=13),
+    "wide window": Case(RAGGED, sliding_window=33, num_heads=4, num_kv_heads=4),
+    "soft cap": Case(RAGGED, soft_cap=1.5),
+    "soft cap and window": Case(RAGGED, soft_cap=5.0, sliding_window=20),
+    "only decoding": Case(((1, 40), (1, 7), (1, 65)), num_heads=9, num_kv_heads=3, head_dim=64),
+    "bfloat16": Case(RAGGED, dtype=torch.bfloat16),
+    "float16": Case(RAGGED, dtype=torch.float16, sliding_window=19),
+}
+
+# Largest deviation from float64 that rounding explains, of outputs of magnitude about 1.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+def deviation(backend: AttentionBackend, case: Case) -> float:
+    inputs = make_inputs(case)
+    return float((inputs.attend(backend).double() - inputs.expected()).abs().max())

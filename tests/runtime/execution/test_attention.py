@@ -1,0 +1,117 @@
+"""Every backend against dense float64 attention, on ragged paged batches full of NaN."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from runtime.execution.attention import AttentionBackend, choose_backend
+from runtime.execution.cpu import CpuAttention
+from runtime.execution.native import Variant, library_path, variants
+from runtime.execution.reference import ReferenceAttention
+from tests.runtime.execution.attention_cases import (
+    CASES,
+    RAGGED,
+    TOLERANCE,
+    Case,
+    deviation,
+    make_inputs,
+)
+
+
+@pytest.fixture(params=[None, *variants()], ids=lambda v: v.name if v else "reference")
+def backend(request: pytest.FixtureRequest) -> AttentionBackend:
+    variant: Variant | None = request.param
+    if variant is None:
+        return ReferenceAttention()
+    if not variant.is_supported:
+        pytest.skip(f"this CPU has no {variant.name}")
+    if not library_path(variant).is_file():
+        pytest.skip(f"{variant.name} was not compiled (python -m runtime.execution.native)")
+    return CpuAttention(variant)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_backend_equals_dense_attention(backend: AttentionBackend, name: str) -> None:
+    assert deviation(backend, CASES[name]) < TOLERANCE[CASES[name].dtype]
+
+
+def test_result_does_not_depend_on_neighbours_or_threads(backend: AttentionBackend) -> None:
+    inputs = make_inputs(Case(RAGGED, dtype=torch.bfloat16))
+    together = inputs.attend(backend)
+    num_threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(inputs.attend(backend), together)
+    finally:
+        torch.set_num_threads(num_threads)
+    alone = make_inputs(Case(RAGGED[:1], dtype=torch.bfloat16))
+    alone.query = inputs.query[:1]
+    # The first sequence's past is drawn first, so it is the same in both.
+    assert torch.equal(alone.attend(backend), together[:1])
+
+
+def test_nan_in_a_context_is_not_hidden(backend: AttentionBackend) -> None:
+    inputs = make_inputs(Case(((1, 40), (20, 40))))
+    inputs.keys[0] = torch.nan
+    output = inputs.attend(backend)
+    assert output[0].isnan().all()
+    assert not output[1:].isnan().any()
+
+
+def test_float64_serves_as_the_oracle(backend: AttentionBackend) -> None:
+    assert deviation(backend, Case(RAGGED, dtype=torch.float64)) < 1e-13
+
+
+def test_compiled_op_refuses_what_would_leave_the_pool(backend: AttentionBackend) -> None:
+    if not isinstance(backend, CpuAttention):
+        pytest.skip("only the compiled op works without bounds")
+    inputs = make_inputs(Case(((1, 40),)))
+    inputs.metadata.block_tables[0, 1] = inputs.pool.num_blocks
+    with pytest.raises(RuntimeError, match="outside the pool"):
+        inputs.attend(backend)
+    inputs = make_inputs(Case(((1, 40),)))
+    inputs.metadata.slots[0] = -1
+    with pytest.raises(RuntimeError, match="outside the pool"):
+        inputs.attend(backend)
+    inputs = make_inputs(Case(((1, 40),)))
+    inputs.metadata.context_lens[0] = 1000
+    with pytest.raises(RuntimeError, match="more than its blocks hold"):
+        inputs.attend(backend)
+
+
+def test_choose_backend_takes_the_compiled_op_where_there_is_one() -> None:
+    usable = [v for v in variants() if v.is_supported and library_path(v).is_file()]
+    expected = f"cpu-{usable[0].name}" if usable else "reference"
+    assert choose_backend("cpu").name == expected
+    assert choose_backend("meta").name == "reference"
+
+
+TRITON_CASES = ["grouped", "odd width", "odd blocks", "soft cap and window", "only decoding"]
+# Not bfloat16: the interpreter keeps it as uint16 and multiplies it as such.
+TRITON_CASES += ["sharing one kv head", "float16"]
+
+
+def test_triton_kernels_equal_dense_attention() -> None:
+    """In a process of its own: the interpreter is chosen when the kernels are defined."""
+    pytest.importorskip("triton")
+    script = (
+        "import sys, torch; torch.set_num_threads(1)\n"
+        "from tests.runtime.execution.attention_cases import CASES, deviation\n"
+        "from runtime.execution.triton_attention import TritonAttention\n"
+        "for name in sys.argv[1:]: print(deviation(TritonAttention(), CASES[name]))\n"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, *TRITON_CASES],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    deviations = dict(zip(TRITON_CASES, map(float, done.stdout.split()), strict=True))
+    for name, found in deviations.items():
+        assert found < TOLERANCE[CASES[name].dtype], (name, found)

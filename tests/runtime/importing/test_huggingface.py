@@ -1,0 +1,249 @@
+"""What a Hugging Face directory becomes, and the plain reasons why some are refused."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from runtime.importing.huggingface import load_decoder
+from runtime.importing.huggingface_probe import classify_mask
+from runtime.importing.program import ImportFailure
+from tests.runtime.decoders import WINDOW, save_decoder
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("llama")
+    save_decoder("llama", path)
+    return path
+
+
+@pytest.fixture
+def directory(saved: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    for file in saved.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+def edit_config(directory: Path, **values: Any) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def refusal(directory: Path) -> tuple[str, str]:
+    with pytest.raises(ImportFailure) as caught:
+        load_decoder(directory)
+    error = caught.value.error
+    assert error.status == 422
+    assert len(error.message) < 600
+    return error.code, error.message
+
+
+def test_info_describes_the_model(directory: Path) -> None:
+    (directory / "tokenizer.json").write_text("{}")
+    (directory / "chat_template.jinja").write_text("{{ messages }}")
+    info = load_decoder(directory).info
+    assert info.architecture == "LlamaForCausalLM"
+    assert (info.vocab_size, info.max_context_tokens, info.num_layers) == (96, 256, 3)
+    assert info.kv_bytes_per_token == 3 * 2 * 2 * 16 * 4
+    assert info.dtype == "float32"
+    assert info.has_tokenizer
+    assert info.has_chat_template
+
+
+def test_layers_carry_scale_window_and_cap(tmp_path: Path) -> None:
+    save_decoder("gemma2", tmp_path, query_pre_attn_scalar=25, attn_logit_softcapping=30.0)
+    layers = load_decoder(tmp_path).layers
+    assert [layer.attention.sliding_window for layer in layers] == [WINDOW, None, WINDOW]
+    assert {(layer.attention.scale, layer.attention.soft_cap) for layer in layers} == {(0.2, 30.0)}
+    assert {(layer.num_heads, layer.num_kv_heads, layer.head_dim) for layer in layers} == {
+        (6, 2, 16)
+    }
+
+
+def test_dtype_is_the_saved_one_unless_asked_for(tmp_path: Path) -> None:
+    save_decoder("llama", tmp_path, torch.bfloat16)
+    assert load_decoder(tmp_path).info.dtype == "bfloat16"
+    decoder = load_decoder(tmp_path, dtype=torch.float32)
+    assert decoder.info.dtype == "float32"
+    assert {parameter.dtype for parameter in decoder.module.parameters()} == {torch.float32}
+
+
+def test_weights_are_mapped_from_the_file_not_copied(directory: Path) -> None:
+    decoder = load_decoder(directory)
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("this system does not list its mappings")
+    ranges = [
+        tuple(int(end, 16) for end in line.split()[0].split("-"))
+        for line in maps.read_text().splitlines()
+        if line.endswith(str(directory / "model.safetensors"))
+    ]
+    for parameter in decoder.module.parameters():
+        address = parameter.data_ptr()
+        assert any(start <= address < end for start, end in ranges)
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "expected"),
+    [(2, None, (2,)), ([2, 5], None, (2, 5)), (2, 7, (7,)), (None, None, ()), (2, [7, 8], (7, 8))],
+)
+def test_end_tokens(directory: Path, config: Any, generation: Any, expected: tuple) -> None:
+    edit_config(directory, eos_token_id=config)
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    assert load_decoder(directory).eos_token_ids == expected
+
+
+def test_length_dependent_rotary_scaling_limits_the_context(directory: Path) -> None:
+    scaling = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    edit_config(directory, rope_parameters=scaling)
+    decoder = load_decoder(directory)
+    assert decoder.info.max_context_tokens == 256
+    assert any("dynamic" in note for note in decoder.notes)
+
+
+def test_unused_weights_are_noted(directory: Path) -> None:
+    weights = load_file(directory / "model.safetensors")
+    save_file(
+        {**weights, "extra.weight": torch.ones(1)},
+        directory / "model.safetensors",
+        {"format": "pt"},
+    )
+    assert any("extra.weight" in note for note in load_decoder(directory).notes)
+
+
+# --- refusals ---------------------------------------------------------------------------
+
+
+def drop_weight(directory: Path) -> None:
+    weights = load_file(directory / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+
+
+def pickle_weights(directory: Path) -> None:
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+
+
+def truncate_weights(directory: Path) -> None:
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+SPOILT: dict[str, tuple[Callable[[Path], object], str, str]] = {
+    "no config": (lambda d: (d / "config.json").unlink(), "config_missing", "save_pretrained"),
+    "broken config": (
+        lambda d: (d / "config.json").write_text("{"),
+        "invalid_json",
+        "config.json is not valid JSON",
+    ),
+    "a list as config": (lambda d: (d / "config.json").write_text("[]"), "invalid_json", "object"),
+    "no weights": (
+        lambda d: (d / "model.safetensors").unlink(),
+        "weights_missing",
+        "model.save_pretrained(directory)",
+    ),
+    "pickled weights": (pickle_weights, "pickled_weights", "model.save_pretrained(directory)"),
+    "a weight missing": (drop_weight, "incomplete_weights", "model.layers.1.mlp.up_proj.weight"),
+    "truncated weights": (truncate_weights, "load_failed", "transformers"),
+    "wrong shapes": (lambda d: edit_config(d, intermediate_size=32), "load_failed", "transformers"),
+    "own code": (
+        lambda d: edit_config(d, auto_map={"AutoModelForCausalLM": "modeling.M"}),
+        "remote_code",
+        "auto_map",
+    ),
+    "code beside": (lambda d: (d / "modeling.py").write_text("x"), "remote_code", "modeling.py"),
+    "adapter": (lambda d: (d / "adapter_config.json").write_text("{}"), "adapter", "merge"),
+    "quantised": (
+        lambda d: edit_config(d, quantization_config={"quant_method": "gptq"}),
+        "quantized",
+        "gptq",
+    ),
+    "not causal": (lambda d: edit_config(d, model_type="vit"), "not_a_decoder", "torch.export"),
+    "unknown type": (lambda d: edit_config(d, model_type="abc"), "not_a_decoder", "'abc'"),
+    "classifier": (
+        lambda d: edit_config(d, architectures=["LlamaForSequenceClassification"]),
+        "not_a_decoder",
+        "LlamaForSequenceClassification",
+    ),
+    "encoder-decoder": (
+        lambda d: edit_config(d, is_encoder_decoder=True),
+        "not_a_decoder",
+        "encoder-decoder",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_refused_with_what_to_do(directory: Path, name: str) -> None:
+    spoil, code, words = SPOILT[name]
+    spoil(directory)
+    found = refusal(directory)
+    assert found[0] == code
+    assert words in found[1]
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "code"),
+    [
+        ("bloom", {}, "attention_not_found"),  # adds its own positional bias
+        ("gpt_oss", {}, "attention_unsupported"),  # sinks
+        (
+            "deepseek_v3",
+            {"qk_rope_head_dim": 16},
+            "attention_unsupported",
+        ),  # keys wider than values
+        ("bert", {"is_decoder": False}, "mask_unsupported"),  # looks ahead
+        (
+            "llama4_text",
+            {"layer_types": ["chunked_attention"] * 3, "attention_chunk_size": 16},
+            "mask_unsupported",
+        ),
+    ],
+)
+def test_families_that_attend_otherwise_are_refused(
+    tmp_path: Path, family: str, overrides: dict[str, Any], code: str
+) -> None:
+    save_decoder(family, tmp_path, **overrides)
+    assert refusal(tmp_path)[0] == code
+
+
+# --- masks ------------------------------------------------------------------------------
+
+
+def causal(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return key <= query
+
+
+def test_masks_are_classified_far_beyond_the_probe() -> None:
+    device = torch.device("cpu")
+    assert classify_mask(causal, 5000, device) is None
+
+    def windowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return causal(batch, head, query, key) & (key > query - 4000)
+
+    assert classify_mask(windowed, 5000, device) == 4000
+    assert classify_mask(windowed, 3000, device) is None
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        lambda b, h, q, k: k >= 0 * q,
+        lambda b, h, q, k: (k <= q) & (k // 100 == q // 100),
+        lambda b, h, q, k: (k <= q) & ((k > q - 100) | (k < 4)),
+        lambda b, h, q, k: k < q,
+        lambda b, h, q, k: torch.zeros(8, 8, dtype=torch.bool)[q, k],
+    ],
+    ids=["bidirectional", "chunked", "window with sinks", "off by one", "table of the probe"],
+)
+def test_other_masks_are_refused(mask: Callable[..., Tensor]) -> None:
+    with pytest.raises(ImportFailure) as caught:
+        classify_mask(mask, 5000, torch.device("cpu"))
+    assert caught.value.error.code == "mask_unsupported"
