@@ -1,0 +1,141 @@
+"""What a worker claims, held against what can be true.
+
+A worker runs somebody's model and is billed by what it reports, so nothing it sends is believed
+that the request, the manifest or our own clock contradicts. Owns the bounds; acting on a breach
+is `link.py`'s.
+"""
+
+import math
+
+from app.core.errors import AppError, RuntimeFailure
+from app.deployments.logs import clean_text
+from runtime.protocol import (
+    DecoderInfo,
+    FrameError,
+    Generate,
+    Manifest,
+    Predicted,
+    Prepared,
+    Tensor,
+    TensorSpec,
+    WireError,
+)
+
+SPECIAL_TOKENS = 8  # that a tokenizer may put around plain text
+CLOCK_SLACK_NS = 10_000_000
+MAX_MESSAGE_CHARS = 2_000
+MAX_TOKEN_CHARS = 1_024  # of text per token; the longest of known vocabularies have a few hundred
+RETRY_SECONDS = 1
+
+_ITEM_BYTES = {
+    **dict.fromkeys(("bool", "int8", "uint8"), 1),
+    **dict.fromkeys(("float16", "int16", "uint16", "bfloat16"), 2),
+    **dict.fromkeys(("float32", "int32", "uint32"), 4),
+    **dict.fromkeys(("float64", "int64", "uint64", "complex64"), 8),
+    "complex128": 16,
+}
+# What a worker may make of a request; anything else it says becomes a plain 500.
+_STATUSES = {400, 404, 408, 409, 413, 422, 429, 500, 501, 503, 504}
+
+
+class FalseClaim(FrameError):
+    """The worker claimed something that cannot be true."""
+
+
+def worker_failure(message: str, code: str, status: int = 503) -> RuntimeFailure:
+    """A failure that is the box's fault, never the caller's."""
+    failure = RuntimeFailure(message, status=status, type="server_error", code=code, param=None)
+    failure.retry_after_seconds = RETRY_SECONDS if status == 503 else None
+    return failure
+
+
+def failure_of(error: WireError) -> RuntimeFailure:
+    """What a caller is told of a worker's error, made harmless and kept to known statuses."""
+    status = error.status if error.status in _STATUSES else 500
+    failure = RuntimeFailure(
+        clean_text(error.message, MAX_MESSAGE_CHARS),
+        status=status,
+        type=clean_text(error.type, 64),
+        code=clean_text(error.code, 64),
+        param=None if error.param is None else clean_text(error.param, 200),
+    )
+    failure.retry_after_seconds = RETRY_SECONDS if status in (429, 503) else None
+    return failure
+
+
+def max_prompt_tokens(request: Generate, decoder: DecoderInfo) -> int:
+    """The most tokens `request` can have: one per byte, plus what the template adds."""
+    if request.token_ids is not None:
+        return len(request.token_ids)
+    if request.text is not None:
+        return len(request.text.encode("utf-8", "replace")) + SPECIAL_TOKENS
+    messages = request.messages or []
+    num_bytes = sum(
+        len(part.encode("utf-8", "replace"))
+        for message in messages
+        for part in (message.role, message.content, message.name or "")
+    )
+    template = decoder.template_tokens + decoder.template_tokens_per_message * len(messages)
+    return num_bytes + template + SPECIAL_TOKENS
+
+
+def check_prepared(prepared: Prepared, request: Generate, decoder: DecoderInfo) -> None:
+    """Raises `RuntimeFailure`: nothing was promised or charged yet, and text that some tokenizers
+    blow up must not let one caller stop a replica that others use."""
+    bound = max_prompt_tokens(request, decoder)
+    is_plausible = (
+        1 <= prepared.num_prompt_tokens <= bound
+        and 0 <= prepared.max_tokens <= request.sampling.max_tokens
+        and prepared.num_prompt_tokens + prepared.max_tokens <= decoder.max_context_tokens
+    )
+    if request.token_ids is not None:
+        is_plausible = is_plausible and prepared.num_prompt_tokens == len(request.token_ids)
+    if not is_plausible:
+        raise worker_failure(
+            f"The model's tokenizer reported {prepared.num_prompt_tokens} prompt tokens and "
+            f"{prepared.max_tokens} to come, which this request cannot have (at most {bound} and "
+            f"{request.sampling.max_tokens}); it was not run and costs nothing.",
+            "implausible_token_count",
+            500,
+        )
+
+
+def check_device_time(device_ns: int, elapsed_ns: int, num_devices: int) -> None:
+    """Device time within the wall time of as many devices, but for what clocks differ."""
+    if device_ns > (elapsed_ns + elapsed_ns // 100 + CLOCK_SLACK_NS) * num_devices:
+        raise FalseClaim(f"claimed {device_ns} ns of device time in {elapsed_ns} ns")
+
+
+def check_predicted(predicted: Predicted, manifest: Manifest) -> None:
+    """The outputs are those of the manifest's schema."""
+    if predicted.device_ns < 0 or predicted.queue_ns < 0 or predicted.batch_rows < 1:
+        raise FalseClaim("sent a negative measurement")
+    if manifest.schema is None:
+        return
+    specs = manifest.schema.outputs
+    if [tensor.name for tensor in predicted.outputs] != [spec.name for spec in specs]:
+        raise FalseClaim("sent outputs other than its schema's")
+    for tensor, spec in zip(predicted.outputs, specs, strict=True):
+        _check_tensor(tensor, spec)
+
+
+def _check_tensor(tensor: Tensor, spec: TensorSpec) -> None:
+    item_bytes = _ITEM_BYTES.get(tensor.dtype)
+    is_of_shape = len(tensor.shape) == len(spec.shape) and all(
+        size >= 0 and (expected is None or size == expected)
+        for size, expected in zip(tensor.shape, spec.shape, strict=True)
+    )
+    if item_bytes is None or tensor.dtype != spec.dtype or not is_of_shape:
+        raise FalseClaim(f"sent output {spec.name!r} in another shape or dtype than its schema's")
+    if len(tensor.data) != math.prod(tensor.shape) * item_bytes:
+        raise FalseClaim(f"sent output {spec.name!r} with data that does not fill its shape")
+
+
+def copy_of(error: AppError) -> AppError:
+    """An instance of its own for each request that fails of one cause: an exception collects the
+    traceback of everyone who raises it."""
+    fresh = RuntimeFailure(
+        error.message, status=error.status, type=error.type, code=error.code, param=error.param
+    )
+    fresh.retry_after_seconds = error.retry_after_seconds
+    return fresh

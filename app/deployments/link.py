@@ -1,0 +1,395 @@
+"""The gateway's side of one worker's stream.
+
+Owns the requests under way on one replica: who waits for what, the order in which outputs are
+made durable and handed out, and the end of all of them when the worker goes. Framing is
+`stream.py`'s, the bounds on what a worker may claim are in `claims.py`.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import msgspec
+
+from app.core.clock import monotonic_ns
+from app.core.errors import AppError, RateLimited, TooLarge, Unavailable
+from app.deployments.claims import (
+    FalseClaim,
+    check_device_time,
+    check_predicted,
+    check_prepared,
+    failure_of,
+    worker_failure,
+)
+from app.deployments.generation import Generation, Outputs
+from app.deployments.launchers.base import LaunchError
+from app.deployments.outstanding import Call, Outstanding
+from app.deployments.stream import FrameStream
+from runtime.protocol import (
+    Cancel,
+    Drain,
+    Failed,
+    Fatal,
+    FromWorker,
+    Generate,
+    Manifest,
+    Message,
+    Predict,
+    Predicted,
+    Prepared,
+    Ready,
+    SamplingParams,
+    SequenceOutput,
+    Serve,
+    Start,
+    Stats,
+    Step,
+    encode_frame,
+)
+
+MAX_OUTSTANDING = 2048
+MAX_UNDELIVERED = 64  # frames that wait for the journal before the worker has to wait too
+PREPARE_SECONDS = 60.0
+CANCEL_SECONDS = 60.0  # a worker that has not ended a cancelled request by then hangs
+
+log = logging.getLogger(__name__)
+Commit = Callable[[list[SequenceOutput]], Awaitable[None]]
+
+
+class ReplicaLink:
+    """Multiplexes requests over one worker's stream; `stream` is the protocol to connect it with.
+
+    `commit` is awaited once for each step, in order, before any of its outputs is handed out. A
+    worker that goes, or that claims what cannot be true, ends the link: `wait_closed` tells why,
+    and every request on it fails with a typed 503.
+    """
+
+    def __init__(
+        self,
+        commit: Commit,
+        *,
+        manifest: Manifest | None = None,
+        num_devices: int = 1,
+        max_outstanding: int = MAX_OUTSTANDING,
+    ) -> None:
+        self._commit = commit
+        self._manifest = manifest
+        self._num_devices = num_devices
+        self._max_outstanding = max_outstanding
+        self._loop = asyncio.get_running_loop()
+        decoder = msgspec.msgpack.Decoder(FromWorker)
+        self.stream: FrameStream[FromWorker] = FrameStream(decoder, self._receive, self._on_lost)
+        self.stats = Stats()
+        self._outstanding = Outstanding()
+        self._undelivered: asyncio.Queue[Step | Failed | None] = asyncio.Queue()
+        self._ready: asyncio.Future[Ready] = self._loop.create_future()
+        self._ready_ns = 0
+        self._device_ns = 0
+        self._vocab_size = 0
+        self._closed: asyncio.Future[str] = self._loop.create_future()
+        self._is_draining = False
+        self._is_false = False
+        self._fatal = ""
+        self._delivery = self._loop.create_task(self._deliver())
+
+    # --- life -----------------------------------------------------------------------------
+
+    @property
+    def num_outstanding(self) -> int:
+        """Requests prepared, queued or running."""
+        return len(self._outstanding)
+
+    @property
+    def closed(self) -> bool:
+        return self._closed.done()
+
+    async def wait_closed(self) -> str:
+        """Why the stream ended, to follow `The worker`."""
+        return await asyncio.shield(self._closed)
+
+    async def serve(self, serve: Serve, timeout_seconds: float) -> Ready:
+        """Tells a fresh worker what to serve. Raises `LaunchError` with the reason if it does not
+        get ready."""
+        self._send(serve)
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                return await asyncio.shield(self._ready)
+        except TimeoutError:
+            reason = f"did not get ready within {timeout_seconds:.0f} seconds"
+            self.stream.close(reason)
+            raise LaunchError(f"The worker {reason}") from None
+
+    async def drain(self, grace_seconds: float = 0.0) -> None:
+        """Takes requests for `grace_seconds` more, from callers that chose this replica before it
+        was taken off, lets all finish and asks the worker to end. The caller bounds the time."""
+        if grace_seconds:
+            await asyncio.sleep(grace_seconds)
+        self._is_draining = True
+        await self._outstanding.wait_idle()
+        self._send(Drain())
+        await self.wait_closed()
+
+    def close(self, reason: str) -> None:
+        """Ends the link at once; requests on it fail."""
+        self.stream.close(reason)
+
+    # --- requests -------------------------------------------------------------------------
+
+    async def prepare(self, request: Generate) -> Prepared:
+        """Has the worker tokenise and validate. Afterwards the request waits for `start` or
+        `cancel`. Raises `RuntimeFailure`, `RateLimited` or `Unavailable`."""
+        frame = self._admit(request.request_id, request)
+        generation = Generation(request, self._loop.create_future())
+        self._outstanding.generations[request.request_id] = generation
+        try:
+            async with asyncio.timeout(PREPARE_SECONDS):
+                await self.stream.writable()
+                self.stream.send_frame(frame)
+                return await generation.preparing
+        except TimeoutError:
+            self.cancel(request.request_id)
+            raise worker_failure("The model did not prepare the request.", "worker_slow") from None
+        except asyncio.CancelledError:
+            self.cancel(request.request_id)
+            raise
+
+    def start(self, request_id: str) -> None:
+        """Runs a prepared request: the money for it is held."""
+        generation = self._outstanding.generations.get(request_id)
+        if generation is None:  # its replica went in between; `outputs` says so
+            return
+        assert generation.prepared is not None, "started before it was prepared"
+        generation.started_ns = monotonic_ns()
+        self._send(Start(request_id=request_id))
+
+    def cancel(self, request_id: str) -> None:
+        """Stops a request; idempotent. One that runs still delivers what it had generated, and
+        ends with `abort`; one that does not is forgotten at once."""
+        if request_id not in self._outstanding:
+            return
+        self._send(Cancel(request_id=request_id))
+        generation = self._outstanding.generations.get(request_id)
+        if generation is None or generation.started_ns is None:
+            error = worker_failure("The request was cancelled.", "cancelled", 499)
+            self._outstanding.fail(request_id, error)
+        else:
+            self._loop.call_later(CANCEL_SECONDS, self._expect_end, request_id)
+
+    def outputs(self, request_id: str) -> AsyncIterator[list[SequenceOutput]]:
+        """What each step added, until every choice is finished. Raises `RuntimeFailure` when the
+        request fails. To be called once, right after `start`."""
+        generation = self._outstanding.generations.get(request_id)
+        if generation is None:
+            generation = _lost_generation(self._loop, request_id, self._lost())
+        return Outputs(generation)
+
+    async def predict(self, request: Predict) -> Predicted:
+        """Runs a tensor request. Raises like `prepare`."""
+        frame = self._admit(request.request_id, request)
+        call = Call(self._loop.create_future())
+        self._outstanding.calls[request.request_id] = call
+        try:
+            await self.stream.writable()
+            self.stream.send_frame(frame)
+            return await call.answer
+        except asyncio.CancelledError:
+            self.cancel(request.request_id)
+            raise
+
+    def _admit(self, request_id: str, request: Message) -> bytes:
+        """The request's frame, if it may be sent."""
+        if self.closed:
+            raise self._lost()
+        if self._is_draining:
+            raise Unavailable(
+                "This replica is stopping; try again.", code="draining", retry_after_seconds=1
+            )
+        if self.num_outstanding >= self._max_outstanding:
+            raise RateLimited(
+                f"This replica already has {self.num_outstanding} requests; try again shortly.",
+                code="replica_full",
+                retry_after_seconds=1,
+            )
+        assert request_id not in self._outstanding, request_id
+        try:
+            return encode_frame(request)
+        except ValueError as error:
+            raise TooLarge(f"The request is too large to be sent to the model: {error}") from None
+
+    def _send(self, message: Message) -> None:
+        self.stream.send_frame(encode_frame(message))
+
+    def _expect_end(self, request_id: str) -> None:
+        if request_id in self._outstanding.generations:
+            self.stream.close(f"did not stop a cancelled request within {CANCEL_SECONDS:.0f} s")
+
+    # --- what the worker sends ------------------------------------------------------------
+
+    def _receive(self, message: FromWorker) -> None:
+        try:
+            if not self._ready.done() and not isinstance(message, Ready | Fatal | Stats):
+                raise FalseClaim("answered before it was ready")
+            match message:
+                case Step():
+                    self._on_step(message)
+                case Predicted():
+                    self._on_predicted(message)
+                case Prepared():
+                    self._on_prepared(message)
+                case Failed():
+                    self._on_failed(message)
+                case Stats():
+                    self.stats = message
+                case Ready():
+                    self._on_ready(message)
+                case Fatal():
+                    self._fatal = failure_of(message.error).message
+                    self.stream.close(f"gave up: {self._fatal}")
+        except FalseClaim:
+            self._is_false = True
+            raise
+
+    def _on_ready(self, ready: Ready) -> None:
+        if self._ready.done():
+            raise FalseClaim("got ready twice")
+        if self._manifest is not None and ready.manifest != self._manifest:
+            raise FalseClaim("serves something else than its build made")
+        self._manifest = ready.manifest
+        self._vocab_size = ready.manifest.decoder.vocab_size if ready.manifest.decoder else 0
+        self._ready_ns = monotonic_ns()
+        self._ready.set_result(ready)
+
+    def _on_prepared(self, prepared: Prepared) -> None:
+        generation = self._outstanding.generations.get(prepared.request_id)
+        if generation is None:
+            return self._outstanding.expect_ended(prepared.request_id)
+        if generation.prepared is not None or self._manifest is None:
+            raise FalseClaim("prepared a request twice")
+        decoder = self._manifest.decoder
+        if decoder is None:
+            raise FalseClaim("prepared text for a tensor program")
+        try:
+            check_prepared(prepared, generation.request, decoder)
+        except AppError as error:
+            log.warning("refused a request: %s", error.message)
+            self._send(Cancel(request_id=prepared.request_id))
+            self._outstanding.fail(prepared.request_id, error)
+            return
+        generation.prepared = prepared
+        if not generation.preparing.done():
+            generation.preparing.set_result(prepared)
+
+    def _on_step(self, step: Step) -> None:
+        now_ns = monotonic_ns()
+        for output in step.outputs:
+            generation = self._outstanding.generations.get(output.request_id)
+            if generation is None:
+                self._outstanding.expect_ended(output.request_id)
+                continue
+            generation.check(output, now_ns, self._vocab_size, self._num_devices)
+            self._device_ns += output.device_ns
+        check_device_time(self._device_ns, now_ns - self._ready_ns, self._num_devices)
+        self._queue(step)
+
+    def _on_predicted(self, predicted: Predicted) -> None:
+        call = self._outstanding.calls.get(predicted.request_id)
+        if call is None:
+            return self._outstanding.expect_ended(predicted.request_id)
+        assert self._manifest is not None
+        now_ns = monotonic_ns()
+        check_predicted(predicted, self._manifest)
+        check_device_time(predicted.device_ns, now_ns - call.sent_ns, self._num_devices)
+        self._device_ns += predicted.device_ns
+        check_device_time(self._device_ns, now_ns - self._ready_ns, self._num_devices)
+        self._outstanding.forget(predicted.request_id)
+        if not call.answer.done():
+            call.answer.set_result(predicted)
+
+    def _on_failed(self, failed: Failed) -> None:
+        generation = self._outstanding.generations.get(failed.request_id)
+        if generation is not None and generation.started_ns is not None:
+            generation.is_failed = True
+            self._queue(failed)  # behind the outputs that came before it
+        elif failed.request_id in self._outstanding:
+            self._outstanding.fail(failed.request_id, failure_of(failed.error))
+        else:
+            self._outstanding.expect_ended(failed.request_id)
+
+    # --- handing out ----------------------------------------------------------------------
+
+    def _queue(self, message: Step | Failed) -> None:
+        self._undelivered.put_nowait(message)
+        if self._undelivered.qsize() >= MAX_UNDELIVERED:
+            self.stream.pause_reading()
+
+    async def _deliver(self) -> None:
+        """Hands out outputs in order, each step once it is durable; then fails what is left."""
+        try:
+            while (message := await self._undelivered.get()) is not None:
+                if isinstance(message, Step):
+                    await self._deliver_step(message.outputs)
+                else:
+                    self._outstanding.fail(message.request_id, failure_of(message.error))
+                if self._undelivered.qsize() == MAX_UNDELIVERED // 2:
+                    self.stream.resume_reading()
+        finally:
+            self.stream.close("answered, but the answer could not be handled")
+            for request_id in list(self._outstanding.generations):
+                self._outstanding.fail(request_id, self._lost())
+
+    async def _deliver_step(self, outputs: list[SequenceOutput]) -> None:
+        by_request: dict[str, list[SequenceOutput]] = {}
+        for output in outputs:
+            if output.request_id in self._outstanding.generations:
+                by_request.setdefault(output.request_id, []).append(output)
+        if not by_request:
+            return
+        try:
+            await self._commit([output for added in by_request.values() for output in added])
+        except AppError as error:  # not durable: these outputs never leave the box
+            for request_id in by_request:
+                self._send(Cancel(request_id=request_id))
+                self._outstanding.fail(request_id, error)
+            return
+        for request_id, added in by_request.items():
+            generation = self._outstanding.generations.get(request_id)
+            if generation is None:
+                continue
+            generation.deliver(added)
+            if generation.is_delivered:
+                self._outstanding.forget(request_id)
+
+    def _on_lost(self, reason: str) -> None:
+        log.info("a worker %s", reason)
+        self._closed.set_result(reason)
+        if not self._ready.done():
+            self._ready.set_exception(LaunchError(self._fatal or f"The worker {reason}"))
+            self._ready.exception()  # nobody may be waiting for it
+        for request_id in list(self._outstanding.calls):
+            self._outstanding.fail(request_id, self._lost())
+        for request_id, generation in list(self._outstanding.generations.items()):
+            if generation.started_ns is None:
+                self._outstanding.fail(request_id, self._lost())
+        self._undelivered.put_nowait(None)
+
+    def _lost(self) -> AppError:
+        if self._is_false:
+            return worker_failure(
+                "The model's worker reported something impossible and was stopped. "
+                "This request costs nothing; try again.",
+                "worker_untrusted",
+            )
+        reason = self._closed.result() if self._closed.done() else "went away"
+        return worker_failure(f"The model's worker {reason}. Try again.", "worker_lost")
+
+
+def _lost_generation(
+    loop: asyncio.AbstractEventLoop, request_id: str, error: AppError
+) -> Generation:
+    """Stands for a request whose replica went before its outputs were asked for."""
+    preparing: asyncio.Future[Prepared] = loop.create_future()
+    preparing.cancel()
+    request = Generate(request_id=request_id, sampling=SamplingParams(), cache_salt=b"")
+    generation = Generation(request, preparing)
+    generation.fail(error)
+    return generation

@@ -1,0 +1,73 @@
+"""The requests under way on one replica, and the memory of those that just ended."""
+
+import asyncio
+from collections import OrderedDict
+
+from app.core.clock import monotonic_ns
+from app.core.errors import AppError
+from app.deployments.claims import FalseClaim
+from app.deployments.generation import Generation
+from runtime.protocol import Predicted
+
+NUM_REMEMBERED = 8192
+
+
+class Call:
+    """One tensor request under way."""
+
+    __slots__ = ("answer", "sent_ns")
+
+    def __init__(self, answer: "asyncio.Future[Predicted]") -> None:
+        self.answer = answer
+        self.sent_ns = monotonic_ns()
+
+    def fail(self, error: AppError) -> None:
+        if not self.answer.done():
+            self.answer.set_exception(error)
+
+
+class Outstanding:
+    """Generations and calls by request id."""
+
+    def __init__(self) -> None:
+        self.generations: dict[str, Generation] = {}
+        self.calls: dict[str, Call] = {}
+        self._ended: OrderedDict[str, None] = OrderedDict()
+        self._idle = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self.generations) + len(self.calls)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self.generations or request_id in self.calls
+
+    def forget(self, request_id: str) -> None:
+        """The request is over; a late answer to it is expected, not a breach."""
+        self.generations.pop(request_id, None)
+        self.calls.pop(request_id, None)
+        self._ended[request_id] = None
+        if len(self._ended) > NUM_REMEMBERED:
+            self._ended.popitem(last=False)
+        if not self:
+            self._idle.set()
+
+    def fail(self, request_id: str, error: AppError) -> None:
+        """Ends a request with an error, if it is still under way."""
+        call, generation = self.calls.get(request_id), self.generations.get(request_id)
+        if call is not None:
+            self.forget(request_id)
+            call.fail(error)
+        elif generation is not None:
+            self.forget(request_id)
+            generation.fail(error)
+
+    def expect_ended(self, request_id: str) -> None:
+        """Raises `FalseClaim` for a request that never was."""
+        if request_id not in self._ended:
+            raise FalseClaim("answered a request that it was not sent")
+
+    async def wait_idle(self) -> None:
+        """Returns when no request is under way."""
+        while self:
+            self._idle.clear()
+            await self._idle.wait()

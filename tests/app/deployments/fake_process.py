@@ -1,0 +1,290 @@
+"""A worker or build that follows a script: speaks the real protocol without a model.
+
+Run as `python fake_process.py ROLE SOCKET SCRIPT_JSON`. A worker answers `Generate` with counting
+tokens and `Predict` with its inputs; the script makes it fail, lie, hang or die on cue.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from runtime.protocol import (
+    LENGTH,
+    Build,
+    BuildFailed,
+    BuildReceipt,
+    Built,
+    Cancel,
+    DecoderInfo,
+    Drain,
+    Failed,
+    Fatal,
+    Generate,
+    Manifest,
+    Predict,
+    Predicted,
+    Prepared,
+    Progress,
+    Ready,
+    Schema,
+    SequenceOutput,
+    Serve,
+    Start,
+    Stats,
+    Step,
+    TensorSpec,
+    ToWorker,
+    WireError,
+    encode_frame,
+)
+
+DECODER = Manifest(
+    kind="decoder",
+    format="huggingface",
+    num_parameters=1000,
+    weight_bytes=4000,
+    decoder=DecoderInfo(
+        architecture="fake",
+        vocab_size=1000,
+        max_context_tokens=512,
+        num_layers=1,
+        kv_bytes_per_token=4,
+        dtype="float32",
+        has_tokenizer=True,
+        has_chat_template=True,
+        template_tokens=8,
+        template_tokens_per_message=8,
+    ),
+)
+TENSOR = Manifest(
+    kind="tensor",
+    format="pt2",
+    num_parameters=10,
+    weight_bytes=40,
+    schema=Schema(
+        inputs=[TensorSpec(name="x", dtype="float32", shape=[None, 2])],
+        outputs=[TensorSpec(name="x", dtype="float32", shape=[None, 2])],
+        is_batched=True,
+    ),
+)
+RECEIPT = BuildReceipt(
+    verdict="equal",
+    checks=[],
+    candidates=[],
+    phase_seconds={"import": 0.5},
+    torch_version="2.13.0",
+    device="cpu",
+)
+
+
+def say(*words: object) -> None:
+    """Onto the captured output."""
+    sys.stdout.write(" ".join(map(str, words)) + "\n")
+    sys.stdout.flush()
+
+
+class Wire:
+    """Blocking frames over the accepted connection."""
+
+    def __init__(self, path: str) -> None:
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(path)
+        listener.listen(1)
+        self.connection, _ = listener.accept()
+
+    def receive(self, of: Any) -> Any:
+        prefix = self._exactly(LENGTH.size)
+        return msgspec.msgpack.decode(self._exactly(LENGTH.unpack(prefix)[0]), type=of)
+
+    def _exactly(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            chunk = self.connection.recv(size - len(data))
+            if not chunk:
+                sys.exit(0)
+            data += chunk
+        return data
+
+    def send(self, *messages: Any) -> None:
+        self.connection.sendall(b"".join(encode_frame(message) for message in messages))
+
+
+def worker(path: str, script: dict[str, Any]) -> None:
+    if script.get("no_socket"):
+        time.sleep(60)
+    wire = Wire(path)
+    serve = wire.receive(Serve)
+    say("serving", serve.artifact_dir)
+    report = script.get("report")
+    if report:
+        surroundings(Path(report))
+    manifest = TENSOR if script.get("kind") == "tensor" else DECODER
+    if script.get("fatal") or Path(serve.artifact_dir, "broken").exists():
+        error = WireError(type="server_error", message="The weights are damaged.", code="damaged")
+        wire.send(Fatal(error=error))
+        return
+    if script.get("never_ready"):
+        time.sleep(60)
+    if script.get("exit"):
+        say("about to fail")
+        sys.exit(script["exit"])
+    wire.send(Ready(manifest=manifest, memory_bytes=1234))
+    requests: dict[str, Generate] = {}
+    while True:
+        message = wire.receive(ToWorker)
+        match message:
+            case Generate():
+                if message.text == "die":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if message.text == "refuse":
+                    error = WireError(
+                        type="invalid_request_error", message="no\x1b[31m", code="bad", param="text"
+                    )
+                    wire.send(Failed(request_id=message.request_id, error=error))
+                    continue
+                if message.text == "silent":
+                    continue
+                requests[message.request_id] = message
+                count = len(message.token_ids or message.text or "x")
+                count = script.get("num_prompt_tokens", count)
+                wire.send(
+                    Prepared(
+                        request_id=message.request_id,
+                        num_prompt_tokens=count,
+                        max_tokens=message.sampling.max_tokens,
+                    )
+                )
+            case Start():
+                generate(wire, requests.pop(message.request_id), script)
+            case Cancel():
+                requests.pop(message.request_id, None)
+            case Predict():
+                if script.get("die_on_predict"):
+                    os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(script.get("seconds", 0))
+                device_ns = script.get("device_ns", 1000)
+                wire.send(
+                    Predicted(
+                        request_id=message.request_id,
+                        outputs=message.inputs if not script.get("bad_output") else [],
+                        device_ns=device_ns,
+                        batch_rows=1,
+                        queue_ns=0,
+                    ),
+                    Stats(requests=1),
+                )
+            case Drain():
+                if script.get("ignore_drain"):
+                    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                    time.sleep(60)
+                return
+            case _:
+                raise AssertionError(message)
+
+
+def generate(wire: Wire, request: Generate, script: dict[str, Any]) -> None:
+    lie = script.get("lie")
+    if lie == "garbage":
+        wire.connection.sendall(b"\xff" * 64)
+        time.sleep(60)
+    num_tokens = request.sampling.max_tokens
+    for number in range(num_tokens):
+        time.sleep(script.get("seconds", 0))
+        if script.get("die_after") == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if script.get("fail_after") == number:
+            error = WireError(type="server_error", message="It broke.", code="broke", status=500)
+            wire.send(Failed(request_id=request.request_id, error=error))
+            return
+        is_last = number == num_tokens - 1
+        output = SequenceOutput(
+            request_id="nobody" if lie == "unknown_id" else request.request_id,
+            choice=7 if lie == "choice" else 0,
+            token_ids=[5000 if lie == "vocabulary" else number],
+            text=f"{number} ",
+            num_cached_tokens=10_000 if lie == "cached" else 0,
+            device_ns=10**12 if lie == "device_time" else 1000,
+            finish_reason="length" if is_last and lie != "too_many" else None,
+        )
+        wire.send(Step(outputs=[output]))
+    if lie == "too_many":
+        wire.send(Step(outputs=[output]))
+        time.sleep(60)
+
+
+def build(path: str, script: dict[str, Any]) -> None:
+    wire = Wire(path)
+    message = wire.receive(Build)
+    output = Path(message.output_dir)
+    say("building", message.upload_path)
+    wire.send(Progress(phase="import", fraction=0.25, detail="reading"))
+    wire.send(Progress(phase="prove", fraction=0.1, detail="bad\x00\x1b[1m detail"))
+    if script.get("signal"):
+        os.kill(os.getpid(), script["signal"])
+    if script.get("exit"):
+        say("it did not work")
+        sys.exit(script["exit"])
+    if script.get("hog"):
+        block = bytearray(script["hog"])
+        block[:: os.sysconf("SC_PAGE_SIZE")] = b"x" * len(block[:: os.sysconf("SC_PAGE_SIZE")])
+        time.sleep(60)
+    if script.get("child"):
+        child = os.fork()
+        if not child:
+            time.sleep(600)
+        Path(script["child"]).write_text(str(child))
+    time.sleep(script.get("seconds", 0))
+    if script.get("refuse") or Path(message.upload_path).read_bytes() == b"refuse":
+        error = WireError(type="invalid_request_error", message="Export it again.", code="stale")
+        wire.send(BuildFailed(error=error))
+        return
+    if script.get("garbage"):
+        wire.connection.sendall(b"\xff\xff\xff\xffgarbage")
+        time.sleep(60)
+    (output / "sub").mkdir()
+    (output / "program.json").write_bytes(msgspec.json.encode(DECODER))
+    (output / "sub" / "weights").write_bytes(Path(message.upload_path).read_bytes())
+    if script.get("link"):
+        (output / "link").symlink_to("/etc/passwd")
+    if Path(message.upload_path).read_bytes() == b"broken":
+        (output / "broken").touch()
+    receipt = RECEIPT
+    if script.get("verdict"):
+        receipt = msgspec.structs.replace(receipt, verdict=script["verdict"])
+    manifest = TENSOR if script.get("kind") == "tensor" else DECODER
+    wire.send(Progress(phase="package", fraction=1.0), Built(manifest=manifest, receipt=receipt))
+
+
+def surroundings(path: Path) -> None:
+    """Everything this process can see of the app that started it."""
+    descriptors = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            descriptors[name] = os.readlink(f"/proc/self/fd/{name}")
+        except OSError:  # the listing's own
+            continue
+    path.write_text(
+        json.dumps(
+            {
+                "environment": dict(os.environ),
+                "descriptors": descriptors,
+                "session": os.getsid(0),
+                "group": os.getpgid(0),
+                "pid": os.getpid(),
+                "parent_session": os.getsid(os.getppid()),
+                "cwd": os.getcwd(),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    role, path, script_text = sys.argv[1:]
+    {"worker": worker, "build": build}[role](path, json.loads(script_text))
