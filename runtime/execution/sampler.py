@@ -6,7 +6,6 @@ temperature, top_k, top_p, min_p.
 """
 
 from collections.abc import Callable
-from collections.abc import Sequence as List
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from math import inf
@@ -67,7 +66,7 @@ class Sampler:
 
     @torch.inference_mode()
     def sample(
-        self, logits: Tensor, sequences: List[Sequence]
+        self, logits: Tensor, sequences: list[Sequence]
     ) -> list[SampledToken | SamplingFailure]:
         """One token for each row of `logits` (float32 [sequences, vocab], not modified)."""
         params = [sequence.sampling for sequence in sequences]
@@ -97,7 +96,7 @@ class Sampler:
                 sampled[row] = _with_logprobs(logits[row], token_ids[row], each.logprobs)
         return sampled
 
-    def _apply_bias_and_penalties(self, logits: Tensor, sequences: List[Sequence]) -> Tensor:
+    def _apply_bias_and_penalties(self, logits: Tensor, sequences: list[Sequence]) -> Tensor:
         """The same tensor when no sequence has any, else a changed copy."""
         rows = [row for row, sequence in enumerate(sequences) if _is_shaped(sequence.sampling)]
         if not rows:
@@ -138,7 +137,7 @@ def _is_shaped(params: SamplingParams) -> bool:
     return bool(params.logit_bias) or _is_penalised(params)
 
 
-DrawingRule = Callable[[Tensor, List[Sequence]], list[int]]
+DrawingRule = Callable[[Tensor, list[Sequence]], list[int]]
 
 
 def _drawing_rule(params: SamplingParams) -> DrawingRule | None:
@@ -148,16 +147,15 @@ def _drawing_rule(params: SamplingParams) -> DrawingRule | None:
     return _draw_from_likeliest if params.top_k > 0 or params.top_p < 1.0 else _draw_from_all
 
 
-def _draw_from_all(scores: Tensor, sequences: List[Sequence]) -> list[int]:
-    scores = scores / _column(scores, [each.sampling.temperature for each in sequences])
-    return _pick(scores, sequences).flatten().tolist()
+def _draw_from_all(scores: Tensor, sequences: list[Sequence]) -> list[int]:
+    return _pick(_heat(scores, sequences), sequences).flatten().tolist()
 
 
-def _draw_from_likeliest(scores: Tensor, sequences: List[Sequence]) -> list[int]:
+def _draw_from_likeliest(scores: Tensor, sequences: list[Sequence]) -> list[int]:
     """With top_k and top_p. Exact: rows are sorted whole when the candidates do not suffice."""
     params = [each.sampling for each in sequences]
     vocab_size = scores.shape[-1]
-    scores = scores / _column(scores, [each.temperature for each in params])
+    scores = _heat(scores, sequences)
     top_k = _column(scores, [each.top_k if each.top_k > 0 else vocab_size for each in params])
     top_p = _column(scores, [max(each.top_p, 1e-9) for each in params])
     num_candidates = min(vocab_size, max(NUM_CANDIDATES, *(each.top_k for each in params)))
@@ -179,11 +177,17 @@ def _draw_from_likeliest(scores: Tensor, sequences: List[Sequence]) -> list[int]
     return ids.gather(-1, _pick(kept, sequences)).flatten().tolist()
 
 
-def _pick(scores: Tensor, sequences: List[Sequence]) -> Tensor:
-    """Apply min_p, then draw a column of each row in proportion to its probability: [rows, 1]."""
+def _heat(scores: Tensor, sequences: list[Sequence]) -> Tensor:
+    """Apply the temperatures; the best score of each row becomes 0, so that none overflows."""
+    temperatures = _column(scores, [each.sampling.temperature for each in sequences])
+    return (scores - scores.amax(-1, keepdim=True)) / temperatures
+
+
+def _pick(scores: Tensor, sequences: list[Sequence]) -> Tensor:
+    """Apply min_p to scores whose best is 0, then draw a column of each row in proportion to its
+    probability: [rows, 1]."""
     min_p = _column(scores, [each.sampling.min_p for each in sequences])
-    floor = scores.amax(-1, keepdim=True) + min_p.log()
-    scores = scores.masked_fill(scores < floor, -inf)
+    scores = scores.masked_fill(scores < min_p.log(), -inf)
     cumulative = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
     uniforms = _column(cumulative, [uniform(each) for each in sequences])
     # right=True skips columns of probability 0, whose cumulative value equals their neighbour's.

@@ -54,8 +54,13 @@ class Scheduler:
     def __init__(
         self, num_blocks: int, block_size: int, max_batch_tokens: int, max_sequences: int
     ) -> None:
-        # Each running sequence must get a token in each step, or one might never end.
-        assert max_batch_tokens >= max_sequences > 0
+        """Raises `ValueError` when the limits do not let every running sequence get a token in
+        every step: one of them might never end."""
+        if not max_batch_tokens >= max_sequences > 0:
+            raise ValueError(
+                f"max_batch_tokens ({max_batch_tokens}) must be at least max_sequences "
+                f"({max_sequences}), and that at least 1"
+            )
         self.block_size = block_size
         self.max_batch_tokens = max_batch_tokens
         self.max_sequences = max_sequences
@@ -242,17 +247,20 @@ class Scheduler:
         return digest
 
     def _has_room_for(self, sequence: Sequence, cached_blocks: list[int]) -> bool:
-        num_new = -(-len(sequence.token_ids) // self.block_size) - len(cached_blocks)
+        num_new = self._num_blocks(sequence) - len(cached_blocks)
         num_available = self.pool.num_available - sum(map(self.pool.is_cached, cached_blocks))
         # A block in reserve for each running sequence: whoever is admitted into the very last
         # one is soon preempted again.
         return num_new + len(self._running) <= num_available
 
+    def _num_blocks(self, sequence: Sequence) -> int:
+        return -(-len(sequence.token_ids) // self.block_size)
+
     def _admit(self, sequence: Sequence, cached_blocks: list[int]) -> None:
         for block in cached_blocks:
             self.pool.acquire(block)
-        num_blocks = -(-len(sequence.token_ids) // self.block_size)
-        new_blocks = [self.pool.allocate() for _ in range(num_blocks - len(cached_blocks))]
+        num_new = self._num_blocks(sequence) - len(cached_blocks)
+        new_blocks = [self.pool.allocate() for _ in range(num_new)]
         sequence.block_table = cached_blocks + new_blocks
         # At least one token must run, to be sampled from.
         num_cached_tokens = len(cached_blocks) * self.block_size

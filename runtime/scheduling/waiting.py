@@ -24,7 +24,8 @@ class WaitingLine:
 
     This is the virtual token counter of "Fairness in Serving Large Language Models" (Sheng et
     al., OSDI 2024): a flow that returns after a pause starts at the level of the last one served
-    and cannot claim the time it was away. Preempted sequences come before all others.
+    and cannot claim the time it was away. Preempted sequences come before all others. Looking for
+    the next costs the number of flows that wait, not of sequences.
     """
 
     def __init__(self) -> None:

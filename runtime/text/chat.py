@@ -35,11 +35,15 @@ class ChatTemplate:
         """From `chat_template.jinja`, else `tokenizer_config.json`. None when there is neither."""
         path = directory / "chat_template.jinja"
         if path.is_file():
-            return cls(path.read_text("utf-8"), tokenizer.special_tokens)
+            try:
+                return cls(path.read_text("utf-8"), tokenizer.special_tokens)
+            except UnicodeDecodeError as error:
+                raise ChatTemplateError(f"chat_template.jinja is not UTF-8: {error}") from error
         source: object = read_json(directory / "tokenizer_config.json").get("chat_template")
         if isinstance(source, list):  # several named ones
-            named = {each["name"]: each["template"] for each in cast(list[dict[str, str]], source)}
-            source = named.get("default")
+            named = [each for each in cast(list[object], source) if isinstance(each, dict)]
+            templates = {each.get("name"): each.get("template") for each in named}
+            source = templates.get("default")
         return cls(source, tokenizer.special_tokens) if isinstance(source, str) else None
 
     def render(self, messages: list[ChatMessage]) -> str:

@@ -79,12 +79,15 @@ class Tokenizer:
         config = read_json(directory / "tokenizer_config.json")
         if "added_tokens_decoder" not in config:  # as older releases of transformers saved it
             config |= read_json(directory / "special_tokens_map.json")
+        try:
+            _add_missing_tokens(backend, config)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise TokenizerError(f"tokenizer_config.json names no valid tokens: {error}") from error
         special_tokens = {
             name: token.content
             for name in NAMED_SPECIAL_TOKENS
             if (token := _token(config.get(name)))
         }
-        _add_missing_tokens(backend, config)
         return cls(backend, special_tokens)
 
     @property

@@ -236,3 +236,10 @@ def test_masked_tokens_are_never_drawn() -> None:
     for rules in ({}, {"top_p": 0.99}, {"top_k": 40}):
         seen = draw_frequencies(logits[0], 500, **rules)
         assert set(seen.nonzero().flatten().tolist()) == {7, 9}
+
+
+@pytest.mark.parametrize("rules", [{}, {"top_p": 0.9}])
+def test_a_low_temperature_does_not_overflow(rules: dict[str, Any]) -> None:
+    logits = random_logits(1) * 1e37
+    sequence = sequence_with(temperature=2e-5, **rules)
+    assert ids_of(Sampler().sample(logits, [sequence])) == [int(logits.argmax())]

@@ -198,7 +198,6 @@ def test_an_abort_between_schedule_and_commit_is_harmless(make_sequence: MakeSeq
     scheduler.abort(gone)
     scheduler.commit(plan, {kept.sequence_id: 5, gone.sequence_id: 6})
     assert (kept.token_ids, gone.token_ids) == ([1, 2, 5], [3, 4])
-    CacheModel(scheduler)
     scheduler.check_integrity()
 
 
@@ -233,3 +232,11 @@ def test_cached_blocks_are_evicted_least_recently_used_first(make_sequence: Make
         hits.append(sequence.num_cached_tokens)
     assert hits[0] == 8
     assert hits[1] < 8
+
+
+@pytest.mark.parametrize(("max_batch_tokens", "max_sequences"), [(4, 5), (4, 0)])
+def test_limits_under_which_a_sequence_might_starve_are_refused(
+    max_batch_tokens: int, max_sequences: int
+) -> None:
+    with pytest.raises(ValueError, match="max_batch_tokens"):
+        Scheduler(8, 4, max_batch_tokens, max_sequences)

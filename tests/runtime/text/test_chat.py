@@ -91,7 +91,7 @@ def test_renders_as_transformers(
 def test_a_template_file_comes_before_the_configuration(
     save_tokenizer: Callable[..., Path],
 ) -> None:
-    named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
+    named = ["odd", {"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
     directory = save_tokenizer(tokenizer_config={"chat_template": named})
     tokenizer = Tokenizer.load(directory)
     template = ChatTemplate.load(directory, tokenizer)
@@ -101,6 +101,9 @@ def test_a_template_file_comes_before_the_configuration(
     template = ChatTemplate.load(directory, tokenizer)
     assert template is not None
     assert template.render(CHAT) == "file"
+    (directory / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ChatTemplateError, match="not UTF-8"):
+        ChatTemplate.load(directory, tokenizer)
 
 
 def test_no_template_is_none(save_tokenizer: Callable[..., Path]) -> None:

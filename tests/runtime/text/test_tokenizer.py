@@ -113,3 +113,6 @@ def test_a_broken_configuration_is_named(save_tokenizer: SaveTokenizer) -> None:
     (directory / "tokenizer_config.json").write_text("[")
     with pytest.raises(TokenizerError, match=r"tokenizer_config\.json is not valid JSON"):
         Tokenizer.load(directory)
+    save_tokenizer(tokenizer_config={"added_tokens_decoder": {"x": {"content": "<a>"}}})
+    with pytest.raises(TokenizerError, match="names no valid tokens"):
+        Tokenizer.load(directory)
