@@ -5,9 +5,8 @@ from datetime import datetime
 from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index, String, UniqueConstraint
 from sqlalchemy.orm import Mapped, mapped_column
 
-from app.core.database import Base
+from app.core.database import Base, one_of
 from app.metering.tables import DIMENSIONS
-from app.registry.tables import one_of
 
 
 class PriceBook(Base):

@@ -44,6 +44,11 @@ class UtcDateTime(TypeDecorator[datetime]):
 Json = JSON().with_variant(JSONB(), "postgresql")
 
 
+def one_of(column: str, values: tuple[str, ...]) -> str:
+    """The SQL of a check constraint for an enumeration kept as text."""
+    return f"{column} IN ({', '.join(repr(value) for value in values)})"
+
+
 class Base(DeclarativeBase):
     """Parent of every table. Constraint names follow one convention so migrations can name them."""
 

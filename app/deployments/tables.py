@@ -6,8 +6,7 @@ from typing import Any
 from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, String, Text, UniqueConstraint
 from sqlalchemy.orm import Mapped, mapped_column
 
-from app.core.database import Base
-from app.registry.tables import one_of
+from app.core.database import Base, one_of
 
 REPLICA_STATUSES = ("starting", "ready", "draining", "stopped", "failed")
 

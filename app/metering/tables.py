@@ -5,8 +5,7 @@ from datetime import datetime
 from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index, String
 from sqlalchemy.orm import Mapped, mapped_column
 
-from app.core.database import Base
-from app.registry.tables import one_of
+from app.core.database import Base, one_of
 
 DIMENSIONS = (
     "input",

@@ -6,15 +6,10 @@ from typing import Any
 from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, String, Text, UniqueConstraint
 from sqlalchemy.orm import Mapped, mapped_column
 
-from app.core.database import Base
+from app.core.database import Base, one_of
 
 UPLOAD_STATUSES = ("receiving", "complete", "expired")
 VERSION_STATUSES = ("queued", "building", "ready", "failed", "cancelled")
-
-
-def one_of(column: str, values: tuple[str, ...]) -> str:
-    """The SQL of a check constraint for an enumeration kept as text."""
-    return f"{column} IN ({', '.join(repr(value) for value in values)})"
 
 
 class Upload(Base):
