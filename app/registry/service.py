@@ -146,7 +146,7 @@ async def list_models(session: AsyncSession, organization_id: str) -> list[Model
         .where(Model.organization_id == organization_id)
         .order_by(Model.name)
     )
-    return [ModelSummary(model, version) for model, version in rows.tuples()]
+    return [ModelSummary(model, version) for model, version in rows]
 
 
 async def list_versions(

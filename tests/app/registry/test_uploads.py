@@ -1,0 +1,447 @@
+"""Uploads that are cut, resumed, taken over, damaged, too large; and restarts in between."""
+
+import asyncio
+import errno
+import hashlib
+import os
+import tracemalloc
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+from sqlalchemy import select, update
+
+from app.core import clock
+from app.core.database import Database
+from app.core.errors import Conflict, Forbidden, InvalidRequest, NotFound, StorageFull, TooLarge
+from app.core.storage import Storage
+from app.organizations.principal import Principal
+from app.registry import received_file, service
+from app.registry import uploads as uploads_module
+from app.registry.tables import ModelVersion, Upload
+from app.registry.uploads import ChecksumMismatch, UploadStore, clean_filename
+from app.settings import Settings
+from tests.app.registry.conftest import stream
+
+DATA = os.urandom(3 * 1024**2 + 17)
+SHA256 = hashlib.sha256(DATA).hexdigest()
+
+
+class CutError(Exception):
+    """Stands for a connection that breaks."""
+
+
+@pytest.fixture
+def restarted(database: Database, storage: Storage, settings: Settings) -> UploadStore:
+    """The store as a new process sees it."""
+    return UploadStore(database, storage, settings)
+
+
+async def send(
+    store: UploadStore, upload: Upload, offset: int, data: bytes, **arguments: object
+) -> int:
+    return await store.append(
+        upload.id,
+        upload.organization_id,
+        offset,
+        stream(data),
+        **arguments,  # type: ignore[arg-type]
+    )
+
+
+def content(storage: Storage, upload: Upload) -> bytes:
+    return storage.upload(upload.id).read_bytes()
+
+
+# --- whole ------------------------------------------------------------------------------
+
+
+async def test_a_whole_upload(uploads: UploadStore, storage: Storage, principal: Principal) -> None:
+    upload = await uploads.create(principal, "model.pt2", len(DATA))
+    assert (upload.status, upload.received_bytes) == ("receiving", 0)
+    chunks = [DATA[at : at + 65_536] for at in range(0, len(DATA), 65_536)]
+    organization_id = principal.organization_id
+    assert await uploads.append(upload.id, organization_id, 0, stream(*chunks)) == len(DATA)
+    done = await uploads.get(upload.id, organization_id)
+    assert (done.status, done.received_bytes, done.sha256) == ("complete", len(DATA), SHA256)
+    assert content(storage, upload) == DATA
+    with pytest.raises(Conflict, match="complete"):
+        await send(uploads, upload, len(DATA), b"")
+
+
+async def test_many_uploads_at_once(
+    uploads: UploadStore, storage: Storage, principal: Principal
+) -> None:
+    async def one(number: int) -> None:
+        data = bytes([number]) * (300_000 + number)
+        upload = await uploads.create(principal, "m", len(data))
+        for at in range(0, len(data), 100_000):
+            await send(uploads, upload, at, data[at : at + 100_000])
+        done = await uploads.get(upload.id, principal.organization_id)
+        assert done.sha256 == hashlib.sha256(data).hexdigest()
+        assert content(storage, upload) == data
+
+    await asyncio.gather(*(one(number) for number in range(8)))
+
+
+async def test_memory_does_not_grow_with_the_upload(
+    uploads: UploadStore, principal: Principal
+) -> None:
+    num_bytes = 48 * 1024**2
+    upload = await uploads.create(principal, "m", num_bytes)
+    chunk = bytes(256 * 1024)
+
+    async def endless() -> AsyncIterator[bytes]:
+        for _ in range(num_bytes // len(chunk)):
+            yield chunk
+
+    tracemalloc.start()
+    try:
+        await uploads.append(upload.id, principal.organization_id, 0, endless())
+        assert tracemalloc.get_traced_memory()[1] < 16 * 1024**2
+    finally:
+        tracemalloc.stop()
+
+
+# --- cut and resumed --------------------------------------------------------------------
+
+
+async def test_a_cut_keeps_what_arrived(
+    uploads: UploadStore, restarted: UploadStore, storage: Storage, principal: Principal
+) -> None:
+    upload = await uploads.create(principal, "m", len(DATA))
+    organization_id = principal.organization_id
+    with pytest.raises(CutError):
+        await uploads.append(
+            upload.id, organization_id, 0, stream(DATA[:2_000_000], error=CutError())
+        )
+    for store in (uploads, restarted):
+        assert (await store.get(upload.id, organization_id)).received_bytes == 2_000_000
+    assert await send(restarted, upload, 2_000_000, DATA[2_000_000:]) == len(DATA)
+    done = await restarted.get(upload.id, organization_id)
+    assert (done.status, done.sha256) == ("complete", SHA256)
+    assert content(storage, upload) == DATA
+
+
+async def test_a_process_killed_while_writing(
+    uploads: UploadStore, restarted: UploadStore, storage: Storage, principal: Principal
+) -> None:
+    upload = await uploads.create(principal, "m", len(DATA))
+    storage.upload(upload.id).write_bytes(DATA[:1_234_567])  # written, but never recorded
+    found = await restarted.get(upload.id, principal.organization_id)
+    assert found.received_bytes == 1_234_567
+    await send(restarted, upload, 1_234_567, DATA[1_234_567:])
+    done = await restarted.get(upload.id, principal.organization_id)
+    assert done.sha256 == SHA256
+
+
+async def test_a_process_killed_after_the_last_byte(
+    uploads: UploadStore, restarted: UploadStore, storage: Storage, principal: Principal
+) -> None:
+    upload = await uploads.create(principal, "m", len(DATA))
+    storage.upload(upload.id).write_bytes(DATA)
+    done = await restarted.get(upload.id, principal.organization_id)
+    assert (done.status, done.sha256) == ("complete", SHA256)
+
+
+async def test_a_cancelled_request_never_writes_beside_its_successor(
+    uploads: UploadStore, storage: Storage, principal: Principal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = await uploads.create(principal, "m", len(DATA))
+    append = received_file.ReceivedFile.append
+
+    def slow_append(file: received_file.ReceivedFile, data: bytes) -> None:
+        import time
+
+        time.sleep(0.1)
+        append(file, data)
+
+    monkeypatch.setattr(received_file.ReceivedFile, "append", slow_append)
+    task = asyncio.create_task(send(uploads, upload, 0, DATA[:1_500_000]))
+    await asyncio.sleep(0.05)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    offset = (await uploads.get(upload.id, principal.organization_id)).received_bytes
+    await send(uploads, upload, offset, DATA[offset:])
+    done = await uploads.get(upload.id, principal.organization_id)
+    assert done.sha256 == SHA256
+
+
+async def test_wrong_offsets(uploads: UploadStore, principal: Principal) -> None:
+    upload = await uploads.create(principal, "m", len(DATA))
+    await send(uploads, upload, 0, DATA[:1000])
+    for offset in (0, 999, 1001, len(DATA)):
+        with pytest.raises(Conflict) as caught:
+            await send(uploads, upload, offset, DATA[offset:])
+        assert caught.value.code == "wrong_offset"
+    assert await send(uploads, upload, 1000, DATA[1000:]) == len(DATA)
+
+
+async def test_a_returning_client_takes_over_from_its_dead_connection(
+    uploads: UploadStore, storage: Storage, principal: Principal
+) -> None:
+    upload = await uploads.create(principal, "m", len(DATA))
+    organization_id = principal.organization_id
+    started = asyncio.Event()
+
+    async def dead() -> AsyncIterator[bytes]:
+        yield DATA[:1000]
+        started.set()
+        await asyncio.Event().wait()
+
+    hung = asyncio.create_task(uploads.append(upload.id, organization_id, 0, dead()))
+    await started.wait()
+    with pytest.raises(Conflict) as caught:  # its bytes were still underway when it asked
+        await send(uploads, upload, 0, DATA)
+    assert caught.value.code == "wrong_offset"
+    with pytest.raises(Conflict) as caught:
+        await hung
+    assert caught.value.code == "interrupted"
+    assert await send(uploads, upload, 1000, DATA[1000:]) == len(DATA)
+    assert content(storage, upload) == DATA
+
+
+async def test_a_silent_connection_ends(
+    uploads: UploadStore, principal: Principal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploads_module, "STALL_SECONDS", 0.02)
+    upload = await uploads.create(principal, "m", 10)
+
+    async def silent() -> AsyncIterator[bytes]:
+        yield b"abc"
+        await asyncio.Event().wait()
+
+    with pytest.raises(Conflict, match="nothing came"):
+        await uploads.append(upload.id, principal.organization_id, 0, silent())
+    assert (await uploads.get(upload.id, principal.organization_id)).received_bytes == 3
+
+
+async def test_more_bytes_than_announced(
+    uploads: UploadStore, storage: Storage, principal: Principal
+) -> None:
+    upload = await uploads.create(principal, "m", 10)
+    with pytest.raises(TooLarge):
+        await uploads.append(upload.id, principal.organization_id, 0, stream(b"12345", b"678901"))
+    assert content(storage, upload) == b"12345"
+
+
+# --- checksums --------------------------------------------------------------------------
+
+
+async def test_a_damaged_piece_leaves_nothing(
+    uploads: UploadStore, restarted: UploadStore, storage: Storage, principal: Principal
+) -> None:
+    upload = await uploads.create(principal, "m", len(DATA))
+    organization_id = principal.organization_id
+    await send(uploads, upload, 0, DATA[:1000], checksum=hashlib.sha256(DATA[:1000]).digest())
+    with pytest.raises(ChecksumMismatch):
+        await send(uploads, upload, 1000, DATA[1000:], checksum=bytes(32))
+    with pytest.raises(CutError):
+        await uploads.append(
+            upload.id,
+            organization_id,
+            1000,
+            stream(DATA[1000:2_500_000], error=CutError()),
+            hashlib.sha256(DATA[1000:]).digest(),
+        )
+    assert content(storage, upload) == DATA[:1000]
+    checksum = hashlib.sha256(DATA[1000:]).digest()
+    assert await send(uploads, upload, 1000, DATA[1000:], checksum=checksum) == len(DATA)
+    assert (await restarted.get(upload.id, organization_id)).sha256 == SHA256
+
+
+# --- limits -----------------------------------------------------------------------------
+
+
+async def test_sizes(
+    database: Database, storage: Storage, settings: Settings, principal: Principal
+) -> None:
+    uploads = UploadStore(database, storage, replace(settings, max_upload_bytes=1000))
+    with pytest.raises(TooLarge, match="1,000"):
+        await uploads.create(principal, "m", 1001)
+    for length_bytes in (0, -5):
+        with pytest.raises(InvalidRequest):
+            await uploads.create(principal, "m", length_bytes)
+    for _ in range(4):
+        await uploads.create(principal, "m", 1000)
+    with pytest.raises(TooLarge) as caught:
+        await uploads.create(principal, "m", 1)
+    assert caught.value.code == "quota_exceeded"
+
+
+async def test_unfinished_uploads_are_bounded(
+    uploads: UploadStore, principal: Principal, stranger: Principal
+) -> None:
+    made = [
+        await uploads.create(principal, "m", 10) for _ in range(uploads_module.MAX_OPEN_UPLOADS)
+    ]
+    with pytest.raises(Conflict) as caught:
+        await uploads.create(principal, "m", 10)
+    assert caught.value.code == "too_many_uploads"
+    await uploads.create(stranger, "m", 10)
+    await send(uploads, made[0], 0, bytes(10))
+    await uploads.create(principal, "m", 10)
+
+
+async def test_the_disk_must_hold_every_upload_under_way(
+    uploads: UploadStore, storage: Storage, principal: Principal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free_bytes = 256 * 1024**2 + 1000
+    monkeypatch.setattr(storage, "free_bytes", lambda: free_bytes)
+    await uploads.create(principal, "m", 600)
+    with pytest.raises(StorageFull):
+        await uploads.create(principal, "m", 600)
+    await uploads.create(principal, "m", 400)
+
+
+async def test_a_full_disk_keeps_what_arrived(
+    uploads: UploadStore, storage: Storage, principal: Principal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = await uploads.create(principal, "m", len(DATA))
+    await send(uploads, upload, 0, DATA[:1000])
+    path_open = Path.open
+
+    def failing_open(path: Path, mode: str = "r", *arguments: object) -> object:
+        file = path_open(path, mode, *arguments)  # type: ignore[arg-type]
+        return FullFile(file) if mode == "r+b" and path.name == upload.id else file
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", failing_open)
+        with pytest.raises(StorageFull):
+            await send(uploads, upload, 1000, DATA[1000:])
+    assert content(storage, upload) == DATA[:1000]
+    await send(uploads, upload, 1000, DATA[1000:])
+    assert (await uploads.get(upload.id, principal.organization_id)).sha256 == SHA256
+
+
+class FullFile:
+    """A file on a disk that fills up in the middle of a write."""
+
+    def __init__(self, file: object) -> None:
+        self._file = file
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._file, name)
+
+    def __enter__(self) -> "FullFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()  # type: ignore[attr-defined]
+
+    def write(self, data: bytes) -> int:
+        self._file.write(data[:500])  # type: ignore[attr-defined]
+        raise OSError(errno.ENOSPC, "no space")
+
+
+# --- whose, and until when --------------------------------------------------------------
+
+
+async def test_uploads_of_another_organization_do_not_exist(
+    uploads: UploadStore, principal: Principal, stranger: Principal
+) -> None:
+    upload = await uploads.create(principal, "m", 10)
+    other = stranger.organization_id
+    with pytest.raises(NotFound):
+        await uploads.get(upload.id, other)
+    with pytest.raises(NotFound):
+        await uploads.append(upload.id, other, 0, stream(b"x"))
+    with pytest.raises(NotFound):
+        await uploads.delete(upload.id, other)
+    assert uploads._transfers == {}
+
+
+async def test_uploading_needs_the_scope(uploads: UploadStore, principal: Principal) -> None:
+    with pytest.raises(Forbidden, match="'write'"):
+        await uploads.create(replace(principal, scopes=frozenset({"read"})), "m", 10)
+
+
+async def test_delete(uploads: UploadStore, storage: Storage, principal: Principal) -> None:
+    upload = await uploads.create(principal, "m", 10)
+    await send(uploads, upload, 0, b"12345")
+    await uploads.delete(upload.id, principal.organization_id)
+    assert not storage.upload(upload.id).exists()
+    with pytest.raises(NotFound):
+        await uploads.get(upload.id, principal.organization_id)
+    assert uploads._transfers == {}
+
+
+async def test_delete_ends_a_running_transfer(
+    uploads: UploadStore, storage: Storage, principal: Principal
+) -> None:
+    upload = await uploads.create(principal, "m", 10)
+    started = asyncio.Event()
+
+    async def slow() -> AsyncIterator[bytes]:
+        started.set()
+        await asyncio.Event().wait()
+        yield b""
+
+    running = asyncio.create_task(uploads.append(upload.id, principal.organization_id, 0, slow()))
+    await started.wait()
+    await uploads.delete(upload.id, principal.organization_id)
+    with pytest.raises((Conflict, NotFound)):
+        await running
+    assert not storage.upload(upload.id).exists()
+
+
+async def test_an_upload_of_a_running_build_stays(
+    uploads: UploadStore, database: Database, storage: Storage, principal: Principal
+) -> None:
+    upload = await uploads.create(principal, "m", 10)
+    await send(uploads, upload, 0, bytes(10))
+    upload = await uploads.get(upload.id, principal.organization_id)
+    async with database.write() as session:
+        await service.create_version(session, principal.organization_id, "m", upload)
+        await session.execute(update(Upload).values(expires_at=clock.now()))
+    with pytest.raises(Conflict):
+        await uploads.delete(upload.id, principal.organization_id)
+    assert await uploads.expire() == 0
+    async with database.write() as session:
+        await session.execute(update(ModelVersion).values(status="ready"))
+    assert await uploads.expire() == 1
+    assert not storage.upload(upload.id).exists()
+
+
+async def test_expiry(
+    uploads: UploadStore, database: Database, storage: Storage, principal: Principal
+) -> None:
+    old = await uploads.create(principal, "m", 10)
+    young = await uploads.create(principal, "m", 10)
+    stray = storage.upload("upload_of_a_row_that_is_gone")
+    stray.write_bytes(b"x")
+    async with database.write() as session:
+        await session.execute(
+            update(Upload)
+            .where(Upload.id == old.id)
+            .values(expires_at=clock.now() - timedelta(seconds=1))
+        )
+    assert await uploads.expire() == 1
+    assert not storage.upload(old.id).exists()
+    assert storage.upload(young.id).exists()
+    assert not stray.exists()
+    with pytest.raises(NotFound):
+        await uploads.get(old.id, principal.organization_id)
+    async with database.read() as session:
+        rows = await session.execute(select(Upload.id, Upload.status))
+        statuses = {upload_id: status for upload_id, status in rows}  # noqa: C416
+    assert statuses == {old.id: "expired", young.id: "receiving"}
+
+
+@pytest.mark.parametrize(
+    ("filename", "clean"),
+    [
+        ("model.pt2", "model.pt2"),
+        ("../../etc/passwd", "passwd"),
+        ("C:\\models\\a b.tar", "a b.tar"),
+        ("a\x00\nb", "ab"),
+        ("", "upload"),
+        ("dir/", "upload"),
+        ("x" * 300 + ".pt2", "x" * 251 + ".pt2"),
+    ],
+)
+def test_filenames(filename: str, clean: str) -> None:
+    assert clean_filename(filename) == clean
