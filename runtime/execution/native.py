@@ -98,14 +98,15 @@ def compile_variant(variant: Variant, compiler: str) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as directory:
             made = Path(directory) / "attention.so"
-            _run(_command(variant, compiler, made))
+            _run(compile_command(variant, compiler, made))
             made.replace(target)
     except OSError as error:
         raise CompileError(f"{target.parent} is not writable ({error.strerror})") from error
     return target
 
 
-def _command(variant: Variant, compiler: str, output: Path) -> list[str]:
+def compile_command(variant: Variant, compiler: str, output: Path) -> list[str]:
+    """Compiles and links a variant against the torch that runs this."""
     root = Path(torch.__file__).parent
     include, library = root / "include", root / "lib"
     return [

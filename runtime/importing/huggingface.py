@@ -156,7 +156,10 @@ def load_decoder(
 def load_original(directory: Path | str, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The untouched transformers model, attention eager, on the CPU: what a proof compares to."""
     check_directory(Path(directory))
-    return _from_pretrained(Path(directory), "eager", dtype)[0].eval().requires_grad_(False)
+    module = _from_pretrained(Path(directory), "eager", dtype)[0]
+    if module._can_set_experts_implementation():
+        module.set_experts_implementation("eager")
+    return module.eval().requires_grad_(False)
 
 
 def _load_module(directory: Path, dtype: torch.dtype | None, notes: list[str]) -> PreTrainedModel:

@@ -16,7 +16,7 @@ from tests.runtime.decoders import save_decoder
 
 NUM_NEW = 24
 PROMPT_LENGTHS = (45, 1, 7, 30)  # beyond the sliding window, and shorter than a block
-FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma2"]
+FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma2", "mixtral"]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
