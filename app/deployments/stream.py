@@ -6,7 +6,7 @@ back-pressure. Does not know what the messages mean.
 
 import asyncio
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 import msgspec
 
@@ -41,8 +41,8 @@ class FrameStream(asyncio.Protocol, Generic[M]):
     # --- asyncio's callbacks --------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        # Not all event loops' transports inherit from asyncio's.
+        self._transport = cast(asyncio.Transport, transport)
         self._writable.set()
         self._flush()
 

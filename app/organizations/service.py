@@ -58,6 +58,12 @@ async def create_organization(
     return organization
 
 
+async def default_organization_id(session: AsyncSession) -> str:
+    """The operator's organization, there from the first start."""
+    query = select(Organization.id).where(Organization.name == DEFAULT_NAME)
+    return (await session.scalars(query)).one()
+
+
 async def get_organization(session: AsyncSession, organization_id: str) -> Organization:
     organization = await session.get(Organization, organization_id)
     if organization is None:

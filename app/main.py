@@ -1,0 +1,196 @@
+"""The composition root: builds every part of the control plane once and ties them together.
+
+Owns the order of start and stop. No other module constructs a part that another one uses.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+from litestar import Litestar, Request, Response
+from litestar.datastructures import State
+from litestar.exceptions import HTTPException
+
+import app.api.errors
+import app.console.errors
+from app import console
+from app.api import (
+    deployments,
+    documentation,
+    health,
+    keys,
+    models,
+    openai,
+    organization,
+    predict,
+    prices,
+    receipts,
+    uploads,
+    usage,
+)
+from app.api.relay import Relay
+from app.billing.accounts import AccountWriter, open_account
+from app.billing.prices import PriceTable
+from app.core.broadcast import Broadcast
+from app.core.database import Database, create_writer_engine
+from app.core.errors import AppError
+from app.core.lock import hold_data_dir
+from app.core.migration import upgrade
+from app.core.security import load_box_secret
+from app.core.storage import Storage
+from app.deployments.builder import Builder
+from app.deployments.fleet import Fleet
+from app.deployments.launchers.local import LocalLauncher
+from app.metering.journal import Journal
+from app.organizations.keys import KeyRing
+from app.organizations.service import bootstrap, default_organization_id
+from app.organizations.signins import SignIns
+from app.registry.uploads import UploadStore
+from app.settings import Settings
+
+EXPIRE_SECONDS = 3600
+
+log = logging.getLogger(__name__)
+
+Renderer = Callable[[Request[Any, Any, Any], Any], Response[Any]]
+
+
+def create_app(settings: Settings, announce: Callable[[str], object] = log.info) -> Litestar:
+    """The whole control plane of one box. It starts with the application's lifespan;
+    `announce` then gets the lines a person should read: the address and the set-up link."""
+
+    @asynccontextmanager
+    async def lifespan(application: Litestar) -> AsyncGenerator[None]:
+        async with AsyncExitStack() as stack:
+            await start(application.state, settings, announce, stack)
+            yield
+
+    return Litestar(
+        route_handlers=[
+            health.router,
+            openai.router,
+            predict.router,
+            receipts.router,
+            usage.router,
+            prices.router,
+            uploads.router,
+            models.router,
+            deployments.router,
+            keys.router,
+            organization.router,
+            documentation.router,
+            console.router,
+        ],
+        lifespan=[lifespan],
+        state=State({"settings": settings, "broadcast": Broadcast()}),
+        exception_handlers=exception_handlers(),
+        openapi_config=documentation.OPENAPI_CONFIG,
+        request_max_body_size=settings.max_request_bytes,
+    )
+
+
+async def start(
+    state: State, settings: Settings, announce: Callable[[str], object], stack: AsyncExitStack
+) -> None:
+    """Starts every part in the order of dependence; `stack` stops them in reverse."""
+    stack.enter_context(hold_data_dir(settings.data_dir))
+    state.storage = storage = Storage(settings.data_dir)
+    await asyncio.to_thread(migrate, settings)
+    state.database = database = Database(settings.async_database_url)
+    stack.push_async_callback(database.close)
+    setup_token = await bootstrap(database, settings)
+    async with database.write() as session:
+        await open_account(session, await default_organization_id(session), settings.currency)
+
+    state.key_ring = KeyRing(database)
+    stack.push_async_callback(state.key_ring.close)
+    state.sign_ins = SignIns(database, settings.session_days)
+    state.uploads = UploadStore(database, storage, settings)
+    state.box_secret = load_box_secret(settings.data_dir)
+    await start_money(state, settings, stack)
+    await start_serving(state, settings, stack)
+    stack.push_async_callback(stop_task, asyncio.create_task(expire_uploads(state.uploads)))
+
+    # Open pages would hold up the server's shutdown; this runs again, harmlessly, in reverse order.
+    stack.callback(state.broadcast.close)
+    announce(f"Tapeout is at {settings.url}")
+    if setup_token is not None:
+        announce(f"Set it up with this one-time link: {settings.url}/console/setup/{setup_token}")
+
+
+async def start_money(state: State, settings: Settings, stack: AsyncExitStack) -> None:
+    """Prices, journal, accounts and the relay; what an earlier process left is settled first."""
+    state.prices = prices = PriceTable(state.database, settings.currency)
+    await prices.start()
+    stack.push_async_callback(prices.close)
+    journal = Journal(state.storage.journal_dir)
+    unsettled = await journal.start()
+    stack.push_async_callback(journal.close)
+    accounts = AccountWriter(
+        settings.sync_database_url, currency=settings.currency, on_settled=journal.settled
+    )
+    await accounts.start(journal.id)
+    stack.push_async_callback(accounts.close)
+    state.journal, state.accounts = journal, accounts
+    state.relay = relay = Relay(
+        journal, prices, accounts, timeout_seconds=settings.request_timeout_seconds
+    )
+    await relay.recover(unsettled)
+    stack.push_async_callback(relay.close)
+
+
+async def start_serving(state: State, settings: Settings, stack: AsyncExitStack) -> None:
+    """The launcher and its two users: workers of what is deployed, builds of what is queued."""
+    launcher = LocalLauncher(state.storage)
+    stack.push_async_callback(launcher.close)
+    parts = (state.database, state.storage, launcher, state.broadcast, settings)
+    state.fleet = fleet = Fleet(*parts, state.journal.commit_step)
+    await fleet.start()
+    stack.push_async_callback(fleet.close, settings.drain_seconds)
+    state.builder = builder = Builder(*parts)
+    await builder.start()
+    stack.push_async_callback(builder.close)
+
+
+def migrate(settings: Settings) -> None:
+    """Brings the schema up to date; blocks, so it runs in a thread."""
+    engine = create_writer_engine(settings.sync_database_url)
+    try:
+        upgrade(engine)
+    finally:
+        engine.dispose()
+
+
+async def expire_uploads(store: UploadStore) -> None:
+    """Removes abandoned uploads, now and once an hour."""
+    while True:
+        try:
+            await store.expire()
+        except Exception:
+            log.exception("abandoned uploads could not be removed")
+        await asyncio.sleep(EXPIRE_SECONDS)
+
+
+async def stop_task(task: "asyncio.Task[None]") -> None:
+    task.cancel()
+    await asyncio.wait([task])
+
+
+def exception_handlers() -> dict[int | type[Exception], Any]:
+    """Errors as pages where a person looks, as JSON everywhere else."""
+
+    def choose(as_page: Renderer, as_json: Renderer) -> Renderer:
+        def render(request: Request[Any, Any, Any], error: Any) -> Response[Any]:
+            chosen = as_page if app.console.errors.is_page(request) else as_json
+            return chosen(request, error)
+
+        return render
+
+    pages, answers = app.console.errors, app.api.errors
+    return {
+        AppError: choose(pages.render_app_error, answers.render_app_error),
+        HTTPException: choose(pages.render_http_error, answers.render_http_error),
+        Exception: choose(pages.render_unknown_error, answers.render_unknown_error),
+    }
