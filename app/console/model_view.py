@@ -1,0 +1,339 @@
+"""What a model's page and the list of models show: one read of the database, as plain values.
+
+Reads registry and deployments together, which neither area does for itself. Changes nothing.
+"""
+
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import Literal
+
+import msgspec
+from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.console.templating import format_bytes, format_short
+from app.core.errors import NotFound
+from app.deployments.tables import Deployment, Endpoint, Replica, Revision
+from app.registry.tables import Model, ModelVersion
+from runtime.protocol import BuildReceipt, Manifest
+
+Tone = Literal["good", "bad", "busy", ""]
+MAX_MODELS = 1000
+LIVE_REPLICAS = ("starting", "ready", "draining")
+
+# What a running build does now, for people: a phase's name, and what it means.
+PHASES = {
+    "": ("Starting", "A sandboxed process is being made for this build."),
+    "unpack": ("Unpacking", "Reading the upload under strict limits."),
+    "import": ("Importing", "Turning the upload into a program of its own form."),
+    "prove": ("Proving", "Comparing what will be served with the original."),
+    "measure": ("Measuring", "Timing the program at the batch sizes that matter."),
+    "package": ("Packaging", "Writing the files that a replica loads."),
+}
+KINDS = {"decoder": "Decoder", "embedder": "Embedder", "tensor": "Tensor program"}
+
+
+class Lamp(msgspec.Struct, frozen=True):
+    """A state as a coloured light and a word."""
+
+    tone: Tone
+    text: str
+
+
+VERDICTS = {
+    "equal": Lamp("good", "proven equal"),
+    "lossy": Lamp("busy", "lossy, measured"),
+    "different": Lamp("bad", "differs"),
+    "unproved": Lamp("busy", "not proven"),
+}
+REPLICA_LAMPS = {
+    "starting": Lamp("busy", "starting"),
+    "ready": Lamp("good", "ready"),
+    "draining": Lamp("busy", "finishing"),
+    "stopped": Lamp("", "stopped"),
+    "failed": Lamp("bad", "failed"),
+}
+
+
+class ModelLine(msgspec.Struct, frozen=True):
+    """A model in the list."""
+
+    name: str
+    about: str
+    lamp: Lamp
+
+
+class VersionLine(msgspec.Struct, frozen=True):
+    """A version in its model's history."""
+
+    number: int
+    filename: str
+    upload_bytes: int
+    created_at: datetime
+    lamp: Lamp
+    can_roll_back: bool
+
+
+class ReplicaLine(msgspec.Struct, frozen=True):
+    id: str
+    lamp: Lamp
+    detail: str
+    memory_bytes: int
+
+
+class EndpointView(msgspec.Struct, frozen=True):
+    """An endpoint and what stands behind it. `version_number` is what it is meant to serve."""
+
+    name: str
+    is_public: bool
+    is_stopped: bool
+    version_id: str | None
+    version_number: int | None
+    replicas: list[ReplicaLine]
+    lamp: Lamp
+
+
+class ModelView(msgspec.Struct, frozen=True):
+    """A model's page, about one of its versions (`shown`)."""
+
+    name: str
+    shown: ModelVersion
+    versions: list[VersionLine]
+    endpoint: EndpointView | None
+    manifest: Manifest | None
+    receipt: BuildReceipt | None
+
+    @property
+    def lamp(self) -> Lamp:
+        """The one state that matters: a build under way, else the endpoint, else the version."""
+        if self.shown.status in ("queued", "building") or self.endpoint is None:
+            return version_lamp(self.shown)
+        return self.endpoint.lamp
+
+    @property
+    def about(self) -> str:
+        return about(self.manifest) if self.manifest else ""
+
+    @property
+    def verdict(self) -> Lamp:
+        assert self.receipt is not None
+        return VERDICTS[self.receipt.verdict]
+
+    @property
+    def phase(self) -> str:
+        if self.shown.status == "queued":
+            return "Waiting for its turn"
+        return PHASES.get(self.shown.phase, (self.shown.phase.capitalize(), ""))[0]
+
+    @property
+    def phase_hint(self) -> str:
+        if self.shown.status == "queued":
+            return "Builds run one after the other."
+        return PHASES.get(self.shown.phase, ("", ""))[1]
+
+    @property
+    def is_steady(self) -> bool:
+        """Whether nothing is under way that would change the page by itself."""
+        states = [version.lamp.tone for version in self.versions]
+        states += [replica.lamp.tone for replica in self.endpoint.replicas] if self.endpoint else []
+        return "busy" not in states
+
+
+# --- reading ----------------------------------------------------------------------------
+
+
+async def read_models(session: AsyncSession, organization_id: str) -> list[ModelLine]:
+    """The organization's models, newest first, each with the state of its newest version."""
+    newest = (
+        select(ModelVersion.model_id, func.max(ModelVersion.number).label("number"))
+        .group_by(ModelVersion.model_id)
+        .subquery()
+    )
+    statement = (
+        select(Model, ModelVersion, Deployment)
+        .join(newest, newest.c.model_id == Model.id)
+        .join(
+            ModelVersion,
+            (ModelVersion.model_id == Model.id) & (ModelVersion.number == newest.c.number),
+        )
+        .outerjoin(Deployment, Deployment.model_id == Model.id)
+        .where(Model.organization_id == organization_id)
+        .order_by(Model.created_at.desc())
+        .limit(MAX_MODELS)
+    )
+    found = await session.execute(statement)
+    rows: list[tuple[Model, ModelVersion, Deployment | None]] = [
+        (model, version, deployment) for model, version, deployment in found
+    ]
+    replicas = await _live_replicas(session, [row[2].id for row in rows if row[2]])
+    return [
+        _line(model, version, deployment, replicas.get(deployment.id, []) if deployment else [])
+        for model, version, deployment in rows
+    ]
+
+
+async def read_model(
+    session: AsyncSession, organization_id: str, name: str, number: int | None = None
+) -> ModelView:
+    """Everything of one model's page; about the newest version unless `number` says which.
+    Raises `NotFound`."""
+    model = await session.scalar(
+        select(Model).where(Model.organization_id == organization_id, Model.name == name)
+    )
+    if model is None:
+        raise NotFound(f"You have no model named {name!r}. It may have been deleted.")
+    versions = list(
+        await session.scalars(
+            select(ModelVersion)
+            .where(ModelVersion.model_id == model.id)
+            .order_by(ModelVersion.number.desc())
+        )
+    )
+    shown = next((v for v in versions if number in (None, v.number)), None)
+    if shown is None:
+        raise NotFound(f"The model {name!r} has no version {number}.")
+    endpoint = await _read_endpoint(session, model.id, {v.id: v.number for v in versions})
+    return ModelView(
+        name=model.name,
+        shown=shown,
+        versions=[_version_line(version, endpoint) for version in versions],
+        endpoint=endpoint,
+        manifest=msgspec.convert(shown.manifest, Manifest) if shown.manifest else None,
+        receipt=msgspec.convert(shown.receipt, BuildReceipt, str_keys=True)
+        if shown.receipt
+        else None,
+    )
+
+
+async def _read_endpoint(
+    session: AsyncSession, model_id: str, numbers: dict[str, int]
+) -> EndpointView | None:
+    statement = (
+        select(Endpoint, Deployment, Revision.version_id)
+        .join(Deployment, Endpoint.deployment_id == Deployment.id)
+        .outerjoin(Revision, Revision.id == Deployment.revision_id)
+        .where(Deployment.model_id == model_id)
+    )
+    row = (await session.execute(statement)).tuples().one_or_none()
+    if row is None:
+        return None
+    endpoint, deployment, version_id = row
+    latest = await session.scalars(
+        select(Replica)
+        .where(Replica.deployment_id == deployment.id)
+        .order_by(Replica.created_at.desc())
+        .limit(10)
+    )
+    replicas = _worth_showing(list(latest))
+    return EndpointView(
+        name=endpoint.name,
+        is_public=endpoint.is_public,
+        is_stopped=deployment.is_stopped,
+        version_id=version_id,
+        version_number=numbers.get(version_id or ""),
+        replicas=[_replica_line(replica, numbers) for replica in replicas],
+        lamp=endpoint_lamp(deployment, replicas),
+    )
+
+
+async def _live_replicas(
+    session: AsyncSession, deployment_ids: Iterable[str]
+) -> dict[str, list[Replica]]:
+    """Replicas that run, and the failed one that explains why none does."""
+    rows = await session.scalars(
+        select(Replica)
+        .where(
+            Replica.deployment_id.in_(list(deployment_ids)),
+            Replica.status.in_((*LIVE_REPLICAS, "failed")),
+        )
+        .order_by(Replica.created_at.desc())
+        .limit(4 * MAX_MODELS)
+    )
+    found: dict[str, list[Replica]] = {}
+    for replica in rows:
+        found.setdefault(replica.deployment_id, []).append(replica)
+    return {deployment_id: _worth_showing(rows) for deployment_id, rows in found.items()}
+
+
+def _worth_showing(newest_first: list[Replica]) -> list[Replica]:
+    """Those that run; if none does, the last one, which says why."""
+    live = [replica for replica in newest_first if replica.status in LIVE_REPLICAS]
+    return live or newest_first[:1]
+
+
+# --- states -----------------------------------------------------------------------------
+
+
+def version_lamp(version: ModelVersion) -> Lamp:
+    """The state of a version, apart from whether it serves."""
+    if version.status == "building":
+        return Lamp("busy", f"building, {version.progress_permille // 10} %")
+    return {
+        "queued": Lamp("busy", "waiting to build"),
+        "ready": Lamp("good", "built"),
+        "failed": Lamp("bad", "cannot be served"),
+        "cancelled": Lamp("", "cancelled"),
+    }[version.status]
+
+
+def endpoint_lamp(deployment: Deployment, replicas: Sequence[Replica]) -> Lamp:
+    """The state callers meet: whether a call would be answered now."""
+    states = {replica.status for replica in replicas}
+    if deployment.is_stopped:
+        return Lamp("busy", "stopping") if states & set(LIVE_REPLICAS) else Lamp("", "stopped")
+    if "ready" in states:
+        return Lamp("good", "ready")
+    if states == {"failed"}:
+        return Lamp("bad", "not running, retrying")
+    return Lamp("busy", "starting")
+
+
+def about(manifest: Manifest) -> str:
+    """`Decoder, 2.5M parameters, 9.8 MB`."""
+    kind = KINDS.get(manifest.kind, manifest.kind)
+    size = format_short(manifest.num_parameters)
+    return f"{kind}, {size} parameters, {format_bytes(manifest.weight_bytes)}"
+
+
+def _line(
+    model: Model,
+    version: ModelVersion,
+    deployment: Deployment | None,
+    replicas: list[Replica],
+) -> ModelLine:
+    lamp = version_lamp(version)
+    is_settled = version.status not in ("queued", "building")
+    if deployment is not None and is_settled:
+        lamp = endpoint_lamp(deployment, replicas)
+    if version.manifest:
+        text = f"{about(msgspec.convert(version.manifest, Manifest))}, version {version.number}"
+    else:
+        text = f"{version.filename}, {format_bytes(version.upload_bytes)}, version {version.number}"
+    return ModelLine(model.name, text, lamp)
+
+
+def _version_line(version: ModelVersion, endpoint: EndpointView | None) -> VersionLine:
+    is_serving = endpoint is not None and endpoint.version_id == version.id
+    return VersionLine(
+        number=version.number,
+        filename=version.filename,
+        upload_bytes=version.upload_bytes,
+        created_at=version.created_at,
+        lamp=Lamp("good", "serving") if is_serving else _idle_lamp(version),
+        can_roll_back=endpoint is not None and not is_serving and version.status == "ready",
+    )
+
+
+def _idle_lamp(version: ModelVersion) -> Lamp:
+    return Lamp("", "built") if version.status == "ready" else version_lamp(version)
+
+
+def _replica_line(replica: Replica, numbers: dict[str, int]) -> ReplicaLine:
+    lamp = REPLICA_LAMPS[replica.status]
+    number = numbers.get(replica.version_id)
+    return ReplicaLine(
+        id=replica.id,
+        lamp=Lamp(lamp.tone, f"{lamp.text}, version {number}" if number else lamp.text),
+        detail=replica.detail,
+        memory_bytes=replica.memory_bytes,
+    )

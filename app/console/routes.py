@@ -1,0 +1,72 @@
+"""The console's router: pages behind a session, the few before it, static files, and the headers
+that every answer carries."""
+
+from typing import Any
+
+from litestar import Response, Router, get
+from litestar.datastructures import CacheControlHeader
+from litestar.static_files import (
+    create_static_files_router,  # pyright: ignore[reportUnknownVariableType]
+)
+
+from app.console import entry, keys, models, uploads, usage
+from app.console.errors import exception_handlers
+from app.console.sessions import require_person
+from app.console.templating import STATIC_DIR, STATIC_PATH, PageRequest
+
+# Nothing runs or is styled but our own files; `connect-src` is for htmx, uploads and live pages.
+CONTENT_SECURITY_POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "img-src 'self'",
+        "connect-src 'self'",
+        "form-action 'self'",
+        "base-uri 'none'",
+        "frame-ancestors 'none'",
+    )
+)
+HEADERS = {
+    "Content-Security-Policy": CONTENT_SECURITY_POLICY,
+    "X-Content-Type-Options": "nosniff",
+    # Not `no-referrer`, which would make browsers send forms with `Origin: null`.
+    "Referrer-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+YEAR_SECONDS = 365 * 86400
+
+
+def secure(response: Response[Any]) -> Response[Any]:
+    """Adds the headers of every page; what a route set itself stays."""
+    for name, value in HEADERS.items():
+        response.headers.setdefault(name, value)
+    return response
+
+
+@get(["/", "/console"], include_in_schema=False)
+async def home(request: PageRequest) -> Response[None]:
+    """The models are where people start."""
+    return Response(None, status_code=303, headers={"Location": "/console/models"})
+
+
+behind_session = Router(
+    "/console",
+    route_handlers=[models.router, uploads.router, keys.router, usage.router],
+    before_request=require_person,
+)
+before_session = Router("/console", route_handlers=[entry.router])
+static_files = create_static_files_router(
+    path=STATIC_PATH,
+    directories=[STATIC_DIR],
+    cache_control=CacheControlHeader(max_age=YEAR_SECONDS, public=True, immutable=True),
+    include_in_schema=False,
+)
+router = Router(
+    "/",
+    route_handlers=[home, behind_session, before_session, static_files],
+    exception_handlers=exception_handlers,  # type: ignore[arg-type]
+    after_request=secure,
+    include_in_schema=False,
+)

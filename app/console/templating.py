@@ -1,0 +1,179 @@
+"""How a page becomes HTML: the Jinja environment, its filters, and links to static files.
+
+Owns no content. Pages are rendered here rather than by the framework's template plugin, so that
+the console needs nothing of the composition root.
+"""
+
+import hashlib
+from datetime import datetime
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+from textwrap import dedent
+from typing import Any, cast
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from litestar import Request, Response
+from markupsafe import Markup
+
+from app.core import clock
+from app.core.money import format_nano
+from app.settings import Settings
+
+TEMPLATES_DIR = Path(__file__).resolve().parents[2] / "templates"
+STATIC_DIR = Path(__file__).resolve().parent / "static"
+STATIC_PATH = "/console/static"
+
+PageRequest = Request[Any, Any, Any]
+
+
+def page(
+    request: PageRequest, template: str, *, status_code: int = 200, **context: Any
+) -> Response[str]:
+    """A whole page. Templates see the signed-in person as `person`, or None."""
+    context.setdefault("person", cast("dict[str, Any]", request.scope).get("auth"))
+    context.setdefault("path", request.url.path)
+    context.setdefault("notice", NOTICES.get(request.query_params.get("notice", "")))
+    html = render(template, **context)
+    return Response(html, status_code=status_code, media_type="text/html; charset=utf-8")
+
+
+def render(template: str, **context: Any) -> str:
+    """A page or a part of one, as text."""
+    return environment().get_template(template).render(**context)
+
+
+def base_url(request: PageRequest) -> str:
+    """Where people reach this box, as snippets should say: the configured address, else the one
+    this browser uses."""
+    settings: Settings = request.app.state.settings
+    host = request.headers.get("host", "")
+    return settings.url if settings.public_url or not host else f"{request.url.scheme}://{host}"
+
+
+# What a redirect may say on the page it leads to; the URL carries only the word on the left.
+NOTICES = {
+    "signed-out": "You are signed out.",
+    "deleted": "The model and its endpoint are gone. Its past usage and receipts stay.",
+    "cancelled": "The build is being cancelled.",
+    "stopped": "The endpoint is stopping. Calls to it are refused until you start it again.",
+    "started": "The endpoint is starting.",
+    "published": "The endpoint is open to every organization on this box. Whoever calls, pays.",
+    "unpublished": "The endpoint is private to your organization again.",
+    "rolled-back": "The endpoint is moving to the version you chose.",
+    "revoked": "The key is revoked. Calls that use it are refused within a second.",
+}
+
+
+@cache
+def environment() -> Environment:
+    """The one Jinja environment: everything is escaped, and a name that is missing is an error."""
+    made = Environment(
+        loader=FileSystemLoader(TEMPLATES_DIR),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    filters: dict[str, Any] = made.filters  # pyright: ignore[reportUnknownMemberType]
+    filters.update(
+        bytes=format_bytes,
+        count=format_count,
+        short=format_short,
+        seconds=format_seconds,
+        money=format_nano,
+        moment=format_moment,
+        day=format_day,
+        ago=format_ago,
+        shape=format_shape,
+        said=format_message,
+    )
+    made.globals["asset"] = asset  # pyright: ignore[reportUnknownMemberType]
+    return made
+
+
+@cache
+def asset(name: str) -> str:
+    """The address of a static file; its content's hash lets browsers keep it for good."""
+    digest = hashlib.sha256((STATIC_DIR / name).read_bytes()).hexdigest()
+    return f"{STATIC_PATH}/{name}?v={digest[:12]}"
+
+
+# --- filters ----------------------------------------------------------------------------
+
+
+def format_bytes(num_bytes: int) -> str:
+    """`3.4 MB`, in powers of 1000."""
+    return _scaled(num_bytes, ("B", "kB", "MB", "GB", "TB"), " ")
+
+
+def format_short(number: int) -> str:
+    """`2.5M`: a count in little room."""
+    return _scaled(number, ("", "k", "M", "B", "T"), "")
+
+
+def _scaled(number: int, units: tuple[str, ...], gap: str) -> str:
+    size = float(number)
+    index = 0
+    while size >= 999.5 and index < len(units) - 1:
+        size /= 1000
+        index += 1
+    digits = f"{size:.0f}" if index == 0 or size >= 99.5 else f"{size:.1f}"
+    return f"{digits.removesuffix('.0')}{gap}{units[index]}".rstrip()
+
+
+def format_count(number: int) -> str:
+    """`12,345`."""
+    return f"{number:,}"
+
+
+def format_seconds(seconds: float) -> str:
+    """`430 ms`, `2.4 s`, `3 min 20 s`, `1 h 5 min`."""
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.0f} ms" if seconds >= 0.00995 else f"{seconds * 1000:.2f} ms"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def format_moment(moment: datetime) -> str:
+    """`2026-11-22 14:05:09 UTC`."""
+    return moment.strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def format_day(moment: datetime) -> str:
+    """`22 Nov 2026`."""
+    return f"{moment.day} {moment:%b %Y}"
+
+
+def format_ago(moment: datetime) -> str:
+    """`just now`, `5 min ago`, `3 h ago`, then the day."""
+    seconds = (clock.now() - moment).total_seconds()
+    if seconds < 60:
+        return "just now"
+    if seconds < 3600:
+        return f"{seconds // 60:.0f} min ago"
+    if seconds < 86400:
+        return f"{seconds // 3600:.0f} h ago"
+    return format_day(moment)
+
+
+def format_message(text: str) -> Markup:
+    """An error's text: lines that are indented are code to copy, the rest is prose."""
+    blocks: list[Markup] = []
+    for is_code, lines in groupby(text.strip("\n").split("\n"), lambda line: line[:4] == "    "):
+        joined = "\n".join(lines)
+        if is_code:
+            blocks.append(Markup("<pre>{}</pre>").format(dedent(joined)))
+        elif joined.strip():
+            blocks.append(Markup("<p>{}</p>").format(joined.strip()))
+    return Markup("").join(blocks)
+
+
+def format_shape(shape: list[int | None]) -> str:
+    """The sizes of a tensor's axes, `any` for a dynamic one; a scalar has no axes."""
+    sizes = ["any" if size is None else str(size) for size in shape]
+    return " \N{MULTIPLICATION SIGN} ".join(sizes) or "scalar"

@@ -1,0 +1,197 @@
+"""The upload page: a plain form for small files, and the tus 1.0 protocol for its script.
+
+The same protocol as under `/api`, but for people: session and CSRF token instead of a key, and
+errors as pages. What an upload is and where its bytes go is `app.registry.uploads`'s.
+"""
+
+import base64
+import binascii
+from collections.abc import AsyncIterator
+from typing import Any
+
+from litestar import Response, Router, delete, get, head, patch, post
+from litestar.datastructures import UploadFile
+from litestar.params import FromPath, FromQuery
+
+from app.console.sessions import form_field, go, signed_in
+from app.console.templating import PageRequest, base_url, page
+from app.core.database import Database
+from app.core.errors import AppError, InvalidRequest, Unprocessable
+from app.registry import service as registry
+from app.registry.tables import ModelVersion, Upload
+from app.registry.uploads import UploadStore
+from app.settings import Settings
+
+PLAIN_FORM_BYTES = 512 * 1024**2  # the form without a script holds the file in a temporary one
+CHUNK_BYTES = 1024**2
+TUS = {"Tus-Resumable": "1.0.0", "Cache-Control": "no-store"}
+
+
+@get("/upload")
+async def show_upload(request: PageRequest, name: FromQuery[str] = "") -> Response[str]:
+    """The form; `name` is a model that gets a new version."""
+    signed_in(request).principal.require("write")
+    return _upload_page(request, name=name)
+
+
+@post("/upload", status_code=200, request_max_body_size=PLAIN_FORM_BYTES)
+async def send_plain_form(request: PageRequest) -> Response[Any]:
+    """Upload and build in one request, for browsers without JavaScript."""
+    principal = signed_in(request).principal
+    principal.require("write")
+    name = (await form_field(request, "name")).strip()
+    file: Any = (await request.form()).get("file")
+    try:
+        if not isinstance(file, UploadFile) or not file.filename:
+            raise InvalidRequest("Choose a file first.", param="file")
+        registry.check_model_name(name)
+        upload = await _store(request, file)
+        version = await _submit(request, name, upload.id)
+    except AppError as error:
+        if error.status >= 500:
+            raise
+        return _upload_page(request, name=name, error=error.message, status_code=error.status)
+    return go(request, f"/console/models/{name}/versions/{version.number}")
+
+
+@post("/versions", status_code=200)
+async def create_version(request: PageRequest) -> Response[Any]:
+    """Queues a complete upload to be built, and leads to its model's page."""
+    signed_in(request).principal.require("write")
+    name = (await form_field(request, "name")).strip()
+    version = await _submit(request, name, await form_field(request, "upload_id"))
+    return go(request, f"/console/models/{name}/versions/{version.number}")
+
+
+async def _store(request: PageRequest, file: UploadFile) -> Upload:
+    uploads: UploadStore = request.app.state.uploads
+    principal = signed_in(request).principal
+    file.file.seek(0, 2)
+    num_bytes = file.file.tell()
+    await file.seek(0)
+    upload = await uploads.create(principal, file.filename, num_bytes)
+    await uploads.append(upload.id, principal.organization_id, 0, _chunks(file))
+    return upload
+
+
+async def _chunks(file: UploadFile) -> AsyncIterator[bytes]:
+    while chunk := await file.read(CHUNK_BYTES):
+        yield chunk
+
+
+async def _submit(request: PageRequest, name: str, upload_id: str) -> ModelVersion:
+    """Inspects and queues; what can never be served does not keep its place on the disk."""
+    state = request.app.state
+    organization_id = signed_in(request).principal.organization_id
+    database: Database = state.database
+    uploads: UploadStore = state.uploads
+    try:
+        version, _ = await registry.submit(
+            database, uploads, state.storage, state.broadcast, organization_id, name, upload_id
+        )
+    except Unprocessable:
+        await uploads.delete(upload_id, organization_id)
+        raise
+    return version
+
+
+def _upload_page(
+    request: PageRequest, *, name: str, error: str = "", status_code: int = 200
+) -> Response[str]:
+    settings: Settings = request.app.state.settings
+    return page(
+        request,
+        "uploads/upload.html",
+        status_code=status_code,
+        name=name,
+        error=error,
+        base_url=base_url(request),
+        max_bytes=settings.max_upload_bytes,
+    )
+
+
+# --- tus --------------------------------------------------------------------------------
+
+
+@post("/uploads", status_code=201)
+async def begin_upload(request: PageRequest) -> Response[None]:
+    """tus creation. The model's name comes along, so that a bad one is refused before the file
+    has travelled."""
+    metadata = _metadata(request.headers.get("upload-metadata", ""))
+    registry.check_model_name(metadata.get("name", ""))
+    uploads: UploadStore = request.app.state.uploads
+    length_bytes = _count(request, "Upload-Length")
+    upload = await uploads.create(
+        signed_in(request).principal, metadata.get("filename", ""), length_bytes
+    )
+    location = f"/console/uploads/{upload.id}"
+    return Response(None, status_code=201, headers={**TUS, "Location": location})
+
+
+@head("/uploads/{upload_id:str}")
+async def upload_offset(request: PageRequest, upload_id: FromPath[str]) -> Response[None]:
+    """Where to go on."""
+    uploads: UploadStore = request.app.state.uploads
+    upload = await uploads.get(upload_id, signed_in(request).principal.organization_id)
+    headers = {
+        "Upload-Offset": str(upload.received_bytes),
+        "Upload-Length": str(upload.length_bytes),
+    }
+    return Response(None, headers={**TUS, **headers})
+
+
+@patch("/uploads/{upload_id:str}", status_code=204, request_max_body_size=None)
+async def append_to_upload(request: PageRequest, upload_id: FromPath[str]) -> Response[None]:
+    """Bytes from an offset on; they stay, whatever cuts the connection."""
+    principal = signed_in(request).principal
+    principal.require("write")
+    uploads: UploadStore = request.app.state.uploads
+    offset = await uploads.append(
+        upload_id, principal.organization_id, _count(request, "Upload-Offset"), request.stream()
+    )
+    return Response(None, status_code=204, headers={**TUS, "Upload-Offset": str(offset)})
+
+
+@delete("/uploads/{upload_id:str}", status_code=204)
+async def discard_upload(request: PageRequest, upload_id: FromPath[str]) -> Response[None]:
+    """tus termination."""
+    principal = signed_in(request).principal
+    principal.require("write")
+    uploads: UploadStore = request.app.state.uploads
+    await uploads.delete(upload_id, principal.organization_id)
+    return Response(None, status_code=204, headers=TUS)
+
+
+def _count(request: PageRequest, header: str) -> int:
+    text = request.headers.get(header, "")
+    if not text.isascii() or not text.isdigit() or len(text) > 18:
+        raise InvalidRequest(f"{header} must be a whole number.", param=header)
+    return int(text)
+
+
+def _metadata(header: str) -> dict[str, str]:
+    """tus: `key base64, key base64`."""
+    values: dict[str, str] = {}
+    for pair in header.split(","):
+        key, _, encoded = pair.strip().partition(" ")
+        try:
+            values[key] = base64.b64decode(encoded, validate=True).decode()
+        except (binascii.Error, UnicodeDecodeError):
+            raise InvalidRequest(
+                f"Upload-Metadata: {key[:40]!r} is not base64 of UTF-8.", param="Upload-Metadata"
+            ) from None
+    return values
+
+
+router = Router(
+    "",
+    route_handlers=[
+        show_upload,
+        send_plain_form,
+        create_version,
+        begin_upload,
+        upload_offset,
+        append_to_upload,
+        discard_upload,
+    ],
+)
