@@ -73,35 +73,70 @@ const T* query_row(const Call<T>& call, const Item& item, int64_t row) {
          (item.kv_head * call.group + row % call.group) * call.query_head;
 }
 
-inline bool is_visible(int64_t key, int64_t position, int64_t window) {
-  return key <= position && key > position - window;
+// What the narrow kernels read next, fetched ahead: blocks lie far apart, often a page each, and
+// the hardware does not look past the end of a page.
+template <typename T>
+inline void prefetch_row(const T* row, int64_t dim) {
+  if (!row) return;
+  for (int64_t d = 0; d < dim; d += 64 / sizeof(T)) __builtin_prefetch(row + d);
 }
 
+// scores[r][j] = q[r] . keys[j] for kLanes keys at a time, four together so that each row of q is
+// read once for them. Rows past num_keys are not read; their scores repeat the last key's.
 template <typename T, int R>
-void narrow_scores(const T* keys, int64_t num_keys, int64_t dim, const float* q, float* scores,
-                   int64_t width) {
-  for (int64_t j = 0; j < num_keys; ++j) {
-    Vec sums[R] = {};
-    for (int64_t d = 0; d < dim; d += kLanes) {
-      const Vec key = load(keys + j * dim + d);
-      for (int r = 0; r < R; ++r) sums[r] += key * load(q + r * dim + d);
+void narrow_scores(const T* keys, const T* next, int64_t num_keys, int64_t dim, const float* q,
+                   float* scores, int64_t width) {
+  for (int64_t first = 0; first < num_keys; first += kLanes) {
+    Vec parts[R][kLanes / 4];
+    for (int64_t g = 0; g < kLanes / 4; ++g) {
+      const T* row[4];
+      for (int64_t k = 0; k < 4; ++k) {
+        const int64_t j = std::min(first + 4 * g + k, num_keys - 1);
+        row[k] = keys + j * dim;
+        prefetch_row(next ? next + j * dim : next, dim);
+      }
+      Vec sums[4][R] = {};
+      for (int64_t d = 0; d < dim; d += kLanes)
+        for (int k = 0; k < 4; ++k) {
+          const Vec key = load(row[k] + d);
+          for (int r = 0; r < R; ++r) sums[k][r] += key * load(q + r * dim + d);
+        }
+      for (int r = 0; r < R; ++r)
+        parts[r][g] = fold<2>(fold<1>(sums[0][r], sums[1][r]), fold<1>(sums[2][r], sums[3][r]));
     }
-    for (int r = 0; r < R; ++r) scores[r * width + j] = sum_lanes(sums[r]);
+    for (int r = 0; r < R; ++r) store(scores + r * width + first, fold_all(parts[r]));
   }
 }
 
-template <typename T, int R>
-void narrow_values(const T* values, int64_t num_keys, int64_t dim, const float* p, int64_t width,
-                   const float* alpha, float* out) {
-  for (int64_t d = 0; d < dim; d += kLanes) {
-    Vec sums[R];
-    for (int r = 0; r < R; ++r) sums[r] = load(out + r * dim + d) * alpha[r];
+template <typename T, int R, int C>
+inline int64_t narrow_columns(const T* values, const T* next, int64_t num_keys, int64_t dim,
+                              const float* p, int64_t width, const float* alpha, float* out,
+                              int64_t d) {
+  for (; d + C * kLanes <= dim; d += C * kLanes) {
+    Vec sums[R][C];
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < C; ++c) sums[r][c] = load(out + r * dim + d + c * kLanes) * alpha[r];
     for (int64_t j = 0; j < num_keys; ++j) {
-      const Vec value = load(values + j * dim + d);
-      for (int r = 0; r < R; ++r) sums[r] += value * p[r * width + j];
+      prefetch_row(next ? next + j * dim + d : next, C * kLanes);
+      for (int c = 0; c < C; ++c) {
+        const Vec value = load(values + j * dim + d + c * kLanes);
+        for (int r = 0; r < R; ++r) sums[r][c] += value * p[r * width + j];
+      }
     }
-    for (int r = 0; r < R; ++r) store(out + r * dim + d, sums[r]);
+    for (int r = 0; r < R; ++r)
+      for (int c = 0; c < C; ++c) store(out + r * dim + d + c * kLanes, sums[r][c]);
   }
+  return d;
+}
+
+// out[r] = alpha[r] * out[r] + sum over j of p[r][j] * values[j].
+template <typename T, int R>
+void narrow_values(const T* values, const T* next, int64_t num_keys, int64_t dim, const float* p,
+                   int64_t width, const float* alpha, float* out) {
+  constexpr int kColumns = R > 4 ? kPanel / 2 : kPanel;
+  int64_t d = 0;
+  d = narrow_columns<T, R, kColumns>(values, next, num_keys, dim, p, width, alpha, out, d);
+  narrow_columns<T, R, 1>(values, next, num_keys, dim, p, width, alpha, out, d);
 }
 
 // One row's softmax over a block, online: scores become weights. Returns the factor by which what
@@ -112,10 +147,14 @@ float narrow_softmax(const Call<T>& call, float* scores, int64_t width, int64_t 
   if (call.soft_cap > 0)
     for (int64_t j = 0; j < width; j += kLanes)
       store(scores + j, capped(load(scores + j), call.soft_cap));
-  for (int64_t j = 0; j < width; ++j)
-    if (j >= num_keys || !is_visible(first_key + j, position, call.window)) scores[j] = -kInfinity;
-  float top = *maximum_so_far;
-  for (int64_t j = 0; j < num_keys; ++j) top = scores[j] > top ? scores[j] : top;
+  const int64_t begin = std::clamp<int64_t>(position - call.window + 1 - first_key, 0, num_keys);
+  const int64_t end = std::clamp<int64_t>(position + 1 - first_key, begin, num_keys);
+  std::fill(scores, scores + begin, -kInfinity);
+  std::fill(scores + end, scores + width, -kInfinity);
+  Vec tops = splat(*maximum_so_far);
+  for (int64_t j = 0; j < width; j += kLanes) tops = maximum(load(scores + j), tops);
+  float top = tops[0];
+  for (int i = 1; i < kLanes; ++i) top = tops[i] > top ? tops[i] : top;
   const float base = top == -kInfinity ? 0.0f : top;
   Vec total{};
   for (int64_t j = 0; j < width; j += kLanes) {
@@ -149,11 +188,20 @@ void run_narrow(const Call<T>& call, const Item& item, Partials& partials) {
     const int64_t index = key / bs;
     const T* keys = call.block(call.keys, item.sequence, index, item.kv_head) + offset * dim;
     const T* values = call.block(call.values, item.sequence, index, item.kv_head) + offset * dim;
-    narrow_scores<T, R>(keys, n, dim, q, scores, width);
+    // Nothing is fetched ahead of the last block.
+    const bool has_next = key + n < item.end_key;
+    const T* next_keys =
+        has_next ? call.block(call.keys, item.sequence, index + 1, item.kv_head) : nullptr;
+    const T* next_values =
+        has_next ? call.block(call.values, item.sequence, index + 1, item.kv_head) : nullptr;
+    constexpr int kFirst = std::min(R, 4);
+    narrow_scores<T, kFirst>(keys, next_keys, n, dim, q, scores, width);
+    if constexpr (R > 4)
+      narrow_scores<T, R - 4>(keys, nullptr, n, dim, q + 4 * dim, scores + 4 * width, width);
     for (int r = 0; r < R; ++r)
       alpha[r] = narrow_softmax(call, scores + r * width, width, key, n,
                                 item.position + r / call.group, &tops[r], &sums[r]);
-    narrow_values<T, R>(values, n, dim, scores, width, alpha, out);
+    narrow_values<T, R>(values, next_values, n, dim, scores, width, alpha, out);
     key += n;
   }
   for (int r = 0; r < R; ++r) {

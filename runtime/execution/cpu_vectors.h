@@ -71,6 +71,38 @@ inline float sum_lanes(Vec v) {
   return lanes[0];
 }
 
+// Half a transposed sum: lane i holds a[i] + a[i ^ H] where bit H of i is 0, else b[i] + b[i ^ H].
+template <int H>
+inline Vec fold(Vec a, Vec b) {
+#if defined(__clang__)  // which has no shuffle by a vector of indices
+  Vec own, other;
+  for (int i = 0; i < kLanes; ++i) {
+    own[i] = i & H ? b[i] : a[i];
+    other[i] = i & H ? b[i ^ H] : a[i ^ H];
+  }
+  return own + other;
+#else
+  IntVec own, other;
+  for (int i = 0; i < kLanes; ++i) {
+    own[i] = i & H ? i + kLanes : i;
+    other[i] = (i ^ H) + (i & H ? kLanes : 0);
+  }
+  return __builtin_shuffle(a, b, own) + __builtin_shuffle(a, b, other);
+#endif
+}
+
+// Finishes what fold<1> and fold<2> began on each four of kLanes vectors: lane i becomes the sum
+// over the lanes of the i-th.
+inline Vec fold_all(const Vec* parts) {
+  if constexpr (kLanes == 4) {
+    return parts[0];
+  } else if constexpr (kLanes == 8) {
+    return fold<4>(parts[0], parts[1]);
+  } else {
+    return fold<8>(fold<4>(parts[0], parts[1]), fold<4>(parts[2], parts[3]));
+  }
+}
+
 // exp to within 2 ulp (Cephes' polynomial). Below -87 gives exactly 0; NaN stays NaN.
 inline Vec exponential(Vec x) {
   const Vec lowest = splat(-87.0f), magic = splat(12582912.0f);  // 1.5 * 2^23: rounds to integer
