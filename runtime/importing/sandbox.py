@@ -25,6 +25,7 @@ Level = Literal["L0", "L1", "L2"]
 
 _CODE_DIR = Path(__file__).resolve().parents[1]  # the `runtime` package, never its neighbours
 _GIB = 1024**3
+OOM_SCORE = 500  # at least
 
 _PR_SET_PDEATHSIG, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 1, 24, 38
 _CLONE_NEWIPC, _CLONE_NEWUSER, _CLONE_NEWNET = 0x08000000, 0x10000000, 0x40000000
@@ -131,7 +132,8 @@ def _system_rules(device: str, access: int) -> list[tuple[Path, int]]:
     code = {sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix, *packages}
     if site.ENABLE_USER_SITE and site.USER_SITE:
         code.add(site.USER_SITE)
-    code.discard("/")
+    code.add(os.environ.get("TAPEOUT_NATIVE_DIR", ""))  # where the C++ op was compiled to
+    code -= {"", "/"}
     read_only = [*sorted(code), str(_CODE_DIR), *_SYSTEM_DIRS]
     rules = [(Path(path), access) for path in read_only]
     rules += [(Path(path), landlock.READ) for path in _SYSTEM_FILES]
@@ -266,7 +268,9 @@ def _limit(max_file_bytes: int, address_space_bytes: int | None) -> None:
             value = min(value, hard)
         resource.setrlimit(limit, (value, value))
     # First to go when the machine runs out of memory; the rest of the box must live.
-    Path("/proc/self/oom_score_adj").write_text("800")
+    score = Path("/proc/self/oom_score_adj")
+    if int(score.read_text()) < OOM_SCORE:
+        score.write_text(str(OOM_SCORE))
 
 
 class _CapabilityHeader(ctypes.Structure):

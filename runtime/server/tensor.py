@@ -1,0 +1,112 @@
+"""Serves a tensor program: each `Predict` joins the batcher and is answered by itself.
+
+Which requests share a run is the batcher's decision.
+"""
+
+import asyncio
+
+from runtime.batching.batcher import Batcher, Run
+from runtime.batching.tensors import PredictFailure
+from runtime.protocol import (
+    Cancel,
+    Failed,
+    FrameError,
+    Predict,
+    Predicted,
+    Schema,
+    Serve,
+    Stats,
+    ToWorker,
+)
+from runtime.server.connection import (
+    Server,
+    cancelled,
+    queue_full,
+    server_error,
+    wire_error,
+)
+
+
+class TensorServer(Server):
+    """Predictions. `run` takes and returns tensors in the schema's order, on a thread of its
+    own, one call at a time."""
+
+    def __init__(self, run: Run, schema: Schema, config: Serve) -> None:
+        self._batcher = Batcher(
+            run,
+            schema,
+            config.max_batch_rows,
+            config.max_wait_ms,
+            max_waiting=config.max_waiting,
+            on_lost_device=self._lose_device,
+        )
+        self._max_requests = config.max_waiting
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    @property
+    def num_requests(self) -> int:
+        return len(self._tasks)
+
+    def handle(self, message: ToWorker) -> None:
+        match message:
+            case Predict():
+                self._take(message)
+            case Cancel():
+                self._cancel(message.request_id)
+            case _:
+                raise FrameError(f"a tensor program takes no {type(message).__name__}")
+
+    def _take(self, message: Predict) -> None:
+        request_id = message.request_id
+        if request_id in self._tasks:
+            raise FrameError("a request's id is already in use")
+        if self.is_draining:
+            self.refuse_draining(request_id)
+        elif len(self._tasks) >= self._max_requests:
+            self.refuse(request_id, queue_full())
+        else:
+            self._tasks[request_id] = asyncio.create_task(self._predict(message))
+
+    async def _predict(self, message: Predict) -> None:
+        request_id = message.request_id
+        try:
+            prediction = await self._batcher.predict(message.inputs)
+            answer = Predicted(
+                request_id=request_id,
+                outputs=prediction.outputs,
+                device_ns=prediction.device_ns,
+                batch_rows=prediction.batch_rows,
+                queue_ns=prediction.queue_ns,
+            )
+        except PredictFailure as failure:
+            answer = Failed(request_id=request_id, error=failure.error)
+        except Exception as error:  # noqa: BLE001 - only this request may suffer
+            answer = Failed(request_id=request_id, error=wire_error(error))
+        del self._tasks[request_id]
+        self.connection.send(answer)
+
+    def _cancel(self, request_id: str) -> None:
+        if (task := self._tasks.pop(request_id, None)) is not None:
+            task.cancel()  # before its first turn or within a run, it says nothing any more
+            self.refuse(request_id, cancelled())
+
+    def _lose_device(self) -> None:
+        message = "The model's device failed; it is being restarted. Try again."
+        asyncio.get_running_loop().call_soon(
+            self.connection.fail, server_error("device_lost", message, 503)
+        )
+
+    def stats(self) -> Stats:
+        counters = self._batcher.counters
+        return Stats(
+            num_running=self._batcher.num_running,
+            num_waiting=self._batcher.num_waiting,
+            requests=counters.requests,
+            rows=counters.rows,
+            runs=counters.runs,
+            device_ns=counters.device_ns,
+        )
+
+    def close(self) -> None:
+        for task in self._tasks.values():
+            task.cancel()
