@@ -32,7 +32,8 @@ _TRAINING_ARGUMENTS = {
 
 
 class ExportedProgramModel:
-    """A loaded tensor program. Tensors go in and out in the order of `schema`."""
+    """A loaded tensor program. Tensors go in and out in the order of `schema`; `state` holds its
+    parameters, buffers and constants by name."""
 
     def __init__(self, program: ExportedProgram, signature: Signature) -> None:
         self.program = program
@@ -41,11 +42,10 @@ class ExportedProgramModel:
         self.notes: list[str] = [signature.batch_note] if signature.batch_note else []
         self.module = program.module()
         self.example_inputs = _example_inputs(program, signature)
-        state = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
-        parameters = dict(self.module.named_parameters())
-        self.num_parameters = sum(tensor.numel() for tensor in parameters.values())
-        self.weight_bytes = sum(tensor.nbytes for tensor in state.values())
-        self._device = next((tensor.device for tensor in state.values()), torch.device("cpu"))
+        self.state = _state(self.module)
+        self.num_parameters = sum(parameter.numel() for parameter in self.module.parameters())
+        self.weight_bytes = sum(tensor.nbytes for tensor in self.state.values())
+        self._device = next((tensor.device for tensor in self.state.values()), torch.device("cpu"))
 
     def run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         """Outputs on the CPU in their wire dtypes. Whatever the graph raises, this raises."""
@@ -136,7 +136,7 @@ def _check_sample_inputs(archive: zipfile.ZipFile) -> None:
 
 
 def _check_inference(program: ExportedProgram) -> None:
-    """Refuses graphs captured in training mode, and graphs that write to their own buffers."""
+    """Refuses graphs captured in training mode, and graphs that write to their own tensors."""
     for node in program.graph.nodes:
         at = _TRAINING_ARGUMENTS.get(str(node.target))
         if node.op == "call_function" and at is not None and node.args[at : at + 1] == (True,):
@@ -157,10 +157,19 @@ def mutation_failure(names: list[str]) -> ImportFailure:
     """The refusal of a program whose runs change what it is."""
     return ImportFailure(
         "stateful",
-        f"The model changes its own buffers as it runs ({', '.join(names[:3])}), so one request "
+        f"The model changes its own tensors as it runs ({', '.join(names[:3])}), so one request "
         "would change the answers of the next. Keep such state outside the model, as an input "
         "and an output.",
     )
+
+
+def _state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = {**dict(module.named_parameters())}
+    state.update(module.named_buffers())
+    for prefix, owner in module.named_modules():
+        constants = {name: v for name, v in vars(owner).items() if isinstance(v, torch.Tensor)}
+        state.update({f"{prefix}.{name}".lstrip("."): v for name, v in constants.items()})
+    return state
 
 
 def _example_inputs(program: ExportedProgram, signature: Signature) -> list[torch.Tensor] | None:

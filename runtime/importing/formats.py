@@ -17,7 +17,7 @@ LEGACY_PICKLES = 5  # torch before 1.6: magic number, version, system, the objec
 
 EXPORT_LINES = """\
     example = (torch.randn(2, ...),)  # your inputs, a batch of 2
-    batch = {0: torch.export.Dim.DYNAMIC}  # one of these for each input
+    batch = {0: torch.export.Dim("batch")}  # one of these for each input
     program = torch.export.export(model.eval(), example, dynamic_shapes=(batch,))
     torch.export.save(program, "model.pt2")"""
 

@@ -53,11 +53,17 @@ class Leaf(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Signature(msgspec.Struct, frozen=True, kw_only=True):
-    """Flattened inputs and outputs in the order of the program's call, constants included."""
+    """Flattened inputs and outputs in the order of the program's call, constants included.
+
+    `batch` are the symbols that all stand for the number of rows: an export that was not told
+    that two inputs have equal batches gives each its own. Empty: not batched, and `batch_note`
+    says why.
+    """
 
     schema: Schema
     inputs: list[Leaf]
     outputs: list[Leaf]
+    batch: frozenset[sympy.Expr] = frozenset()
     batch_note: str = ""
 
 
@@ -76,13 +82,15 @@ def read_signature(program: ExportedProgram) -> Signature:
         raise ImportFailure(
             "no_tensors", "The program must take at least one tensor and return at least one."
         )
-    is_batched, note = _find_batch(inputs, outputs, program)
+    batch, note = _find_batch(inputs, outputs, program)
     schema = Schema(
         inputs=[leaf.spec for leaf in inputs if leaf.spec],
         outputs=[leaf.spec for leaf in outputs if leaf.spec],
-        is_batched=is_batched,
+        is_batched=bool(batch),
     )
-    return Signature(schema=schema, inputs=inputs, outputs=outputs, batch_note=note)
+    return Signature(
+        schema=schema, inputs=inputs, outputs=outputs, batch=frozenset(batch), batch_note=note
+    )
 
 
 def axis_bounds(expression: sympy.Expr, program: ExportedProgram) -> tuple[int, int | None]:
@@ -197,39 +205,47 @@ def _expression(size: int | torch.SymInt) -> sympy.Expr:
 
 def _find_batch(
     inputs: list[Leaf], outputs: list[Leaf], program: ExportedProgram
-) -> tuple[bool, str]:
-    """Whether axis 0 of everything is one dynamic symbol that appears nowhere else; if not, the
-    note that says why and what to do."""
+) -> tuple[set[sympy.Expr], str]:
+    """The symbols of the batch, if axis 0 of everything is one of them and no other axis is; if
+    not, the note that says why and what to do."""
     tensors = [leaf for leaf in inputs if leaf.spec]
     lines = _reexport_lines(tensors)
-    first = tensors[0]
-    if not first.axes or first.axes[0].is_Integer:
-        size = first.axes[0] if first.axes else "a scalar"
-        name = first.spec.name if first.spec else ""
-        return False, (
-            f"The batch dimension of {name!r} is fixed at {size}: requests run one at a time. To "
-            f"allow batching, export with a dynamic first axis:\n{lines}"
-        )
-    batch = first.axes[0]
-    for leaf in tensors + [leaf for leaf in outputs if leaf.spec]:
-        assert leaf.spec is not None, "constants were left out"
-        if not leaf.axes or leaf.axes[0] != batch:
-            return False, (
-                f"The first axis of {leaf.spec.name!r} is not the batch of {tensors[0].spec.name!r}"  # type: ignore[union-attr]
-                ": requests run one at a time. To allow batching, every input and output must have "
-                f"the same dynamic first axis:\n{lines}"
+    for leaf in tensors:
+        if not leaf.axes:
+            return set(), (
+                f"The input {_name(leaf)!r} is a scalar, which requests cannot share: they run one "
+                "at a time. To allow batching, give it one value per row."
             )
-        if any(batch.free_symbols & axis.free_symbols for axis in leaf.axes[1:]):
-            return False, (
-                f"The shape of {leaf.spec.name!r} depends on the batch beyond its first axis, so "
+        if not leaf.axes[0].is_Symbol:
+            return set(), (
+                f"The batch dimension of {_name(leaf)!r} is fixed at {leaf.axes[0]}: requests run "
+                f"one at a time. To allow batching, export with a dynamic first axis:\n{lines}"
+            )
+    batch = {leaf.axes[0] for leaf in tensors}
+    for leaf in [*tensors, *(leaf for leaf in outputs if leaf.spec)]:
+        if not leaf.axes or leaf.axes[0] not in batch:
+            return set(), (
+                f"The first axis of {_name(leaf)!r} is not the batch of {_name(tensors[0])!r}: "
+                "requests run one at a time. To allow batching, every output must have one row for "
+                "each row of the inputs."
+            )
+        if any(batch & axis.free_symbols for axis in leaf.axes[1:]):
+            return set(), (
+                f"The shape of {_name(leaf)!r} depends on the batch beyond its first axis, so "
                 "that rows depend on each other: requests run one at a time."
             )
-    if not batch.is_Symbol or axis_bounds(batch, program)[0] > 1:
-        return False, (
-            f"The batch must be any size from 1, but the program wants {batch} of at least "
-            f"{axis_bounds(batch, program)[0]}: requests run one at a time."
+    least = max(axis_bounds(symbol, program)[0] for symbol in batch)
+    if least > 1:
+        return set(), (
+            f"The program wants a batch of at least {least}, and a request may have one row: "
+            "requests run one at a time."
         )
-    return True, ""
+    return batch, ""
+
+
+def _name(leaf: Leaf) -> str:
+    assert leaf.spec is not None, "constants were left out"
+    return leaf.spec.name
 
 
 def _reexport_lines(inputs: list[Leaf]) -> str:
@@ -239,7 +255,7 @@ def _reexport_lines(inputs: list[Leaf]) -> str:
         if leaf.spec
     )
     return (
-        "    batch = torch.export.Dim.DYNAMIC  # and example inputs with a batch of 2\n"
+        '    batch = torch.export.Dim("batch")  # and example inputs with a batch of 2\n'
         f"    program = torch.export.export(model, example, dynamic_shapes={{{axes}}})\n"
         '    torch.export.save(program, "model.pt2")'
     )

@@ -33,13 +33,13 @@ class InputMaker:
         self._leaves = [leaf for leaf in model.signature.inputs if leaf.spec]
         self._examples = model.example_inputs
         self._sizes = sizes
-        self._batch = self._leaves[0].axes[0] if model.schema.is_batched else None
+        self._batch = model.signature.batch
         self._is_small = is_small
 
     def make(self, rows: int, seed: int = 0) -> list[torch.Tensor]:
         """Wire tensors in the schema's order; `rows` matters to batched programs only."""
         generator = torch.Generator().manual_seed(seed)
-        sizes = self._sizes if self._batch is None else {**self._sizes, self._batch: rows}
+        sizes = self._sizes | dict.fromkeys(self._batch, rows)
         return [
             self._values(index, leaf, [_size(axis, sizes) for axis in leaf.axes], generator)
             for index, leaf in enumerate(self._leaves)
@@ -104,8 +104,7 @@ def _size_choices(model: ExportedProgramModel) -> Iterator[dict[sympy.Expr, int]
             if expression.is_Symbol and model.example_inputs:
                 sizes[expression] = model.example_inputs[index].shape[axis]
     yield sizes
-    batch = model.signature.inputs[0].axes[0] if model.schema.is_batched else None
-    if any(symbol != batch for symbol in sizes):
+    if sizes.keys() - model.signature.batch:
         for change in (3, -1):
             yield {
                 symbol: _clamp(max(1, size + change), *bounds[symbol])

@@ -39,10 +39,10 @@ def prove_tensor(
 ) -> TensorProof:
     """`report` takes a fraction and a line. Raises `ImportFailure` for a program that does not
     run, or that changes itself as it runs."""
-    state = _copy_state(model)
+    versions = _versions(model)
     report(0.0, "finding inputs that the program accepts")
     makers = find_inputs(model)
-    _check_state(model, state)
+    _check_state(model, versions)
     checks = [_check_outputs(model, makers), _check_repeat(model, makers[0])]
     is_repeatable = checks[-1].is_equal
     notes: list[str] = []
@@ -67,7 +67,7 @@ def prove_tensor(
                 "requests run one at a time, exactly as the program was uploaded. A row's output "
                 "must depend on that row alone, which batch statistics and sums over axis 0 break."
             )
-    _check_state(model, state)
+    _check_state(model, versions)
     report(1.0, f"{sum(check.is_equal for check in checks)} of {len(checks)} checks hold")
     verdict: Verdict = "equal" if is_repeatable else "unproved"
     return TensorProof(
@@ -83,16 +83,13 @@ def prove_tensor(
 # --- single runs ------------------------------------------------------------------------
 
 
-def _copy_state(model: ExportedProgramModel) -> dict[str, torch.Tensor]:
-    return {name: buffer.clone() for name, buffer in model.module.named_buffers()}
+def _versions(model: ExportedProgramModel) -> dict[str, int]:
+    """How often each tensor of the program was written to, by torch's own count."""
+    return {name: tensor._version for name, tensor in model.state.items()}
 
 
-def _check_state(model: ExportedProgramModel, before: dict[str, torch.Tensor]) -> None:
-    changed = [
-        name
-        for name, buffer in model.module.named_buffers()
-        if not _same_bits(buffer, before[name])
-    ]
+def _check_state(model: ExportedProgramModel, before: dict[str, int]) -> None:
+    changed = [name for name, count in _versions(model).items() if count != before[name]]
     if changed:
         raise mutation_failure(changed)
 

@@ -75,14 +75,19 @@ class Noisy(nn.Module):
 
 
 class Counting(nn.Module):
-    """A planted fault: a run changes the answers of the next."""
+    """A planted fault: a run writes to a buffer, parameter or constant that the next one reads."""
 
     count: torch.Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str = "buffer") -> None:
         super().__init__()
-        self.register_buffer("count", torch.zeros(1))
+        if kind == "buffer":
+            self.register_buffer("count", torch.zeros(1))
+        elif kind == "parameter":
+            self.count = nn.Parameter(torch.zeros(1), requires_grad=False)
+        else:
+            self.count = torch.zeros(1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.count.add_(1)
-        return x + self.count
+        return x + 0 * self.count

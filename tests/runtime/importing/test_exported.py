@@ -138,6 +138,16 @@ def test_rows_that_depend_on_each_other_by_shape_are_not_batched(path):
     assert "rows depend on each other" in model.notes[0]
 
 
+def test_inputs_whose_equal_batches_the_export_was_not_told_of_are_batched(path):
+    class Apart(nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return x * 2, y * 3
+
+    model = load_exported(export(path, Apart(), torch.randn(2, 3), torch.randn(2, 4)))
+    assert len(model.signature.batch) == 2
+    assert model.schema.is_batched
+
+
 def test_an_output_without_the_batch_is_not_batched(path):
     class Total(nn.Module):
         def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -103,9 +103,10 @@ def test_randomness_is_unproved_and_unbatched(path):
     assert failed(proof) == ["repeat"]
 
 
-def test_a_program_that_changes_itself_is_refused(path):
-    with pytest.raises(ImportFailure, match="changes its own buffers"):
-        prove(export(path, Counting(), torch.randn(2, 4)))
+@pytest.mark.parametrize("kind", ["buffer", "parameter", "constant"])
+def test_a_program_that_changes_itself_is_refused(path, kind):
+    with pytest.raises(ImportFailure, match="changes its own tensors"):
+        prove(export(path, Counting(kind), torch.randn(2, 4)))
 
 
 def test_token_ids_stay_inside_the_vocabulary(path):
@@ -147,6 +148,14 @@ def test_constant_arguments_keep_the_value_they_were_exported_with(path):
     assert proof.is_batched
     model = load_exported(program)
     assert [spec.name for spec in model.schema.inputs] == ["ids", "mask"]
+
+
+def test_inputs_that_lead_separate_lives_are_proved_with_equal_rows(path):
+    class Apart(nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return x * 2, y * 3
+
+    assert prove(export(path, Apart(), torch.randn(2, 3), torch.randn(2, 4))).is_batched
 
 
 def test_a_fixed_batch_is_proved_unbatched(path):
