@@ -6,7 +6,7 @@ from collections import deque
 
 from app.core.errors import AppError
 from app.deployments.claims import MAX_TOKEN_CHARS, FalseClaim, check_device_time, copy_of
-from runtime.protocol import Generate, Prepared, SequenceOutput
+from runtime.protocol import Generate, Prepared, SamplingParams, SequenceOutput
 
 
 class Generation:
@@ -134,3 +134,15 @@ class Outputs:
 
     async def __anext__(self) -> list[SequenceOutput]:
         return await self._generation.next_step()
+
+
+def lost_generation(
+    loop: asyncio.AbstractEventLoop, request_id: str, error: AppError
+) -> Generation:
+    """Stands for a request whose replica went before its outputs were asked for."""
+    preparing: asyncio.Future[Prepared] = loop.create_future()
+    preparing.cancel()
+    request = Generate(request_id=request_id, sampling=SamplingParams(), cache_salt=b"")
+    generation = Generation(request, preparing)
+    generation.fail(error)
+    return generation

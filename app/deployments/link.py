@@ -21,7 +21,7 @@ from app.deployments.claims import (
     failure_of,
     worker_failure,
 )
-from app.deployments.generation import Generation, Outputs
+from app.deployments.generation import Generation, Outputs, lost_generation
 from app.deployments.launchers.base import LaunchError
 from app.deployments.outstanding import Call, Outstanding
 from app.deployments.stream import FrameStream
@@ -38,7 +38,6 @@ from runtime.protocol import (
     Predicted,
     Prepared,
     Ready,
-    SamplingParams,
     SequenceOutput,
     Serve,
     Start,
@@ -87,6 +86,7 @@ class ReplicaLink:
         self._device_ns = 0
         self._vocab_size = 0
         self._closed: asyncio.Future[str] = self._loop.create_future()
+        self._num_received = 0
         self._is_draining = False
         self._is_false = False
         self._fatal = ""
@@ -102,6 +102,11 @@ class ReplicaLink:
     @property
     def closed(self) -> bool:
         return self._closed.done()
+
+    @property
+    def gave_up(self) -> bool:
+        """The worker itself said why it could not go on."""
+        return bool(self._fatal)
 
     async def wait_closed(self) -> str:
         """Why the stream ended, to follow `The worker`."""
@@ -172,15 +177,14 @@ class ReplicaLink:
         if generation is None or generation.started_ns is None:
             error = worker_failure("The request was cancelled.", "cancelled", 499)
             self._outstanding.fail(request_id, error)
-        else:
-            self._loop.call_later(CANCEL_SECONDS, self._expect_end, request_id)
+        self._loop.call_later(CANCEL_SECONDS, self._expect_end, request_id, self._num_received)
 
     def outputs(self, request_id: str) -> AsyncIterator[list[SequenceOutput]]:
         """What each step added, until every choice is finished. Raises `RuntimeFailure` when the
         request fails. To be called once, right after `start`."""
         generation = self._outstanding.generations.get(request_id)
         if generation is None:
-            generation = _lost_generation(self._loop, request_id, self._lost())
+            generation = lost_generation(self._loop, request_id, self._lost())
         return Outputs(generation)
 
     async def predict(self, request: Predict) -> Predicted:
@@ -219,13 +223,16 @@ class ReplicaLink:
     def _send(self, message: Message) -> None:
         self.stream.send_frame(encode_frame(message))
 
-    def _expect_end(self, request_id: str) -> None:
-        if request_id in self._outstanding.generations:
+    def _expect_end(self, request_id: str, num_received: int) -> None:
+        """A worker answers a cancel, whatever else it does. One that has not sent a thing since
+        hangs."""
+        if request_id in self._outstanding or self._num_received == num_received:
             self.stream.close(f"did not stop a cancelled request within {CANCEL_SECONDS:.0f} s")
 
     # --- what the worker sends ------------------------------------------------------------
 
     def _receive(self, message: FromWorker) -> None:
+        self._num_received += 1
         try:
             if not self._ready.done() and not isinstance(message, Ready | Fatal | Stats):
                 raise FalseClaim("answered before it was ready")
@@ -381,15 +388,3 @@ class ReplicaLink:
             )
         reason = self._closed.result() if self._closed.done() else "went away"
         return worker_failure(f"The model's worker {reason}. Try again.", "worker_lost")
-
-
-def _lost_generation(
-    loop: asyncio.AbstractEventLoop, request_id: str, error: AppError
-) -> Generation:
-    """Stands for a request whose replica went before its outputs were asked for."""
-    preparing: asyncio.Future[Prepared] = loop.create_future()
-    preparing.cancel()
-    request = Generate(request_id=request_id, sampling=SamplingParams(), cache_salt=b"")
-    generation = Generation(request, preparing)
-    generation.fail(error)
-    return generation

@@ -72,7 +72,10 @@ class LocalLauncher:
         self._processes: set[LocalProcess] = set()
 
     def clean(self) -> None:
+        current = {process.run_name for process in self._processes}
         for stale in self._run_dir.iterdir():
+            if stale.name in current:
+                continue
             if stale.is_dir() and not stale.is_symlink():
                 shutil.rmtree(stale, ignore_errors=True)
             else:
@@ -160,6 +163,7 @@ class LocalProcess:
         finally:
             os.close(writing)
         self.name = f"pid {self._popen.pid}"
+        self.run_name = home.parent.name
         self._yield_to_the_app()
         self._capture = threading.Thread(
             target=_capture, args=(reading, self._log), name=f"log {self.name}", daemon=True
