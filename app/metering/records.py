@@ -111,21 +111,30 @@ class Tally:
     def __init__(self, admitted: AdmitRecord) -> None:
         self.admitted = admitted
         self.num_output_tokens = 0
-        self.num_cached_tokens: int | None = None
+        self._cached_tokens: dict[int, int] = {}  # by choice, as first reported
         self.device_ns = 0
         self.first_token_at_ns: int | None = None
         self.finish_reasons: dict[int, FinishReason] = {}
 
     def add(self, use: SequenceUse, at_ns: int) -> None:
-        """Choices share one prompt: what the first to report found in the cache counts for it."""
         self.num_output_tokens += use.num_tokens
         self.device_ns += use.device_ns
-        if self.num_cached_tokens is None:
-            self.num_cached_tokens = use.num_cached_tokens
+        self._cached_tokens.setdefault(use.choice, use.num_cached_tokens)
         if self.first_token_at_ns is None and use.num_tokens:
             self.first_token_at_ns = at_ns
         if use.finish_reason is not None:
             self.finish_reasons[use.choice] = use.finish_reason
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Choices share one prompt: what the first of them found in the cache counts for it."""
+        first = min(self._cached_tokens, default=0)
+        return min(self._cached_tokens.get(first, 0), self.admitted.num_prompt_tokens)
+
+    @property
+    def has_run(self) -> bool:
+        """False for a request that ended while it was still queued: its prompt is not charged."""
+        return self.device_ns > 0 or self.num_output_tokens > 0
 
     @property
     def is_finished(self) -> bool:
@@ -145,7 +154,8 @@ class Tally:
     def usage(self, outcome: Outcome, finish_reason: str, at_ns: int) -> Usage:
         """Closes the count. Device time is charged by the millisecond begun, up to its hold."""
         admitted = self.admitted
-        cached = min(self.num_cached_tokens or 0, admitted.num_prompt_tokens)
+        prompt = admitted.num_prompt_tokens if self.has_run else 0
+        cached = min(self.num_cached_tokens, prompt)
         device_ms = -(-self.device_ns // 1_000_000)
         if admitted.max_device_ms:
             device_ms = min(device_ms, admitted.max_device_ms)
@@ -154,7 +164,7 @@ class Tally:
             admitted=admitted,
             outcome=outcome,
             finish_reason=finish_reason[:32],
-            input_tokens=admitted.num_prompt_tokens - cached,
+            input_tokens=prompt - cached,
             cached_tokens=cached,
             output_tokens=self.num_output_tokens,
             device_ms=device_ms,

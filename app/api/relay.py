@@ -1,0 +1,316 @@
+"""Takes a request through hold, replica and settlement, for both kinds of programs.
+
+Owns each request from its admission to its settlement, in tasks of its own: a client that goes
+away ends the waiting, never the accounting. HTTP is `openai.py`'s and `predict.py`'s; what is
+charged when is in `metering/records.py` and `billing/rating.py`.
+"""
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+
+from app.api.execution import Execution
+from app.billing.accounts import AccountWriter
+from app.billing.prices import PriceTable, Rates
+from app.billing.rating import decoder_worst_case, held_device_ms, rate, tensor_worst_case
+from app.core.errors import AppError, RuntimeFailure
+from app.core.ids import new_id
+from app.metering.journal import Journal
+from app.metering.records import AdmitRecord, FinishRecord, Outcome, Tally, Usage, use_of
+from app.organizations.principal import Principal
+from runtime.protocol import Generate, Predict, Predicted, ServiceClass, Tensor
+
+if TYPE_CHECKING:
+    from app.deployments.fleet import Target
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Call(msgspec.Struct, frozen=True, kw_only=True):
+    """Who asks what of which replica. `is_stream`: the caller gets output as it is made."""
+
+    principal: Principal
+    target: "Target"
+    route: str
+    service_class: ServiceClass = "standard"
+    is_stream: bool = False
+    request_id: str = msgspec.field(default_factory=lambda: new_id("req"))
+    started_at_ns: int = msgspec.field(default_factory=time.time_ns)
+
+    def admit_record(self, rates: Rates, **counts: int) -> AdmitRecord:
+        principal, target = self.principal, self.target
+        return AdmitRecord(
+            request_id=self.request_id,
+            organization_id=principal.organization_id,
+            api_key_id=principal.api_key_id,
+            api_key_name=principal.api_key_name,
+            endpoint_name=target.endpoint_name,
+            version_number=target.version_number,
+            route=self.route,
+            kind=target.manifest.kind,
+            service_class=self.service_class,
+            price_book_id=rates.book_id,
+            started_at_ns=self.started_at_ns,
+            **counts,
+        )
+
+
+class Relay:
+    """One per process. Call `recover` before the first request and `close` after the last."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        prices: PriceTable,
+        accounts: AccountWriter,
+        *,
+        timeout_seconds: float,
+    ) -> None:
+        self._journal = journal
+        self._prices = prices
+        self._accounts = accounts
+        self._timeout_seconds = timeout_seconds
+        self._running: set[asyncio.Task[Any]] = set()
+
+    async def recover(self, usages: list[Usage]) -> None:
+        """Settles what an earlier process left in the journal and frees the holds it left."""
+        for usage in usages:
+            book = self._prices.book(usage.admitted.price_book_id)
+            if book is None:
+                log.error("%s: its price book is gone", usage.admitted.request_id)
+                continue
+            admitted = usage.admitted
+            rates = book.rates(admitted.endpoint_name, admitted.service_class)
+            self._accounts.settle(rate(usage, rates))
+        await self._accounts.flush()
+        known = {usage.admitted.request_id for usage in usages}
+        num_freed = await self._accounts.release_orphans(known)
+        if usages or num_freed:
+            log.warning(
+                "settled %d requests of an earlier run (%d of them lost); freed %d other holds",
+                len(usages),
+                sum(usage.outcome == "lost" for usage in usages),
+                num_freed,
+            )
+
+    async def close(self) -> None:
+        """Returns when every request is settled; the fleet, closed before, has ended them all."""
+        while self._running:
+            await asyncio.wait(self._running)
+
+    async def settled(self) -> None:
+        """Returns when every request that has ended is in the database."""
+        await self._accounts.flush()
+
+    # --- decoders -------------------------------------------------------------------------
+
+    async def generate(self, call: Call, request: Generate) -> Execution:
+        """Returns once the request runs. Raises what its replica or its account has against it."""
+        execution = Execution(call.request_id, call.target.link, is_stream=call.is_stream)
+        self._own(self._generate(execution, call, request))
+        try:
+            await execution.started
+        except asyncio.CancelledError:
+            execution.cancel()
+            raise
+        return execution
+
+    async def _generate(self, execution: Execution, call: Call, request: Generate) -> None:
+        """From admission to settlement. Never raises: its execution tells what happened."""
+        loop = asyncio.get_running_loop()
+        seconds = self._timeout_seconds
+        expiry = loop.call_later(seconds, execution.expire, _timed_out(seconds))
+        try:
+            rates = self._prices.rates(call.target.endpoint_name, call.service_class)
+            tally = await self._admit(execution, call, request, rates)
+            await self._follow(execution, tally, rates)
+        except AppError as error:
+            execution.fail(error)
+        except Exception:
+            log.exception("%s failed", call.request_id)
+            execution.fail(AppError("Something went wrong inside the box; this costs nothing."))
+        finally:
+            expiry.cancel()
+
+    async def _admit(
+        self, execution: Execution, call: Call, request: Generate, rates: Rates
+    ) -> Tally:
+        """Prepares, holds the worst case, records, starts."""
+        link = call.target.link
+        prepared = await link.prepare(request)
+        num_prompt_tokens = prepared.num_prompt_tokens
+        worst = decoder_worst_case(
+            rates, num_prompt_tokens, prepared.max_tokens, request.num_choices
+        )
+        try:
+            await self._hold(call, worst)
+            if execution.is_cancelled:
+                self._accounts.void(call.request_id)
+                raise _client_left()
+        except AppError:
+            link.cancel(call.request_id)
+            raise
+        record = call.admit_record(
+            rates, num_prompt_tokens=num_prompt_tokens, num_choices=request.num_choices
+        )
+        self._journal.admit(record)
+        link.start(call.request_id)
+        tally = Tally(record)
+        execution.start(tally)
+        return tally
+
+    async def _hold(self, call: Call, amount_nano: int) -> None:
+        organization_id = call.principal.organization_id
+        await self._accounts.hold(call.request_id, organization_id, amount_nano)
+
+    async def _follow(self, execution: Execution, tally: Tally, rates: Rates) -> None:
+        """Counts and hands on what the replica sends. The settlement is queued before the last
+        output is handed on, so that whoever acts on it finds the money freed."""
+        try:
+            async for outputs in execution.link.outputs(execution.request_id):
+                at_ns = time.time_ns()
+                for output in outputs:
+                    tally.add(use_of(output), at_ns)
+                if tally.is_finished:
+                    error = self._settle_generation(execution, tally, rates)
+                    execution.push(outputs)
+                    execution.end(error)
+                    return
+                execution.push(outputs)
+        except AppError as error:
+            self._settle(tally, rates, "failed", error.code)
+            raise
+        except Exception:
+            self._settle(tally, rates, "failed", "internal_error")
+            raise
+        raise AssertionError("the replica's outputs ended before the request did")
+
+    def _settle_generation(
+        self, execution: Execution, tally: Tally, rates: Rates
+    ) -> AppError | None:
+        """Settles by how the sequences ended and who wanted that. Returns what to tell the
+        caller where the end is not theirs to see as an answer."""
+        outcome, reason = tally.outcome()
+        if outcome == "completed":
+            self._settle(tally, rates, outcome, reason)
+            return None
+        if outcome == "cancelled" and execution.is_expired:
+            # What a stream delivered was had; an answer that never came was not.
+            was_had = execution.is_stream and tally.num_output_tokens > 0
+            self._settle(tally, rates, "cancelled" if was_had else "failed", "timeout")
+            return _timed_out(self._timeout_seconds)
+        if outcome == "cancelled" and execution.is_cancelled:
+            self._settle(tally, rates, outcome, reason)
+            return _client_left()
+        self._settle(tally, rates, "failed", reason)
+        return _aborted()
+
+    # --- tensor programs ------------------------------------------------------------------
+
+    async def predict(self, call: Call, inputs: list[Tensor]) -> tuple[Predicted, Usage]:
+        """The outputs and what they cost in device time, durably recorded."""
+        task = self._own(self._predict(call, inputs))
+        return await asyncio.shield(task)
+
+    async def _predict(self, call: Call, inputs: list[Tensor]) -> tuple[Predicted, Usage]:
+        rates = self._prices.rates(call.target.endpoint_name, call.service_class)
+        max_device_ms = _max_device_ms(call.target, inputs)
+        await self._hold(call, tensor_worst_case(rates, max_device_ms))
+        tally = Tally(call.admit_record(rates, max_device_ms=max_device_ms))
+        self._journal.admit(tally.admitted)
+        try:
+            predicted = await self._predict_in_time(call, inputs)
+            tally.device_ns = predicted.device_ns
+            record = FinishRecord(
+                call.request_id, time.time_ns(), "completed", "stop", predicted.device_ns
+            )
+            await self._journal.finish(record)
+        except AppError as error:
+            tally.device_ns = 0
+            self._settle(tally, rates, "failed", error.code)
+            raise
+        except Exception:
+            self._settle(tally, rates, "failed", "internal_error")
+            raise
+        usage = tally.usage("completed", "stop", record.at_ns)
+        self._accounts.settle(rate(usage, rates))
+        return predicted, usage
+
+    async def _predict_in_time(self, call: Call, inputs: list[Tensor]) -> Predicted:
+        try:
+            async with asyncio.timeout(self._timeout_seconds):
+                return await call.target.link.predict(
+                    Predict(request_id=call.request_id, inputs=inputs)
+                )
+        except TimeoutError:
+            raise _timed_out(self._timeout_seconds) from None
+
+    # --- both -----------------------------------------------------------------------------
+
+    def _own(self, work: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
+        task = asyncio.get_running_loop().create_task(work)
+        self._running.add(task)
+        task.add_done_callback(self._disown)
+        return task
+
+    def _disown(self, task: "asyncio.Task[Any]") -> None:
+        self._running.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever asked has it, or has gone
+
+    def _settle(self, tally: Tally, rates: Rates, outcome: Outcome, reason: str) -> None:
+        """Queues the settlement; an end that the steps do not show is put on record first."""
+        at_ns = time.time_ns()
+        if (outcome, reason) != tally.outcome():
+            request_id = tally.admitted.request_id
+            self._journal.note_finish(FinishRecord(request_id, at_ns, outcome, reason))
+        self._accounts.settle(rate(tally.usage(outcome, reason, at_ns), rates))
+
+
+def _max_device_ms(target: "Target", inputs: list[Tensor]) -> int:
+    """Device time to hold: that of as many of the build's slowest batches as the rows fill."""
+    chosen = [candidate for candidate in target.receipt.candidates if candidate.is_chosen]
+    slowest_ms = max((candidate.device_ms_max for candidate in chosen), default=0.0)
+    largest = max((size for candidate in chosen for size in candidate.p50_ms), default=1)
+    schema = target.manifest.schema
+    num_rows = inputs[0].shape[0] if schema is not None and schema.is_batched and inputs else 1
+    return held_device_ms(slowest_ms) * max(1, math.ceil(num_rows / largest))
+
+
+def _timed_out(seconds: float) -> RuntimeFailure:
+    return RuntimeFailure(
+        f"The request did not finish within {seconds:.0f} seconds, the limit of this box. "
+        "Ask for fewer tokens, or stream them.",
+        status=504,
+        type="server_error",
+        code="timeout",
+        param=None,
+    )
+
+
+def _client_left() -> RuntimeFailure:
+    return RuntimeFailure(
+        "The client closed the connection.",
+        status=499,
+        type="invalid_request_error",
+        code="cancelled",
+        param=None,
+    )
+
+
+def _aborted() -> RuntimeFailure:
+    failure = RuntimeFailure(
+        "The model's worker gave the request up. This costs nothing; try again.",
+        status=503,
+        type="server_error",
+        code="worker_aborted",
+        param=None,
+    )
+    failure.retry_after_seconds = 1
+    return failure

@@ -1,0 +1,32 @@
+"""The id of a request that is metered: made first, told in every answer, errors included."""
+
+from typing import Any
+
+from litestar import Request, Response
+
+from app.api.errors import ErrorBody, render_app_error
+from app.core.errors import AppError
+from app.core.ids import new_id
+
+AnyRequest = Request[Any, Any, Any]
+KEY = "request_id"
+
+
+def new_request_id(request: AnyRequest) -> str:
+    """An id that the error handlers of this module will find."""
+    request_id = new_id("req")
+    request.state[KEY] = request_id
+    return request_id
+
+
+def _named(request: AnyRequest, response: Response[ErrorBody]) -> Response[ErrorBody]:
+    if (request_id := request.state.get(KEY)) is not None:
+        response.headers["x-request-id"] = request_id
+    return response
+
+
+def _app_error(request: AnyRequest, error: AppError) -> Response[ErrorBody]:
+    return _named(request, render_app_error(request, error))
+
+
+exception_handlers: dict[int | type[Exception], Any] = {AppError: _app_error}

@@ -1,0 +1,88 @@
+"""Answers that a client may leave: the event stream, and the watch for a disconnect."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from litestar.response.base import ASGIResponse
+
+from app.api.dialect import Dialect, usage_of
+from app.api.errors import error_body
+from app.api.execution import Execution
+from app.core.errors import AppError
+from runtime.protocol import SequenceOutput
+
+if TYPE_CHECKING:
+    from litestar.types import Receive, Scope, Send
+
+_encoder = msgspec.json.Encoder()
+
+
+@asynccontextmanager
+async def cancelled_on_disconnect(receive: "Receive", execution: Execution) -> AsyncGenerator[None]:
+    """While the block runs, a client that goes away cancels the execution."""
+    watch = asyncio.create_task(_watch(receive, execution))
+    try:
+        yield
+    except asyncio.CancelledError:
+        execution.cancel()
+        raise
+    finally:
+        watch.cancel()
+
+
+async def _watch(receive: "Receive", execution: Execution) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    execution.cancel()
+
+
+class EventStream(ASGIResponse):
+    """Server-sent events of one execution, in its dialect, ended by `[DONE]` or an error."""
+
+    _should_set_content_length = False
+
+    def __init__(
+        self, execution: Execution, dialect: Dialect[Any], first: list[SequenceOutput]
+    ) -> None:
+        super().__init__(
+            media_type="text/event-stream",
+            headers={
+                "cache-control": "no-cache",
+                "x-accel-buffering": "no",
+                "x-request-id": execution.request_id,
+            },
+        )
+        self._execution = execution
+        self._dialect = dialect
+        self._first = first
+
+    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
+        async with cancelled_on_disconnect(receive, self._execution):
+            await self.start_response(send)
+            outputs = self._first
+            try:
+                while outputs:
+                    events = self._dialect.events(outputs)
+                    if events:
+                        await _send(send, events)
+                    outputs = await self._execution.next_outputs()
+                last = [self._dialect.usage_event(usage_of(self._execution.tally))]
+                body = _event_bytes(last if self._dialect.includes_usage else [])
+                await _send_bytes(send, body + b"data: [DONE]\n\n", more=False)
+            except AppError as error:
+                await _send_bytes(send, _event_bytes([error_body(error)]), more=False)
+
+
+def _event_bytes(events: Sequence[msgspec.Struct]) -> bytes:
+    return b"".join(b"data: %b\n\n" % _encoder.encode(event) for event in events)
+
+
+async def _send(send: "Send", events: Sequence[msgspec.Struct]) -> None:
+    await _send_bytes(send, _event_bytes(events), more=True)
+
+
+async def _send_bytes(send: "Send", body: bytes, *, more: bool) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": more})

@@ -1,0 +1,251 @@
+"""A worker whose behaviour the prompt chooses, at the far end of a real stream of frames.
+
+Text prompts are counted by words and answered `w0 w1 w2 ...`, eight words unless `ignore_eos`.
+A word such as `die@3` in the prompt makes something happen after so many tokens.
+"""
+
+import asyncio
+import re
+from pathlib import Path
+
+import msgspec
+
+from runtime.protocol import (
+    LENGTH,
+    Cancel,
+    DecoderInfo,
+    Failed,
+    FinishReason,
+    Generate,
+    Manifest,
+    Message,
+    Predict,
+    Predicted,
+    Prepared,
+    Ready,
+    Schema,
+    SequenceOutput,
+    Serve,
+    Start,
+    Step,
+    Tensor,
+    TensorSpec,
+    TokenLogprob,
+    ToWorker,
+    WireError,
+    encode_frame,
+)
+
+CONTEXT_TOKENS = 256
+NUM_WORDS = 8
+SCRIPT = re.compile(r"(fail|die|hang|abort|lie|slow)@(\d+)")
+DECODER = Manifest(
+    kind="decoder",
+    format="huggingface",
+    num_parameters=1,
+    weight_bytes=4,
+    decoder=DecoderInfo(
+        architecture="scripted",
+        vocab_size=1000,
+        max_context_tokens=CONTEXT_TOKENS,
+        num_layers=1,
+        kv_bytes_per_token=1,
+        dtype="float32",
+        has_tokenizer=True,
+        has_chat_template=True,
+        template_tokens=8,
+        template_tokens_per_message=8,
+    ),
+)
+TENSOR = Manifest(
+    kind="tensor",
+    format="pt2",
+    num_parameters=1,
+    weight_bytes=4,
+    schema=Schema(
+        inputs=[
+            TensorSpec(name="x", dtype="float32", shape=[None, 2], max_shape=[4, 2]),
+            TensorSpec(name="k", dtype="int64", shape=[None]),
+        ],
+        outputs=[
+            TensorSpec(name="x", dtype="float32", shape=[None, 2]),
+            TensorSpec(name="k", dtype="int64", shape=[None]),
+        ],
+        is_batched=True,
+    ),
+)
+
+
+def text_of(generate: Generate) -> str:
+    if generate.messages is not None:
+        return " ".join(f"{message.role}: {message.content}" for message in generate.messages)
+    return generate.text or ""
+
+
+class ScriptedWorker:
+    """Serves one connection on a unix socket. `received` holds every message in order."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self.received: list[Message] = []
+        self._decoder = msgspec.msgpack.Decoder(ToWorker)
+        self._prepared: dict[str, Generate] = {}
+        self._running: dict[str, asyncio.Task[None]] = {}
+        self._cancelled: set[str] = set()
+        self._seen: set[tuple[bytes, str]] = set()
+
+    async def listen(self, path: Path) -> None:
+        self._server = await asyncio.start_unix_server(self._serve, path)
+
+    async def close(self) -> None:
+        for task in self._running.values():
+            task.cancel()
+        await asyncio.gather(*self._running.values(), return_exceptions=True)
+        self._server.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writer = writer
+        try:
+            while True:
+                (length,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
+                message = self._decoder.decode(await reader.readexactly(length))
+                self.received.append(message)
+                self._handle(message)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            writer.close()
+
+    def send(self, message: Message) -> None:
+        if not self._writer.is_closing():
+            self._writer.write(encode_frame(message))
+
+    def _handle(self, message: Message) -> None:
+        if isinstance(message, Serve):
+            self.send(Ready(manifest=self.manifest, memory_bytes=1))
+        elif isinstance(message, Generate):
+            self._prepare(message)
+        elif isinstance(message, Start):
+            generate = self._prepared.pop(message.request_id)
+            task = asyncio.create_task(self._run(generate))
+            self._running[message.request_id] = task
+        elif isinstance(message, Cancel):
+            self._cancelled.add(message.request_id)
+        elif isinstance(message, Predict):
+            self._predict(message)
+
+    # --- decoders -------------------------------------------------------------------------
+
+    def _prepare(self, generate: Generate) -> None:
+        if "refuse" in text_of(generate):
+            error = WireError(
+                type="invalid_request_error", message="no", code="refused", param="prompt"
+            )
+            self.send(Failed(request_id=generate.request_id, error=error))
+            return
+        num_prompt_tokens = self._num_prompt_tokens(generate)
+        self._prepared[generate.request_id] = generate
+        self.send(
+            Prepared(
+                request_id=generate.request_id,
+                num_prompt_tokens=num_prompt_tokens,
+                max_tokens=min(generate.sampling.max_tokens, CONTEXT_TOKENS - num_prompt_tokens),
+            )
+        )
+
+    def _num_prompt_tokens(self, generate: Generate) -> int:
+        if generate.token_ids is not None:
+            return len(generate.token_ids)
+        return len(text_of(generate).split())
+
+    async def _run(self, generate: Generate) -> None:
+        num_prompt_tokens = self._num_prompt_tokens(generate)
+        max_tokens = min(generate.sampling.max_tokens, CONTEXT_TOKENS - num_prompt_tokens)
+        key = (generate.cache_salt, text_of(generate))
+        num_cached = num_prompt_tokens - 1 if key in self._seen else 0
+        self._seen.add(key)
+        scripted = SCRIPT.search(text_of(generate))
+        event, at = (scripted[1], int(scripted[2])) if scripted else ("", -1)
+        num_words = max_tokens if generate.sampling.ignore_eos else NUM_WORDS
+        for i in range(max_tokens):
+            is_cancelled = generate.request_id in self._cancelled
+            if is_cancelled or (event == "abort" and i == at):
+                return self._step(generate, [], "", num_cached, "abort")
+            if event == "slow":
+                await asyncio.sleep(at / 1000)
+            if i == at and event in ("fail", "die", "hang", "lie"):
+                return await self._happen(event, generate)
+            reason: FinishReason | None = None
+            if i + 1 == num_words:
+                reason = "stop"
+            elif i + 1 == max_tokens:
+                reason = "length"
+            self._step(generate, [i % 1000], f"w{i} ", num_cached, reason)
+            await asyncio.sleep(0)
+            if reason == "stop":
+                return None
+        return None
+
+    async def _happen(self, event: str, generate: Generate) -> None:
+        if event == "fail":
+            error = WireError(
+                type="server_error", message="the device ran out of memory", code="oom", status=500
+            )
+            self.send(Failed(request_id=generate.request_id, error=error))
+        elif event == "die":
+            self._writer.close()
+        elif event == "lie":
+            self._step(generate, [1], "x", 10_000, None)
+        else:
+            while generate.request_id not in self._cancelled:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+            self._step(generate, [], "", 0, "abort")
+
+    def _step(
+        self,
+        generate: Generate,
+        token_ids: list[int],
+        text: str,
+        num_cached: int,
+        reason: FinishReason | None,
+    ) -> None:
+        """All choices walk in step."""
+        wanted = generate.sampling.logprobs
+        logprobs = None
+        if wanted is not None and token_ids:
+            top = [(1, text, -0.5), (2, "other", float("-inf"))][:wanted]
+            logprobs = [TokenLogprob(token_id=token_ids[0], text=text, logprob=-0.5, top=top)]
+        if generate.echo and token_ids == [0]:
+            text = (generate.text or "") + text
+        outputs = [
+            SequenceOutput(
+                request_id=generate.request_id,
+                choice=choice,
+                token_ids=token_ids,
+                text=text,
+                num_cached_tokens=num_cached,
+                device_ns=1_000 if token_ids else 0,
+                logprobs=logprobs,
+                finish_reason=reason,
+            )
+            for choice in range(generate.num_choices)
+        ]
+        self.send(Step(outputs=outputs))
+
+    # --- tensor programs ------------------------------------------------------------------
+
+    def _predict(self, predict: Predict) -> None:
+        """Gives its inputs back; a first `k` of 13 fails, 99 never answers."""
+        first = int.from_bytes(predict.inputs[1].data[:8], "little")
+        if first == 13:
+            error = WireError(type="server_error", message="bad luck", code="unlucky", status=500)
+            self.send(Failed(request_id=predict.request_id, error=error))
+        elif first != 99:
+            outputs: list[Tensor] = predict.inputs
+            self.send(
+                Predicted(
+                    request_id=predict.request_id,
+                    outputs=outputs,
+                    device_ns=1_500_000,
+                    batch_rows=outputs[0].shape[0],
+                    queue_ns=10,
+                )
+            )

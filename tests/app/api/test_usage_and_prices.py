@@ -1,0 +1,98 @@
+"""`/api/usage` and `/api/prices` over HTTP."""
+
+from datetime import UTC, datetime, timedelta
+
+import openai
+
+from tests.app.api.conftest import OTHER, Box
+
+
+async def test_usage_by_every_group(box: Box, client: openai.AsyncOpenAI) -> None:
+    for _ in range(2):
+        await client.completions.create(model="tiny", prompt="a b c")
+    async with box.http() as http:
+        await http.post("/models/doubler/predict", json={"inputs": {"x": [[1, 2]], "k": [1]}})
+        by = {
+            name: (await http.get("/api/usage", params={"group_by": name})).json()
+            for name in ("model", "key", "day", "dimension")
+        }
+    today = datetime.now(UTC).date().isoformat()
+    # The first prompt is new; of the second, two of three tokens are cached.
+    first, second, prediction = 300 + 3_200 + 100, 100 + 20 + 3_200 + 100, 556 + 100
+    assert by["model"]["rows"] == [
+        {
+            "group": "tiny",
+            "requests": 2,
+            "input": 4,
+            "cached_input": 2,
+            "output": 16,
+            "device_ms": 2,
+            "amount_nano": first + second,
+        },
+        {
+            "group": "doubler",
+            "requests": 1,
+            "input": 0,
+            "cached_input": 0,
+            "output": 0,
+            "device_ms": 2,
+            "amount_nano": prediction,
+        },
+    ]
+    total = first + second + prediction
+    for answer in by.values():
+        assert answer["total_nano"] == answer["owed_nano"] == total
+        assert sum(row["amount_nano"] for row in answer["rows"]) == total
+        assert answer["spending_limit_nano"] is None
+        assert answer["currency"] == "usd"
+    assert [row["group"] for row in by["day"]["rows"]] == [today]
+    assert [row["group"] for row in by["key"]["rows"]] == ["all"]
+    async with box.http(OTHER) as http:
+        other = (await http.get("/api/usage")).json()
+    assert (other["rows"], other["owed_nano"]) == ([], 0)
+
+
+async def test_the_range_of_usage(box: Box, client: openai.AsyncOpenAI) -> None:
+    await client.completions.create(model="tiny", prompt="a")
+    now = datetime.now(UTC)
+    async with box.http("read") as http:
+
+        async def rows(**params: str) -> int:
+            response = await http.get("/api/usage", params=params)
+            assert response.status_code == 200, response.text
+            return len(response.json()["rows"])
+
+        hour = timedelta(hours=1)
+        assert await rows(**{"from": (now - hour).isoformat()}) == 1
+        assert (
+            await rows(**{"from": (now + hour).isoformat(), "to": (now + 2 * hour).isoformat()})
+            == 0
+        )
+        for params, param in (
+            ({"from": "2026-01-01T00:00:00"}, "from"),
+            ({"from": now.isoformat(), "to": (now - hour).isoformat()}, "from"),
+            ({"from": "yesterday"}, "from"),
+            ({"group_by": "colour"}, "group_by"),
+        ):
+            response = await http.get("/api/usage", params=params)
+            assert response.status_code == 400, response.text
+            assert response.json()["error"]["param"] == param
+
+
+async def test_the_operator_changes_prices(box: Box, client: openai.AsyncOpenAI) -> None:
+    items = [{"dimension": "output", "price_nano": 3_000, "unit_scale": 1}]
+    async with box.http() as http, box.http(OTHER) as other, box.http("read") as reader:
+        before = (await other.get("/api/prices")).json()
+        assert before["number"] == 1
+        assert len(before["items"]) == 15
+        assert (await other.post("/api/prices", json={"items": items})).status_code == 403
+        assert (await reader.post("/api/prices", json={"items": items})).status_code == 403
+        response = await http.post("/api/prices", json={"items": [{"dimension": "x"}]})
+        assert response.json()["error"]["param"] == "items[...].price_nano".replace("...", "0")
+        response = await http.post("/api/prices", json={"items": items})
+        assert response.status_code == 201, response.text
+        assert response.json()["number"] == 2
+    raw = await client.completions.with_raw_response.create(model="tiny", prompt="a")
+    receipt = await box.receipt(raw.headers["x-request-id"])
+    assert receipt["amount_nano"] == 24_000
+    assert receipt["price_book"]["number"] == 2
