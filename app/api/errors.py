@@ -4,6 +4,7 @@ No answer ever holds a stack trace, a path or anything else of the box's inside.
 """
 
 import logging
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +12,13 @@ import msgspec
 from litestar import Request, Response
 from litestar.exceptions import HTTPException, ValidationException
 
-from app.core.errors import AppError
+from app.core.errors import AppError, InvalidRequest
 from app.core.ids import new_id
 
 logger = logging.getLogger(__name__)
 
 AnyRequest = Request[Any, Any, Any]
+_MISSING = re.compile(r"missing required field `(.*)`")
 
 # Litestar's own refusals, by status: error type, code, and what to say instead of its words.
 _KNOWN = {
@@ -108,12 +110,22 @@ def render_unknown_error(request: AnyRequest, error: Exception) -> Response[Erro
     return Response(ErrorBody(detail), status_code=500, media_type="application/json")
 
 
+def render_recursion_error(request: AnyRequest, error: RecursionError) -> Response[Any]:
+    """A JSON body nested deeper than any request is the caller's fault, anything else is ours."""
+    if "deserializing" not in str(error):
+        return render_unknown_error(request, error)
+    refused = InvalidRequest("The body is nested too deeply.", code="invalid_json")
+    return render_app_error(request, refused)
+
+
 def _invalid_parameter(error: ValidationException) -> tuple[str, str | None]:
     """One line naming the field, from the framework's list of problems."""
     problems: list[dict[str, str]] = error.extra if isinstance(error.extra, list) else []
     if not problems:
         return error.detail, None
     key, message = problems[0].get("key"), problems[0].get("message", error.detail)
+    if missing := _MISSING.search(message):
+        return f"{missing[1]} is required.", missing[1]
     return (f"{key}: {message}" if key else message), key
 
 
@@ -121,5 +133,6 @@ def _invalid_parameter(error: ValidationException) -> tuple[str, str | None]:
 EXCEPTION_HANDLERS: dict[int | type[Exception], Callable[[AnyRequest, Any], Response[Any]]] = {
     AppError: render_app_error,
     HTTPException: render_http_error,
+    RecursionError: render_recursion_error,
     Exception: render_unknown_error,
 }

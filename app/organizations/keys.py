@@ -6,7 +6,7 @@ expires stops working within a second, in every process of the box.
 
 import asyncio
 import logging
-from datetime import datetime
+from datetime import UTC, datetime
 from itertools import islice
 
 import msgspec
@@ -69,7 +69,7 @@ async def create_key(
         secret_hash=token_hash(secret),
         scopes=sorted(scopes),
         created_at=clock.now(),
-        expires_at=expires_at,
+        expires_at=expires_at and expires_at.astimezone(UTC),
         revoked_at=None,
         last_used_at=None,
     )

@@ -1,0 +1,160 @@
+"""How models and versions read in the management API, and whether they serve right now."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any, Protocol
+
+import msgspec
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.core.errors import AppError
+from app.deployments import service as deployments
+from app.deployments.service import EndpointState
+from app.organizations.principal import Principal
+from app.registry import service as registry
+from app.registry.tables import ModelVersion
+
+
+class BuildError(msgspec.Struct, frozen=True):
+    """Why a build failed. `message` says what to do."""
+
+    code: str
+    message: str
+
+
+class VersionState(msgspec.Struct, frozen=True, kw_only=True):
+    """`status` is `queued`, `building`, `ready`, `failed` or `cancelled`; `progress` is of the
+    whole build, 0 to 1. `endpoint` is the endpoint whose desired version this is. `is_serving`:
+    a call to `model@number` is answered now; if not, `serving_detail` says why. `manifest` and
+    `receipt` are the build's; `notes` are what the inspection of the upload found odd."""
+
+    id: str
+    model: str
+    number: int
+    status: str
+    phase: str
+    phase_detail: str
+    progress: float
+    error: BuildError | None
+    manifest: dict[str, Any] | None
+    receipt: dict[str, Any] | None
+    endpoint: str | None
+    is_serving: bool
+    serving_detail: str
+    filename: str
+    upload_bytes: int
+    sha256: str
+    created_at: datetime
+    finished_at: datetime | None
+    notes: list[str] = []
+
+
+class ModelState(msgspec.Struct, frozen=True, kw_only=True):
+    """`versions` is given for a single model, newest first, and null in lists."""
+
+    id: str
+    name: str
+    created_at: datetime
+    latest_version: VersionState | None
+    versions: list[VersionState] | None = None
+
+
+class ModelList(msgspec.Struct, frozen=True):
+    models: list[ModelState]
+
+
+class _Fleet(Protocol):
+    def resolve(self, principal: Principal, model_name: str) -> object: ...
+
+
+async def read_models(
+    session: AsyncSession, fleet: _Fleet, principal: Principal, name: str | None = None
+) -> list[ModelState]:
+    """Every model of the caller's organization by name, or the one of this name in full."""
+    organization_id = principal.organization_id
+    states = await deployments.list_endpoints(session, organization_id)
+    models: list[ModelState] = []
+    for summary in await registry.list_models(session, organization_id):
+        model, latest = summary.model, summary.latest_version
+        if name not in (None, model.name):
+            continue
+        versions = None
+        if name is not None:
+            rows = await registry.list_versions(session, organization_id, name)
+            versions = [version_state(fleet, principal, name, row, states) for row in rows]
+        models.append(
+            ModelState(
+                id=model.id,
+                name=model.name,
+                created_at=model.created_at,
+                latest_version=version_state(fleet, principal, model.name, latest, states)
+                if latest
+                else None,
+                versions=versions,
+            )
+        )
+    return models
+
+
+def version_state(
+    fleet: _Fleet,
+    principal: Principal,
+    name: str,
+    version: ModelVersion,
+    states: Sequence[EndpointState],
+) -> VersionState:
+    """A version with what of it runs, among the organization's endpoints."""
+    desired = next((state for state in states if state.version.id == version.id), None)
+    is_serving, detail = _serving(fleet, principal, name, version, desired)
+    error = None
+    if version.status in ("failed", "cancelled") and version.error_message:
+        error = BuildError(version.error_code or version.status, version.error_message)
+    return VersionState(
+        id=version.id,
+        model=name,
+        number=version.number,
+        status=version.status,
+        phase=version.phase,
+        phase_detail=version.phase_detail,
+        progress=version.progress_permille / 1000,
+        error=error,
+        manifest=version.manifest,
+        receipt=version.receipt,
+        endpoint=desired.endpoint.name if desired else None,
+        is_serving=is_serving,
+        serving_detail=detail,
+        filename=version.filename,
+        upload_bytes=version.upload_bytes,
+        sha256=version.sha256,
+        created_at=version.created_at,
+        finished_at=version.finished_at,
+    )
+
+
+def _serving(
+    fleet: _Fleet,
+    principal: Principal,
+    name: str,
+    version: ModelVersion,
+    desired: EndpointState | None,
+) -> tuple[bool, str]:
+    """Asked of the fleet, which answers the calls, and not of the rows, which say what was."""
+    if version.status != "ready":
+        return False, ""
+    try:
+        fleet.resolve(principal, f"{name}@{version.number}")
+    except AppError as error:
+        return False, _why_not(desired) or error.message
+    return True, ""
+
+
+def _why_not(desired: EndpointState | None) -> str:
+    """What the newest replica of a desired version is up to."""
+    if desired is None:
+        return ""
+    if desired.deployment.is_stopped:
+        return "stopped"
+    for replica in desired.replicas:
+        if replica.version_id == desired.version.id:
+            return f"{replica.status}: {replica.detail}" if replica.detail else replica.status
+    return "starting"

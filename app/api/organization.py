@@ -1,0 +1,110 @@
+"""The caller's organization over HTTP: who it is, what it owes, how much it may spend."""
+
+import msgspec
+from litestar import Request, Router, get, patch
+from litestar.datastructures import State
+from litestar.di import NamedDependency
+from litestar.params import JSONBody
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.api.auth import allowed, authenticated, dependencies
+from app.billing.service import read_account, set_spending_limit
+from app.core.database import Database
+from app.core.errors import InvalidRequest
+from app.core.money import NANO_PER_UNIT, parse_amount
+from app.organizations.principal import Principal
+from app.settings import Settings
+
+AnyRequest = Request[object, object, State]
+
+MAX_LIMIT_NANO = 10**9 * NANO_PER_UNIT  # a billion, so that sums stay far from 64 bits
+
+
+class OrganizationChange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`spending_limit` is an amount such as "12.50", or null for no limit."""
+
+    spending_limit: str | None
+
+
+class OrganizationState(msgspec.Struct, frozen=True, kw_only=True):
+    """Amounts are in nano-units (10^-9) of `currency`, but `spending_limit` is as people write
+    it. `held_nano` is reserved for requests that are running."""
+
+    id: str
+    name: str
+    is_operator: bool
+    currency: str
+    owed_nano: int
+    held_nano: int
+    spending_limit: str | None
+    spending_limit_nano: int | None
+
+
+@get("/organization", guards=[allowed("read")], summary="Show your organization")
+async def show_organization(
+    request: AnyRequest, principal: NamedDependency[Principal]
+) -> OrganizationState:
+    """Name, amount owed, and spending limit."""
+    database: Database = request.app.state.database
+    async with database.read() as session:
+        return await _state(session, principal, request.app.state.settings)
+
+
+@patch("/organization", guards=[allowed("admin")], summary="Set the spending limit")
+async def change_organization(
+    request: AnyRequest, principal: NamedDependency[Principal], data: JSONBody[OrganizationChange]
+) -> OrganizationState:
+    """Requests that would exceed the limit are refused with 402 before they run."""
+    limit_nano = _limit_nano(data.spending_limit)
+    database: Database = request.app.state.database
+    settings: Settings = request.app.state.settings
+    async with database.write() as session:
+        await set_spending_limit(session, principal.organization_id, limit_nano, settings.currency)
+        return await _state(session, principal, settings)
+
+
+async def _state(
+    session: AsyncSession, principal: Principal, settings: Settings
+) -> OrganizationState:
+    account = await read_account(session, principal.organization_id, settings.currency)
+    return OrganizationState(
+        id=principal.organization_id,
+        name=principal.organization_name,
+        is_operator=principal.is_operator,
+        currency=account.currency,
+        owed_nano=account.owed_nano,
+        held_nano=account.held_nano,
+        spending_limit=_written(account.spending_limit_nano),
+        spending_limit_nano=account.spending_limit_nano,
+    )
+
+
+def _limit_nano(text: str | None) -> int | None:
+    if text is None:
+        return None
+    try:
+        limit_nano = parse_amount(text)
+    except ValueError as error:
+        raise InvalidRequest(
+            f"spending_limit must be {error}, or null.", param="spending_limit"
+        ) from None
+    if limit_nano > MAX_LIMIT_NANO:
+        raise InvalidRequest("spending_limit is too large.", param="spending_limit")
+    return limit_nano
+
+
+def _written(nano: int | None) -> str | None:
+    """`12.50`: at least two decimals, no more than needed."""
+    if nano is None:
+        return None
+    units, rest = divmod(nano, NANO_PER_UNIT)
+    return f"{units}.{f'{rest:09d}'.rstrip('0').ljust(2, '0')}"
+
+
+router = Router(
+    "/api",
+    route_handlers=[show_organization, change_organization],
+    guards=[authenticated],
+    dependencies=dependencies,
+    tags=["Organization"],
+)

@@ -1,0 +1,118 @@
+"""Keys and the organization over HTTP."""
+
+from typing import Any
+
+import httpx
+import pytest
+from litestar import Litestar
+
+from app.core.database import Database
+from app.organizations.keys import ENVIRONMENT_KEY_ID
+from tests.app.api.management.callers import Caller, make_caller
+
+
+async def test_a_key_is_shown_once_and_works(client: httpx.AsyncClient, caller: Caller) -> None:
+    body = {"name": "ci", "scopes": ["read"], "expires_at": "2099-01-01T00:00:00+02:00"}
+    response = await client.post("/api/keys", headers=caller.headers, json=body)
+    assert response.status_code == 201
+    made = response.json()
+    assert made["secret"].startswith("tp-")
+    assert made["expires_at"].startswith("2098-12-31T22:00:00")
+    listed = await client.get("/api/keys", headers=caller.headers)
+    (entry,) = [key for key in listed.json()["keys"] if key["id"] == made["id"]]
+    assert "secret" not in entry
+    assert entry == {name: value for name, value in made.items() if name != "secret"}
+    headers = {"x-api-key": made["secret"]}
+    assert (await client.get("/api/models", headers=headers)).status_code == 200
+    assert (await client.get("/api/keys", headers=headers)).status_code == 403
+
+
+async def test_defaults_are_the_least(client: httpx.AsyncClient, caller: Caller) -> None:
+    response = await client.post("/api/keys", headers=caller.headers, json={"name": "ci"})
+    assert response.json()["scopes"] == ["inference"]
+    assert response.json()["expires_at"] is None
+
+
+async def test_revoking(
+    client: httpx.AsyncClient, caller: Caller, app: Litestar, operator: dict[str, str]
+) -> None:
+    made = (await client.post("/api/keys", headers=caller.headers, json={"name": "ci"})).json()
+    for _ in range(2):
+        response = await client.delete(f"/api/keys/{made['id']}", headers=caller.headers)
+        assert response.status_code == 204
+    keys = (await client.get("/api/keys", headers=caller.headers)).json()["keys"]
+    assert [key["revoked_at"] is not None for key in keys if key["id"] == made["id"]] == [True]
+    headers = {"Authorization": f"Bearer {made['secret']}"}
+    assert (await client.get("/api/models", headers=headers)).status_code == 401
+    response = await client.delete(f"/api/keys/{ENVIRONMENT_KEY_ID}", headers=operator)
+    assert response.json()["error"]["code"] == "environment_key"
+
+
+async def test_nobody_gives_away_more_than_they_have(
+    client: httpx.AsyncClient, database: Database, caller: Caller
+) -> None:
+    limited = await make_caller(database, caller.organization_id, frozenset({"admin", "read"}))
+    body = {"name": "more", "scopes": ["read", "write"]}
+    response = await client.post("/api/keys", headers=limited.headers, json=body)
+    assert response.status_code == 403
+    assert "'write'" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "name"),
+        ({"name": ""}, "name"),
+        ({"name": 5}, "name"),
+        ({"name": "x", "scopes": []}, "scopes"),
+        ({"name": "x", "scopes": ["root"]}, "scopes"),
+        ({"name": "x", "expires_at": "soon"}, "expires_at"),
+        ({"name": "x", "expires_at": "2001-01-01T00:00:00Z"}, "expires_at"),
+        ({"name": "x", "expires_at": "2099-01-01T00:00:00"}, "expires_at"),
+        ({"name": "x", "organization_id": "org_1"}, None),
+        ([], None),
+    ],
+)
+async def test_invalid_bodies(
+    client: httpx.AsyncClient, caller: Caller, body: Any, param: str | None
+) -> None:
+    response = await client.post("/api/keys", headers=caller.headers, json=body)
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert param is None or error["param"] == param
+    assert param is None or param in error["message"]
+
+
+async def test_organization(client: httpx.AsyncClient, caller: Caller) -> None:
+    state = (await client.get("/api/organization", headers=caller.headers)).json()
+    assert state == {
+        "id": caller.organization_id,
+        "name": "acme",
+        "is_operator": False,
+        "currency": "usd",
+        "owed_nano": 0,
+        "held_nano": 0,
+        "spending_limit": None,
+        "spending_limit_nano": None,
+    }
+    for text, shown in (("12.50", "12.50"), ("0.000000001", "0.000000001"), ("7", "7.00")):
+        response = await client.patch(
+            "/api/organization", headers=caller.headers, json={"spending_limit": text}
+        )
+        assert response.json()["spending_limit"] == shown
+        again = await client.get("/api/organization", headers=caller.headers)
+        assert again.json() == response.json()
+    response = await client.patch(
+        "/api/organization", headers=caller.headers, json={"spending_limit": None}
+    )
+    assert response.json()["spending_limit"] is None
+
+
+@pytest.mark.parametrize("limit", ["-1", "much", "1.0000000001", "9" * 30, 5, ""])
+async def test_bad_limits(client: httpx.AsyncClient, caller: Caller, limit: Any) -> None:
+    response = await client.patch(
+        "/api/organization", headers=caller.headers, json={"spending_limit": limit}
+    )
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "spending_limit"

@@ -1,0 +1,200 @@
+"""tus over HTTP: the protocol's headers and statuses, and real cuts under a real server."""
+
+import asyncio
+import base64
+import hashlib
+import os
+import socket
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+import uvicorn
+from litestar import Litestar
+
+from app.registry.uploads import UploadStore
+from app.settings import Settings
+from tests.app.api.management.callers import Caller
+
+TUS = {"Tus-Resumable": "1.0.0"}
+BYTES = {"Content-Type": "application/offset+octet-stream"}
+DATA = os.urandom(2 * 1024**2 + 5)
+
+
+def b64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+async def begin(client: httpx.AsyncClient, caller: Caller, length: int = len(DATA)) -> str:
+    headers = {
+        "Upload-Length": str(length),
+        "Upload-Metadata": f"filename {b64(b'model.pt2')},is_confidential",
+    }
+    response = await client.post("/api/uploads", headers=caller.headers | TUS | headers)
+    assert response.status_code == 201, response.text
+    assert response.headers["tus-resumable"] == "1.0.0"
+    assert response.headers["upload-expires"].endswith("GMT")
+    return response.headers["location"]
+
+
+async def append(
+    client: httpx.AsyncClient,
+    caller: Caller,
+    location: str,
+    offset: int,
+    data: bytes,
+    **headers: str,
+) -> httpx.Response:
+    sent = {name.replace("_", "-"): value for name, value in headers.items()}
+    return await client.patch(
+        location,
+        headers=caller.headers | TUS | BYTES | {"Upload-Offset": str(offset)} | sent,
+        content=data,
+    )
+
+
+async def offset_of(client: httpx.AsyncClient, caller: Caller, location: str) -> int:
+    response = await client.head(location, headers=caller.headers | TUS)
+    assert response.status_code == 200
+    assert response.headers["cache-control"] == "no-store"
+    assert response.headers["upload-length"] == str(len(DATA))
+    return int(response.headers["upload-offset"])
+
+
+async def test_abilities(client: httpx.AsyncClient, settings: Settings) -> None:
+    response = await client.options("/api/uploads")
+    assert response.status_code == 204
+    assert response.headers["tus-version"] == "1.0.0"
+    assert response.headers["tus-max-size"] == str(settings.max_upload_bytes)
+    assert set(response.headers["tus-extension"].split(",")) >= {"creation", "termination"}
+
+
+async def test_in_pieces(client: httpx.AsyncClient, app: Litestar, caller: Caller) -> None:
+    location = await begin(client, caller)
+    assert await offset_of(client, caller, location) == 0
+    for at in range(0, len(DATA), 1_000_000):
+        response = await append(client, caller, location, at, DATA[at : at + 1_000_000])
+        assert response.status_code == 204
+        assert int(response.headers["upload-offset"]) == min(at + 1_000_000, len(DATA))
+    store: UploadStore = app.state.uploads
+    upload = await store.get(location.rsplit("/", 1)[-1], caller.organization_id)
+    assert (upload.status, upload.filename) == ("complete", "model.pt2")
+    assert upload.sha256 == hashlib.sha256(DATA).hexdigest()
+
+
+async def test_creation_with_upload(client: httpx.AsyncClient, caller: Caller) -> None:
+    response = await client.post(
+        "/api/uploads",
+        headers=caller.headers | TUS | BYTES | {"Upload-Length": str(len(DATA))},
+        content=DATA[:1000],
+    )
+    assert response.status_code == 201
+    assert response.headers["upload-offset"] == "1000"
+    assert await offset_of(client, caller, response.headers["location"]) == 1000
+
+
+async def test_checksum(client: httpx.AsyncClient, caller: Caller) -> None:
+    location = await begin(client, caller)
+    wrong = await append(
+        client, caller, location, 0, DATA, Upload_Checksum=f"sha256 {b64(bytes(32))}"
+    )
+    assert wrong.status_code == 460
+    assert wrong.json()["error"]["code"] == "checksum_mismatch"
+    assert await offset_of(client, caller, location) == 0
+    checksum = f"sha256 {b64(hashlib.sha256(DATA).digest())}"
+    right = await append(client, caller, location, 0, DATA, Upload_Checksum=checksum)
+    assert right.status_code == 204
+
+
+async def test_terminate(client: httpx.AsyncClient, caller: Caller) -> None:
+    location = await begin(client, caller)
+    assert (await client.delete(location, headers=caller.headers | TUS)).status_code == 204
+    assert (await client.head(location, headers=caller.headers | TUS)).status_code == 404
+
+
+async def test_refusals(client: httpx.AsyncClient, caller: Caller, settings: Settings) -> None:
+    location = await begin(client, caller)
+    good = caller.headers | TUS
+    length = {"Upload-Length": "10"}
+    cases: list[tuple[httpx.Response, int, str]] = [
+        (await append(client, caller, location, 7, b"x"), 409, "wrong_offset"),
+        (await append(client, caller, location, 0, b"x" * (len(DATA) + 1)), 413, "too_large"),
+        (await append(client, caller, location, 0, b"x", Upload_Offset="-1"), 400, "invalid_value"),
+        (await append(client, caller, location, 0, b"x", Upload_Checksum="md5 eA=="), 400,
+         "invalid_value"),
+        (await append(client, caller, location, 0, b"x", Content_Type="text/plain"), 415,
+         "unsupported_media_type"),
+        (await append(client, caller, location, 0, b"x", Tus_Resumable="0.2.2"), 412,
+         "unsupported_tus_version"),
+        (await client.post("/api/uploads", headers=caller.headers | length), 412,
+         "unsupported_tus_version"),
+        (await client.post("/api/uploads", headers=good), 400, "invalid_value"),
+        (await client.post("/api/uploads", headers=good | {"Upload-Length": "0"}), 400, "empty"),
+        (await client.post("/api/uploads", headers=good | {"Upload-Length": "9" * 30}), 400,
+         "invalid_value"),
+        (await client.post("/api/uploads", headers=good | {"Upload-Length": "1_0"}), 400,
+         "invalid_value"),
+        (await client.post("/api/uploads", headers=good | length | {"Upload-Metadata": "a ???"}),
+         400, "invalid_value"),
+        (await client.post("/api/uploads", headers=good | {
+            "Upload-Length": str(settings.max_upload_bytes + 1)}), 413, "too_large"),
+    ]  # fmt: skip
+    for number, (response, status, code) in enumerate(cases):
+        assert (response.status_code, response.json()["error"]["code"]) == (status, code), number
+
+
+async def test_a_full_box(
+    client: httpx.AsyncClient, app: Litestar, caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app.state.storage, "free_bytes", lambda: 1000)
+    response = await client.post(
+        "/api/uploads", headers=caller.headers | TUS | {"Upload-Length": "10"}
+    )
+    assert response.status_code == 507
+    assert response.json()["error"]["code"] == "storage_full"
+
+
+# --- under a real server ----------------------------------------------------------------
+
+
+@pytest.fixture
+async def server(app: Litestar) -> AsyncIterator[str]:
+    """The application under uvicorn, in this event loop; gives host and port."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(16)
+        config = uvicorn.Config(app, lifespan="off", log_config=None, timeout_graceful_shutdown=1)
+        server = uvicorn.Server(config)
+        task = asyncio.create_task(server.serve(sockets=[listener]))
+        host, port = listener.getsockname()
+        yield f"{host}:{port}"
+        server.should_exit = True
+        await task
+
+
+async def test_a_cut_connection_is_resumed(server: str, app: Litestar, caller: Caller) -> None:
+    async with httpx.AsyncClient(base_url=f"http://{server}") as client:
+        location = await begin(client, caller)
+        host, port = server.split(":")
+        _, writer = await asyncio.open_connection(host, int(port))
+        lines = {
+            **caller.headers, **TUS, **BYTES,
+            "Host": "box", "Upload-Offset": "0", "Content-Length": str(len(DATA)),
+        }  # fmt: skip
+        head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+        writer.write(f"PATCH {location} HTTP/1.1\r\n{head}\r\n".encode() + DATA[:1_500_000])
+        await writer.drain()
+        while not await offset_of(client, caller, location):  # noqa: ASYNC110 - across a socket
+            await asyncio.sleep(0.01)
+        writer.transport.abort()  # a pulled cable, not a polite end
+        offset = 0
+        while True:
+            offset = await offset_of(client, caller, location)
+            response = await append(client, caller, location, offset, DATA[offset:])
+            if response.status_code == 204:
+                break
+            assert response.status_code == 409  # more of the cut piece had arrived meanwhile
+        assert 1_000_000 < offset <= 1_500_000
+    store: UploadStore = app.state.uploads
+    upload = await store.get(location.rsplit("/", 1)[-1], caller.organization_id)
+    assert upload.sha256 == hashlib.sha256(DATA).hexdigest()
