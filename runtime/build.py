@@ -33,7 +33,6 @@ from runtime.protocol import (
     Built,
     CandidateReport,
     Check,
-    DecoderInfo,
     FrameError,
     Manifest,
     Message,
@@ -64,6 +63,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="runtime.build")
     parser.add_argument("--socket", required=True, type=Path)
     arguments = parser.parse_args()
+    os.closerange(3, 1024)  # whatever the launcher left open is not for a model to see
+    sandbox.die_with_parent()
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
     )
@@ -288,6 +289,7 @@ def _build_tensor(upload: "UnpackedUpload", reporter: Reporter) -> _Outcome:
 
 def _build_decoder(upload: "UnpackedUpload", reporter: Reporter) -> _Outcome:
     from runtime.importing.huggingface import load_decoder
+    from runtime.importing.text_support import check_text
     from runtime.proving.decoder import prove_decoder
     from runtime.proving.speed import measure_decoder
 
@@ -296,7 +298,7 @@ def _build_decoder(upload: "UnpackedUpload", reporter: Reporter) -> _Outcome:
         decoder = load_decoder(upload.path)
         parameters = list(decoder.module.parameters())
         num_parameters = sum(parameter.numel() for parameter in parameters)
-        info, text_notes = _check_text(upload.path, decoder.info)
+        info, text_notes = check_text(upload.path, decoder.info)
         report(
             1.0,
             f"{info.architecture}: {num_parameters:,} parameters in {info.dtype}, "
@@ -324,36 +326,6 @@ def _build_decoder(upload: "UnpackedUpload", reporter: Reporter) -> _Outcome:
         candidates=candidates,
         notes=[*decoder.notes, *text_notes, *proof.notes],
     )
-
-
-def _check_text(directory: Path, info: DecoderInfo) -> tuple[DecoderInfo, list[str]]:
-    """What of tokenizer and chat template can be used, how many tokens a template adds, and
-    notes on what cannot. A model without them still takes token ids."""
-    from runtime.text.chat import ChatTemplate, ChatTemplateError, measure_template_allowance
-    from runtime.text.tokenizer import Tokenizer, TokenizerError
-
-    replace = msgspec.structs.replace
-    try:
-        tokenizer = Tokenizer.load(directory)
-    except TokenizerError as error:
-        note = f"Text is not served, only token ids: {error}."
-        return replace(info, has_tokenizer=False, has_chat_template=False), [note]
-    info = replace(info, has_tokenizer=True)
-    try:
-        template = ChatTemplate.load(directory, tokenizer)
-        if template is None:
-            note = "Chat is not served, only completions: there is no chat template."
-            return replace(info, has_chat_template=False), [note]
-        per_request, per_message = measure_template_allowance(template, tokenizer)
-    except ChatTemplateError as error:
-        note = f"Chat is not served, only completions: {error}."
-        return replace(info, has_chat_template=False), [note]
-    return replace(
-        info,
-        has_chat_template=True,
-        template_tokens=per_request,
-        template_tokens_per_message=per_message,
-    ), []
 
 
 def _require_proof(verdict: Verdict, checks: list[Check]) -> None:

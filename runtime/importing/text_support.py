@@ -1,0 +1,36 @@
+"""Finds out what a decoder's directory can do with text: prompts, chats, or token ids only."""
+
+from pathlib import Path
+
+import msgspec
+
+from runtime.protocol import DecoderInfo
+from runtime.text.chat import ChatTemplate, ChatTemplateError, measure_template_allowance
+from runtime.text.tokenizer import Tokenizer, TokenizerError
+
+
+def check_text(directory: Path, info: DecoderInfo) -> tuple[DecoderInfo, list[str]]:
+    """What of tokenizer and chat template can be used, how many tokens a template adds, and
+    notes on what cannot. A model without them still takes token ids."""
+    replace = msgspec.structs.replace
+    try:
+        tokenizer = Tokenizer.load(directory)
+    except TokenizerError as error:
+        note = f"Text is not served, only token ids: {error}."
+        return replace(info, has_tokenizer=False, has_chat_template=False), [note]
+    info = replace(info, has_tokenizer=True)
+    try:
+        template = ChatTemplate.load(directory, tokenizer)
+        if template is None:
+            note = "Chat is not served, only completions: there is no chat template."
+            return replace(info, has_chat_template=False), [note]
+        per_request, per_message = measure_template_allowance(template, tokenizer)
+    except ChatTemplateError as error:
+        note = f"Chat is not served, only completions: {error}."
+        return replace(info, has_chat_template=False), [note]
+    return replace(
+        info,
+        has_chat_template=True,
+        template_tokens=per_request,
+        template_tokens_per_message=per_message,
+    ), []
