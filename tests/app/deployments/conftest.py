@@ -4,15 +4,18 @@ import asyncio
 import json
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from app.core.database import Database
 from app.core.storage import Storage
 from app.deployments.launchers.base import Launch
 from app.deployments.launchers.local import LocalLauncher
+from app.settings import Settings
+from tests.app.deployments.box import Box
 
 FAKE = str(Path(__file__).with_name("fake_process.py"))
 
@@ -55,8 +58,25 @@ def no_thread_is_left() -> Iterator[None]:
     assert not [t for t in threading.enumerate() if t not in before and not t.daemon]
 
 
+async def until_async(condition: Callable[[], Awaitable[object]], seconds: float = 20.0) -> None:
+    """As `until`, for conditions that look into the database."""
+    async with asyncio.timeout(seconds):
+        while not await condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+
+
 async def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
     """Waits for something that happens in its own time; the bound only ends a broken test."""
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110 - what is waited for sets no event
             await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+async def box(
+    database: Database, storage: Storage, settings: Settings, launcher: LocalLauncher
+) -> AsyncIterator[Box]:
+    box = Box(database, storage, settings, launcher)
+    yield box
+    await box.builder.close()
+    await box.fleet.close(1)
