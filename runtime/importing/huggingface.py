@@ -104,6 +104,11 @@ class HuggingFaceDecoder:
         """What keys and values are stored in."""
         return getattr(torch, self.info.dtype)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie, and so the pool must."""
+        return next(self.module.parameters()).device
+
     @torch.inference_mode()
     def forward(
         self, token_ids: Tensor, positions: Tensor, sample_indices: Tensor, attend: Attend

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from runtime.cache.pool import KvPool
 from runtime.execution.attention import AttentionBackend, choose_backend
-from runtime.execution.runner import PagedModel, Runner
+from runtime.execution.runner import Runner
 from runtime.importing.huggingface import HuggingFaceDecoder, load_decoder, load_original
 from runtime.protocol import Check, Verdict
 from runtime.proving.original import (
@@ -47,7 +47,7 @@ class _Form:
     """A served form under proof. Tokens are judged in float32 only: below, rounding flips them."""
 
     label: str
-    model: PagedModel
+    model: HuggingFaceDecoder
     dtype: torch.dtype
     tolerance: float
     judges_tokens: bool
@@ -94,7 +94,7 @@ def prove_decoder(
     forms = _forms(directory, decoder, original)
     for i, form in enumerate(forms):
         on_progress(form.label, 0.5 + 0.5 * i / len(forms))
-        checks += _prove_form(form, original, backend or choose_backend("cpu"), block_size)
+        checks += _prove_form(form, original, backend or choose_backend(decoder.device), block_size)
     is_equal = all(check.is_equal for check in checks)
     return DecoderProof("equal" if is_equal else "different", checks, notes)
 
@@ -104,7 +104,7 @@ def _forms(directory: Path, decoder: HuggingFaceDecoder, original: Original) -> 
     exact = decoder
     forms: list[_Form] = []
     if decoder.dtype != torch.float32:
-        exact = load_decoder(directory, dtype=torch.float32)
+        exact = load_decoder(directory, decoder.device, torch.float32)
         label = decoder.info.dtype
         forms = [_Form(label, decoder, decoder.dtype, tolerance_of[decoder.dtype], False)]
     return [_Form("float32", exact, torch.float32, tolerance_of[torch.float32], True), *forms]
@@ -125,8 +125,15 @@ def _prove_form(
     num_blocks = 2 * (num_tokens // block_size + len(original.traces))
     checks: list[Check] = []
     for seed, (name, description, run) in enumerate(ways):
-        pool = KvPool(shapes, num_blocks=num_blocks, block_size=block_size, dtype=form.dtype)
-        found = run(Replay(Runner(form.model, pool, backend), seed), original.traces)
+        pool = KvPool(
+            shapes,
+            num_blocks=num_blocks,
+            block_size=block_size,
+            dtype=form.dtype,
+            device=form.model.device,
+        )
+        logits = run(Replay(Runner(form.model, pool, backend), seed), original.traces)
+        found = [of_trace.cpu() for of_trace in logits]
         checks.append(_judge(f"{name} ({form.label})", description, form, found, original))
     return checks
 

@@ -144,7 +144,7 @@ def _in_float64(module: PreTrainedModel, sequences: Sequence[list[int]]) -> list
 def largest_error(found: Sequence[Tensor], references: Sequence[Tensor]) -> float:
     """The largest absolute difference; infinite where anything is not a number."""
     errors = [
-        (logits.cpu().double() - reference).abs().nan_to_num(nan=torch.inf).max()
+        (logits.double() - reference).abs().nan_to_num(nan=torch.inf).max()
         for logits, reference in zip(found, references, strict=True)
     ]
     return float(max(errors))
