@@ -98,6 +98,10 @@ def render_http_error(request: AnyRequest, error: HTTPException) -> Response[Any
 
 def render_unknown_error(request: AnyRequest, error: Exception) -> Response[ErrorBody]:
     """A fault of ours: logged in full under an id that the caller gets to quote."""
+    if isinstance(error, RecursionError) and "deserializing" in str(error):
+        # Not a fault: a JSON body nested deeper than any request is.
+        refused = InvalidRequest("The body is nested too deeply.", code="invalid_json")
+        return render_app_error(request, refused)
     error_id = new_id("err")
     logger.error("%s at %s %s", error_id, request.method, request.url.path, exc_info=error)
     detail = ErrorDetail(
@@ -108,14 +112,6 @@ def render_unknown_error(request: AnyRequest, error: Exception) -> Response[Erro
         code="internal_error",
     )
     return Response(ErrorBody(detail), status_code=500, media_type="application/json")
-
-
-def render_recursion_error(request: AnyRequest, error: RecursionError) -> Response[Any]:
-    """A JSON body nested deeper than any request is the caller's fault, anything else is ours."""
-    if "deserializing" not in str(error):
-        return render_unknown_error(request, error)
-    refused = InvalidRequest("The body is nested too deeply.", code="invalid_json")
-    return render_app_error(request, refused)
 
 
 def _invalid_parameter(error: ValidationException) -> tuple[str, str | None]:
@@ -133,6 +129,5 @@ def _invalid_parameter(error: ValidationException) -> tuple[str, str | None]:
 EXCEPTION_HANDLERS: dict[int | type[Exception], Callable[[AnyRequest, Any], Response[Any]]] = {
     AppError: render_app_error,
     HTTPException: render_http_error,
-    RecursionError: render_recursion_error,
     Exception: render_unknown_error,
 }

@@ -134,7 +134,7 @@ async def cancel_build(
     name: FromPath[str],
     number: FromPath[int],
 ) -> VersionState:
-    """Ends a build that waits or runs; one that is over stays as it is."""
+    """Ends a build that waits or runs. 409 if it is over."""
     database: Database = request.app.state.database
     async with database.read() as session:
         version = await registry.get_version(session, principal.organization_id, name, number)

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 import msgspec
-from sqlalchemy import Select, delete, func, select, update
+from sqlalchemy import Select, delete, func, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -25,7 +25,6 @@ from app.registry.uploads import UploadStore
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 RESERVED_NAMES = frozenset({"default"})  # the operator's recommended model, whichever it is
-ACTIVE_STATUSES = ("queued", "building")
 BUILDS_TOPIC = "builds"  # told that a version is queued
 
 
@@ -79,7 +78,6 @@ async def submit(
     async with database.write() as session:
         version = await create_version(session, organization_id, model_name, upload)
     broadcast.publish(BUILDS_TOPIC)
-    broadcast.publish(f"models:{organization_id}")
     return version, inspection
 
 
@@ -179,17 +177,6 @@ async def get_version(
             f"There is no version {number} of a model {name[:80]!r}.", code="version_not_found"
         )
     return version
-
-
-async def cancel_queued(session: AsyncSession, version: ModelVersion) -> bool:
-    """Cancels a version whose build has not begun. False if it has begun or is over."""
-    cancelled = await session.execute(
-        update(ModelVersion)
-        .where(ModelVersion.id == version.id, ModelVersion.status == "queued")
-        .values(status="cancelled", finished_at=clock.now())
-        .returning(ModelVersion.id)
-    )
-    return cancelled.first() is not None
 
 
 async def delete_model(session: AsyncSession, organization_id: str, name: str) -> RemovedFiles:

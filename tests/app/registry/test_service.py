@@ -166,17 +166,6 @@ async def test_another_organization(
     assert caught.value.code == "name_taken"
 
 
-async def test_cancelling_before_the_build(registry: Registry, program: bytes) -> None:
-    version = await registry.submit("digits", await registry.upload(program))
-    async with registry.database.write() as session:
-        assert await service.cancel_queued(session, version)
-        assert not await service.cancel_queued(session, version)
-    async with registry.database.read() as session:
-        version = await service.get_version(session, registry.organization_id, "digits", 1)
-    assert version.status == "cancelled"
-    assert version.finished_at is not None
-
-
 async def test_deletion_takes_what_nobody_else_uses(registry: Registry, program: bytes) -> None:
     own, shared = await registry.upload(program), await registry.upload(program)
     first = await registry.submit("digits", own)

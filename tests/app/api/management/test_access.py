@@ -4,14 +4,14 @@ list of routes is read from the application, so that a new one cannot be forgott
 from typing import Any
 
 import httpx
-import pytest
-from litestar import Litestar
 from sqlalchemy import func, select
 
 from app.core.database import Database
+from app.main import create_app
 from app.organizations.principal import SCOPES
 from app.organizations.tables import ApiKey
 from app.registry.tables import Model, Upload
+from app.settings import Settings
 from tests.app.api.management.callers import Caller, make_caller
 from tests.app.api.management.serving import Serving
 
@@ -42,7 +42,7 @@ ROUTES: dict[tuple[str, str], tuple[str, Any]] = {
     ("GET", "/api/deployments/{endpoint}/log"): ("read", None),
     ("PATCH", "/api/endpoints/{endpoint}"): ("write", {"is_public": True}),
 }
-EACH = pytest.mark.parametrize(("method", "path"), ROUTES)
+TESTED_WITH_MONEY = {("GET", "/api/usage"), ("GET", "/api/prices"), ("POST", "/api/prices")}
 
 
 async def call(
@@ -67,14 +67,14 @@ async def call(
     return await client.request(method, path.format(**names), headers=headers, json=body)
 
 
-def test_every_route_is_listed(app: Litestar) -> None:
+def test_every_route_is_listed(settings: Settings) -> None:
     found = {
         (method, route.path_format)
-        for route in app.routes
+        for route in create_app(settings).routes
         for method in getattr(route, "route_handler_map", {})
         if route.path_format.startswith("/api") and method != "OPTIONS"
     }
-    assert found == set(ROUTES)
+    assert found == set(ROUTES) | TESTED_WITH_MONEY
 
 
 async def test_anonymous(client: httpx.AsyncClient, serving: Serving) -> None:
@@ -130,9 +130,10 @@ async def test_another_organization(
         assert await session.scalar(select(ApiKey.revoked_at)) is None
 
 
-@EACH
-async def test_the_owner_gets_through(
-    client: httpx.AsyncClient, serving: Serving, method: str, path: str
-) -> None:
-    response = await call(client, method, path, serving.caller.headers, serving)
-    assert response.status_code < 300 or response.status_code == 409, response.text
+async def test_the_owner_gets_through(client: httpx.AsyncClient, serving: Serving) -> None:
+    def is_last(route: tuple[str, str]) -> tuple[bool, bool]:
+        return route[0] == "DELETE", "key" in route[1]
+
+    for method, path in sorted(ROUTES, key=is_last):
+        response = await call(client, method, path, serving.caller.headers, serving)
+        assert response.status_code < 300 or response.status_code == 409, (method, path)
