@@ -41,7 +41,7 @@ class Message(
 # --- values -----------------------------------------------------------------------------
 
 
-class WireError(Wire):
+class WireError(Wire, frozen=True):
     """A failure a caller can be told about. `status` is the HTTP status it becomes."""
 
     type: str
@@ -51,7 +51,7 @@ class WireError(Wire):
     status: int = 400
 
 
-class Tensor(Wire):
+class Tensor(Wire, frozen=True):
     """`data` is C-ordered, little-endian; `dtype` is numpy's name (`float32`, `int64`, `bool`)."""
 
     name: str
@@ -60,7 +60,7 @@ class Tensor(Wire):
     data: bytes
 
 
-class TensorSpec(Wire):
+class TensorSpec(Wire, frozen=True):
     """One input or output of a tensor program. `None` in `shape` is a dynamic axis."""
 
     name: str
@@ -70,7 +70,7 @@ class TensorSpec(Wire):
     max_shape: list[int | None] | None = None
 
 
-class Schema(Wire):
+class Schema(Wire, frozen=True):
     """What a tensor program takes and gives. `is_batched`: axis 0 of all of them is one dynamic
     batch axis, so rows of different requests may share a run."""
 
@@ -79,7 +79,7 @@ class Schema(Wire):
     is_batched: bool
 
 
-class DecoderInfo(Wire):
+class DecoderInfo(Wire, frozen=True):
     """What the gateway must know of a decoder to validate, bound and price its requests."""
 
     architecture: str
@@ -96,7 +96,7 @@ class DecoderInfo(Wire):
     template_tokens_per_message: int = 0
 
 
-class Manifest(Wire):
+class Manifest(Wire, frozen=True):
     """`program.json` of a built artifact: what the program is and how to load it."""
 
     kind: Kind
@@ -107,7 +107,7 @@ class Manifest(Wire):
     decoder: DecoderInfo | None = None
 
 
-class Check(Wire):
+class Check(Wire, frozen=True):
     """One comparison of the proof. `error` and `tolerance` share a unit, named in `detail`."""
 
     name: str
@@ -117,7 +117,7 @@ class Check(Wire):
     tolerance: float | None = None
 
 
-class CandidateReport(Wire):
+class CandidateReport(Wire, frozen=True):
     """One optimised form that was measured, and why it won or lost."""
 
     name: str
@@ -127,7 +127,7 @@ class CandidateReport(Wire):
     device_ms_max: float = 0.0  # the slowest full batch seen: bounds the hold of a request
 
 
-class BuildReceipt(Wire):
+class BuildReceipt(Wire, frozen=True):
     """`receipt.json`: what the build tried and found, kept with the version for good."""
 
     verdict: Verdict
@@ -139,8 +139,8 @@ class BuildReceipt(Wire):
     notes: list[str] = []
 
 
-class SamplingParams(Wire):
-    """How tokens are chosen. `temperature` 0 is greedy; the neutral value of each is its default."""
+class SamplingParams(Wire, frozen=True):
+    """How tokens are chosen. `temperature` 0 is greedy; every default is neutral."""
 
     max_tokens: int = 16
     temperature: float = 1.0
@@ -158,7 +158,7 @@ class SamplingParams(Wire):
     logit_bias: dict[int, float] = {}
 
 
-class TokenLogprob(Wire):
+class TokenLogprob(Wire, frozen=True):
     """`top` holds (token id, token text, logprob), best first. Bytes of `text` may be partial."""
 
     token_id: int
@@ -167,7 +167,7 @@ class TokenLogprob(Wire):
     top: list[tuple[int, str, float]] = []
 
 
-class ChatMessage(Wire):
+class ChatMessage(Wire, frozen=True):
     """One message of a chat, its content already flattened to text."""
 
     role: str
@@ -178,7 +178,7 @@ class ChatMessage(Wire):
 # --- to a build -------------------------------------------------------------------------
 
 
-class Build(Message):
+class Build(Message, frozen=True):
     """Start the build that this process was made for. Paths are as this process sees them."""
 
     upload_path: str
@@ -189,7 +189,7 @@ class Build(Message):
 # --- from a build -----------------------------------------------------------------------
 
 
-class Progress(Message):
+class Progress(Message, frozen=True):
     """`fraction` is of the whole build, 0 to 1, and never falls."""
 
     phase: str
@@ -197,12 +197,12 @@ class Progress(Message):
     detail: str = ""
 
 
-class Built(Message):
+class Built(Message, frozen=True):
     manifest: Manifest
     receipt: BuildReceipt
 
 
-class BuildFailed(Message):
+class BuildFailed(Message, frozen=True):
     """`error.message` says in plain words what is wrong and what to do about it."""
 
     error: WireError
@@ -211,7 +211,7 @@ class BuildFailed(Message):
 # --- to a worker ------------------------------------------------------------------------
 
 
-class Serve(Message):
+class Serve(Message, frozen=True):
     """First frame to a worker: how to serve the artifact it was started with."""
 
     artifact_dir: str
@@ -226,7 +226,7 @@ class Serve(Message):
     max_wait_ms: float = 2.0  # tensor programs: how long a row waits for company
 
 
-class Generate(Message):
+class Generate(Message, frozen=True):
     """Tokenise and validate; the worker answers `Prepared` or `Failed` and then waits for `Start`.
 
     Exactly one of `text`, `token_ids` and `messages` is set. `cache_salt` scopes the prefix
@@ -245,19 +245,19 @@ class Generate(Message):
     fairness_key: str = ""  # queueing is fair between these (the organization)
 
 
-class Start(Message):
+class Start(Message, frozen=True):
     """The gateway holds the money: run the prepared request."""
 
     request_id: str
 
 
-class Cancel(Message):
+class Cancel(Message, frozen=True):
     """Stop as soon as possible; idempotent. A running request answers with `abort` outputs."""
 
     request_id: str
 
 
-class Predict(Message):
+class Predict(Message, frozen=True):
     """Run a tensor program; answered by `Predicted` or `Failed`. Needs no `Start`: its worst cost
     is known from the manifest before it is sent."""
 
@@ -265,14 +265,14 @@ class Predict(Message):
     inputs: list[Tensor]
 
 
-class Drain(Message):
+class Drain(Message, frozen=True):
     """Refuse new requests, finish running ones, then close the stream and exit."""
 
 
 # --- from a worker ----------------------------------------------------------------------
 
 
-class Ready(Message):
+class Ready(Message, frozen=True):
     """The program is loaded and answers. `memory_bytes` is what the process holds now."""
 
     manifest: Manifest
@@ -282,7 +282,7 @@ class Ready(Message):
     block_size: int = 0
 
 
-class Prepared(Message):
+class Prepared(Message, frozen=True):
     """`max_tokens` is what the request may generate per choice: its own limit or what is left of
     the context, whichever is less."""
 
@@ -291,7 +291,7 @@ class Prepared(Message):
     max_tokens: int
 
 
-class SequenceOutput(Wire):
+class SequenceOutput(Wire, frozen=True):
     """What one step added to one sequence. `text` never ends inside a character; it may lag the
     ids while a stop string or a character is undecided. `device_ns` is this sequence's share of
     the step, counted by tokens."""
@@ -306,13 +306,13 @@ class SequenceOutput(Wire):
     finish_reason: FinishReason | None = None
 
 
-class Step(Message):
+class Step(Message, frozen=True):
     """Everything one engine step produced, in one frame."""
 
     outputs: list[SequenceOutput]
 
 
-class Predicted(Message):
+class Predicted(Message, frozen=True):
     """`device_ns` is this request's share (by rows) of the run it was part of."""
 
     request_id: str
@@ -322,14 +322,14 @@ class Predicted(Message):
     queue_ns: int
 
 
-class Failed(Message):
+class Failed(Message, frozen=True):
     """This request failed, or was refused; its neighbours are unaffected."""
 
     request_id: str
     error: WireError
 
 
-class Stats(Message):
+class Stats(Message, frozen=True):
     """Counters since start, and the cache now; sent once a second while anything changes. The
     gateway compares them with what it metered; it never bills from them."""
 
@@ -347,7 +347,7 @@ class Stats(Message):
     device_ns: int = 0
 
 
-class Fatal(Message):
+class Fatal(Message, frozen=True):
     """The process cannot go on (the artifact does not load, the device is lost) and exits."""
 
     error: WireError

@@ -1,0 +1,1 @@
+"""From a proven program to the files a worker loads: candidates and packaging."""

@@ -1,0 +1,1 @@
+"""Running one step: arrays, attention, the model and the sampler."""

@@ -1,0 +1,1 @@
+"""Whether what will be served computes the same as what was uploaded."""
