@@ -144,7 +144,7 @@ class _Writer:
         self._settlements: list[Settlement] = []
         self._voids: list[str] = []
         self._num_failures = 0
-        self._settle_at_seconds = 0.0
+        self._settle_seconds = 0.0
 
     @property
     def num_unsettled(self) -> int:
@@ -164,7 +164,9 @@ class _Writer:
             self._voids += [item.request_id for item in batch if isinstance(item, _Void)]
             fresh = [item for item in batch if isinstance(item, Settlement)]
             if fresh and not self._settlements:
-                self._settle_at_seconds = max(self._settle_at_seconds, time.monotonic() + SETTLE_DELAY_SECONDS)
+                self._settle_seconds = max(
+                    self._settle_seconds, time.monotonic() + SETTLE_DELAY_SECONDS
+                )
             self._settlements += fresh
             if holds:
                 self._take(holds)
@@ -179,7 +181,7 @@ class _Writer:
         """Waits for work, or until what is put off is due; then takes all there is."""
         timeout = None
         if self._settlements or self._voids:
-            timeout = max(0.0, self._settle_at_seconds - time.monotonic())
+            timeout = max(0.0, self._settle_seconds - time.monotonic())
         batch: list[_Operation] = []
         try:
             batch.append(operations.get(timeout=timeout))
@@ -190,7 +192,7 @@ class _Writer:
         return batch
 
     def _is_due(self) -> bool:
-        return bool(self._settlements or self._voids) and time.monotonic() >= self._settle_at_seconds
+        return bool(self._settlements or self._voids) and time.monotonic() >= self._settle_seconds
 
     def _take(self, holds: list[_Hold]) -> None:
         """Answers every hold. Where money is short, pending settlements may free some: a client
@@ -244,7 +246,7 @@ class _Writer:
         except DBAPIError:
             delay = RETRY_SECONDS[min(self._num_failures, len(RETRY_SECONDS) - 1)]
             self._num_failures += 1
-            self._settle_at_seconds = time.monotonic() + delay
+            self._settle_seconds = time.monotonic() + delay
             log.exception("settling failed; %d wait", len(self._settlements))
 
     def _post(self, batch: Sequence[Settlement]) -> Sequence[Settlement]:
