@@ -76,53 +76,64 @@ async def model_events(
     """The stream behind a model's page; `seen` is the mark of what it shows."""
     person = signed_in(request)
     person.principal.require("read")
-    stream = _model_stream(request, person, name, number, seen)
+    database: Database = request.app.state.database
+    async with database.read() as session:
+        view = await read_model(session, person.principal.organization_id, name, number)
+    stream = _model_stream(request, person, view, seen)
     return ServerSentEvent(stream, headers={"Cache-Control": "no-store"})
 
 
 async def _model_stream(
-    request: PageRequest, person: SignedIn, name: str, number: int, seen: str
+    request: PageRequest, person: SignedIn, first: ModelView, seen: str
 ) -> AsyncGenerator[ServerSentEventMessage]:
+    storage: Storage = request.app.state.storage
     marks = seen.split(".")
     started = steady_since = time.monotonic()
-    async for view in _views(request, person, name, number):
+    async for view in _views(request, person, first):
         if view is None:
             break  # deleted
-        storage: Storage = request.app.state.storage
         parts = await model_parts(view, storage, person.csrf_token, base_url(request))
         new_marks = seen_mark(parts).split(".")
-        if len(marks) != len(new_marks):
-            marks = [""] * len(new_marks)
-        for (part_name, html), old, new in zip(
-            sorted(parts.items()), marks, new_marks, strict=True
-        ):
-            if old != new:
-                yield ServerSentEventMessage(data=html, event=part_name)
-        if marks == new_marks:
-            # A comment finds out whether the browser is still there.
-            yield ServerSentEventMessage(data=None, comment="")
+        for part_name, html in _changed(parts, marks, new_marks):
+            yield ServerSentEventMessage(data=html, event=part_name)
         now = time.monotonic()
         if marks != new_marks or not view.is_steady:
             steady_since = now
+        else:
+            # A comment finds out whether the browser is still there.
+            yield ServerSentEventMessage(data=None, comment="")
         marks = new_marks
         if now - steady_since > MAX_STEADY_SECONDS or now - started > MAX_SECONDS:
             break
+    else:
+        return  # the box is shutting down: without a last word the browser comes back
     yield ServerSentEventMessage(data="", event="done")
 
 
+def _changed(
+    parts: dict[str, Markup], marks: list[str], new_marks: list[str]
+) -> list[tuple[str, Markup]]:
+    """The parts whose mark is new; all of them if the old marks are not of this page."""
+    if len(marks) != len(new_marks):
+        marks = [""] * len(new_marks)
+    return [
+        part
+        for part, old, new in zip(sorted(parts.items()), marks, new_marks, strict=True)
+        if old != new
+    ]
+
+
 async def _views(
-    request: PageRequest, person: SignedIn, name: str, number: int
+    request: PageRequest, person: SignedIn, first: ModelView
 ) -> AsyncGenerator[ModelView | None]:
     """The page as it is now, again and again; None once the model is gone."""
     database: Database = request.app.state.database
     broadcast: Broadcast = request.app.state.broadcast
     organization_id = person.principal.organization_id
-    async with database.read() as session:
-        view = await read_model(session, organization_id, name, number)
-    async for _ in broadcast.listen(f"version:{view.shown.id}", LOOK_SECONDS):
+    async for _ in broadcast.listen(f"version:{first.shown.id}", LOOK_SECONDS):
         try:
             async with database.read() as session:
-                view = await read_model(session, organization_id, name, number)
+                view = await read_model(session, organization_id, first.name, first.shown.number)
         except NotFound:
             yield None
             return

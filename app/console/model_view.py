@@ -214,7 +214,7 @@ async def _read_endpoint(
         .outerjoin(Revision, Revision.id == Deployment.revision_id)
         .where(Deployment.model_id == model_id)
     )
-    row = (await session.execute(statement)).tuples().one_or_none()
+    row = (await session.execute(statement)).one_or_none()
     if row is None:
         return None
     endpoint, deployment, version_id = row

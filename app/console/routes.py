@@ -12,29 +12,8 @@ from litestar.static_files import (
 from app.console import entry, keys, models, uploads, usage
 from app.console.errors import exception_handlers
 from app.console.sessions import require_person
-from app.console.templating import STATIC_DIR, STATIC_PATH, PageRequest
+from app.console.templating import HEADERS, STATIC_DIR, STATIC_PATH, PageRequest
 
-# Nothing runs or is styled but our own files; `connect-src` is for htmx, uploads and live pages.
-CONTENT_SECURITY_POLICY = "; ".join(
-    (
-        "default-src 'none'",
-        "script-src 'self'",
-        "style-src 'self'",
-        "img-src 'self'",
-        "connect-src 'self'",
-        "form-action 'self'",
-        "base-uri 'none'",
-        "frame-ancestors 'none'",
-    )
-)
-HEADERS = {
-    "Content-Security-Policy": CONTENT_SECURITY_POLICY,
-    "X-Content-Type-Options": "nosniff",
-    # Not `no-referrer`, which would make browsers send forms with `Origin: null`.
-    "Referrer-Policy": "same-origin",
-    "Cross-Origin-Opener-Policy": "same-origin",
-    "Cache-Control": "no-store",
-}
 YEAR_SECONDS = 365 * 86400
 
 

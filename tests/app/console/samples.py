@@ -1,0 +1,181 @@
+"""Rows that a page shows: models in every state, and a day's usage."""
+
+from datetime import timedelta
+from typing import Any
+
+import msgspec
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.core import clock
+from app.core.ids import new_id
+from app.deployments.service import deploy_version
+from app.deployments.tables import Deployment, Replica
+from app.metering.tables import UsageEvent, UsageLine
+from app.organizations.tables import Organization
+from app.registry.tables import Model, ModelVersion
+from runtime.protocol import (
+    BuildReceipt,
+    CandidateReport,
+    Check,
+    DecoderInfo,
+    Manifest,
+    Schema,
+    TensorSpec,
+)
+
+DECODER = Manifest(
+    kind="decoder",
+    format="huggingface",
+    num_parameters=3_412_736,
+    weight_bytes=13_650_944,
+    decoder=DecoderInfo(
+        architecture="LlamaForCausalLM",
+        vocab_size=4096,
+        max_context_tokens=1024,
+        num_layers=4,
+        kv_bytes_per_token=8192,
+        dtype="float32",
+        has_tokenizer=True,
+        has_chat_template=True,
+    ),
+)
+TENSOR = Manifest(
+    kind="tensor",
+    format="pt2",
+    num_parameters=52_138,
+    weight_bytes=208_552,
+    schema=Schema(
+        inputs=[TensorSpec(name="images", dtype="float32", shape=[None, 1, 8, 8])],
+        outputs=[TensorSpec(name="logits", dtype="float32", shape=[None, 10])],
+        is_batched=True,
+    ),
+)
+RECEIPT = BuildReceipt(
+    verdict="equal",
+    checks=[
+        Check(
+            name="batched against single",
+            is_equal=True,
+            detail="64 rows",
+            error=1.4e-6,
+            tolerance=4.2e-5,
+        )
+    ],
+    candidates=[
+        CandidateReport(
+            name="eager", is_chosen=True, reason="the only form", p50_ms={1: 2.31, 8: 4.9}
+        )
+    ],
+    phase_seconds={"import": 1.9, "prove": 6.3},
+    torch_version="2.13.0",
+    device="cpu",
+)
+
+
+async def organization_id(session: AsyncSession, name: str = "default") -> str:
+    found = await session.scalar(select(Organization.id).where(Organization.name == name))
+    assert found is not None
+    return found
+
+
+async def add_model(
+    session: AsyncSession,
+    name: str,
+    status: str = "ready",
+    *,
+    owner: str = "default",
+    manifest: Manifest = TENSOR,
+    **version: Any,
+) -> ModelVersion:
+    """A model with one version; a ready one has an endpoint with one ready replica."""
+    model = Model(
+        id=new_id("model"),
+        organization_id=await organization_id(session, owner),
+        name=name,
+        created_at=clock.now(),
+    )
+    session.add(model)
+    await session.flush()
+    is_ready = status == "ready"
+    made = ModelVersion(
+        id=new_id("version"),
+        model_id=model.id,
+        number=1,
+        upload_id=new_id("upload"),
+        filename=f"{name}.pt2",
+        upload_bytes=214_000,
+        sha256="0" * 64,
+        status=status,
+        manifest=msgspec.to_builtins(manifest) if is_ready else None,
+        # Through JSON, where a batch size becomes text, as in the database.
+        receipt=msgspec.json.decode(msgspec.json.encode(RECEIPT)) if is_ready else None,
+        created_at=clock.now(),
+        **version,
+    )
+    session.add(made)
+    await session.flush()
+    if is_ready:
+        endpoint = await deploy_version(session, made)
+        deployment = await session.get_one(Deployment, endpoint.deployment_id)
+        session.add(
+            Replica(
+                id=new_id("replica"),
+                deployment_id=deployment.id,
+                revision_id=deployment.revision_id or "",
+                version_id=made.id,
+                status="ready",
+                memory_bytes=412_000_000,
+                created_at=clock.now(),
+            )
+        )
+    return made
+
+
+async def add_usage(
+    session: AsyncSession, *, owner: str = "default", model: str = "llama", cached: int = 1000
+) -> str:
+    """One settled request of today; returns its id."""
+    request_id = new_id("req")
+    moment = clock.now()
+    lines = [
+        ("input", 500, 100_000_000, 1_000_000),
+        ("cached_input", cached, 10_000_000, 1_000_000),
+        ("output", 100, 400_000_000, 1_000_000),
+        ("request", 1, 100_000_000, 1_000_000),
+    ]
+    event = UsageEvent(
+        id=f"{request_id}:1",
+        request_id=request_id,
+        organization_id=await organization_id(session, owner),
+        api_key_id="key_1",
+        api_key_name="Web shop",
+        endpoint_name=model,
+        version_number=1,
+        route="/v1/chat/completions",
+        service_class="standard",
+        outcome="completed",
+        finish_reason="stop",
+        price_book_id="book_1",
+        currency="usd",
+        amount_nano=sum(quantity * price // scale for _, quantity, price, scale in lines),
+        started_at=moment - timedelta(seconds=1),
+        finished_at=moment,
+        duration_ns=1_000_000_000,
+        first_token_ns=40_000_000,
+    )
+    session.add(event)
+    await session.flush()
+    for dimension, quantity, price, scale in lines:
+        session.add(
+            UsageLine(
+                event_id=event.id,
+                dimension=dimension,
+                quantity=quantity,
+                price_nano=price,
+                unit_scale=scale,
+                amount_nano=quantity * price // scale,
+                disposition="billed",
+            )
+        )
+    return request_id

@@ -1,0 +1,47 @@
+"""Charts: what is drawn is what was counted."""
+
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from app.console.charts import BOTTOM, HEIGHT, TOP, Bar, axis_top, stacked_bars
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def drawn(bars: list[Bar]) -> ElementTree.Element:
+    chart = stacked_bars(bars, series=["in", "out"], describe=str, title="Spend & more")
+    text = str(chart).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ')
+    return ElementTree.fromstring(text)  # noqa: S314 - our own
+
+
+@pytest.mark.parametrize(
+    ("largest", "top"),
+    [(0, 4), (4, 4), (5, 8), (21, 40), (40, 40), (41, 80), (6_723_000, 8_000_000)],
+)
+def test_the_axis_ends_at_a_round_number_that_holds_every_bar(largest: int, top: int) -> None:
+    assert axis_top(largest) == top
+
+
+def test_parts_are_stacked_in_proportion() -> None:
+    chart = drawn([Bar("1 Nov", "1 November", (10, 30)), Bar("2 Nov", "2 November", (0, 0))])
+    below, above = (
+        next(rect for rect in chart.iter(f"{SVG}rect") if rect.get("class") == f"series-{index}")
+        for index in (0, 1)
+    )
+    heights = [float(rect.get("height", "")) for rect in (below, above)]
+    assert heights[1] == pytest.approx(3 * heights[0], abs=0.2)
+    assert sum(heights) == pytest.approx(HEIGHT - TOP - BOTTOM, abs=0.2)  # 40 fills the axis
+    bottom_of_upper = float(above.get("y", "")) + heights[1]
+    assert bottom_of_upper == pytest.approx(float(below.get("y", "")), abs=0.2)
+
+
+def test_every_bar_says_its_numbers_and_texts_are_escaped() -> None:
+    chart = drawn([Bar("<b>", "1 <November>", (10, 30))])
+    titles = [title.text for title in chart.iter(f"{SVG}title")]
+    assert titles == ["1 <November>\nin: 10\nout: 30"]
+    assert chart.get("aria-label") == "Spend & more"
+
+
+def test_no_bars_make_an_empty_chart() -> None:
+    assert list(drawn([]).iter(f"{SVG}title")) == []
