@@ -1,6 +1,6 @@
 """Ragged paged batches for attention backends: prefill, chunks and decodes in one step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -41,6 +41,31 @@ class PagedInputs:
         caches = self.pool.keys(1), self.pool.values(1)
         backend.write(self.keys, self.values, *caches, self.metadata.slots)
         return backend.attend(self.query, *caches, self.metadata, self.spec)
+
+    def attend_on(self, device: str, backend: AttentionBackend) -> Tensor:
+        """`attend` with everything moved there; the result comes back."""
+        pool = KvPool(
+            self.pool.shapes,
+            num_blocks=self.pool.num_blocks,
+            block_size=self.pool.block_size,
+            dtype=self.pool.dtype,
+            device=device,
+        )
+        pool.storage.copy_(self.pool.storage)
+        tensors = {
+            field.name: value.to(device)
+            for field in fields(self.metadata)
+            if isinstance(value := getattr(self.metadata, field.name), Tensor)
+        }
+        moved = replace(
+            self,
+            query=self.query.to(device),
+            keys=self.keys.to(device),
+            values=self.values.to(device),
+            pool=pool,
+            metadata=replace(self.metadata, **tensors),
+        )
+        return moved.attend(backend).cpu()
 
     def expected(self) -> Tensor:
         """From the dense keys and values, in float64: no paging is involved."""

@@ -93,6 +93,30 @@ TRITON_CASES = ["grouped", "odd width", "odd blocks", "soft cap and window", "on
 TRITON_CASES += ["sharing one kv head", "float16"]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("name", CASES)
+def test_triton_kernels_equal_dense_attention_on_a_gpu(name: str) -> None:
+    inputs = make_inputs(CASES[name])
+    found = inputs.attend_on("cuda", choose_backend("cuda")).double()
+    assert float((found - inputs.expected()).abs().max()) < TOLERANCE[CASES[name].dtype]
+
+
+def test_triton_kernels_compile_for_gpus_without_one() -> None:
+    """Down to machine code for Ampere and Hopper, which the interpreter does not check."""
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.runtime.execution.compile_triton"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["80", "90"]
+
+
 def test_triton_kernels_equal_dense_attention() -> None:
     """In a process of its own: the interpreter is chosen when the kernels are defined."""
     pytest.importorskip("triton")
