@@ -4,9 +4,10 @@ The page needs no script and loads nothing from anywhere else, so that it works 
 the internet.
 """
 
+import re
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -14,51 +15,33 @@ from litestar import Request, Response, Router, get
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin, OpenAPIRenderPlugin
 from litestar.openapi.spec import Components, SecurityScheme
+from litestar.serialization import encode_json
+from markupsafe import Markup, escape
+
+from app.api.model_view import VersionState
+from app.api.models import NewVersion
+from app.api.openai_types import ChatCompletion, ChatRequest, Completion, CompletionRequest
+from app.api.predict import PredictAnswer, PredictRequest
+from app.api.prices import BookAnswer, NewBook
+from app.api.schema_view import Schema, read_groups
 
 TEMPLATES_DIR = Path(__file__).resolve().parents[2] / "templates" / "docs"
 VERSION = "1"
-METHODS = ("get", "post", "put", "patch", "delete", "head", "options")
-MAX_DEPTH = 6  # of nested objects shown
 DESCRIPTION = (
     "One box, one API: OpenAI's routes under /v1 and /models for calling endpoints, and /api for "
     "managing models, keys and money. Send an API key as `Authorization: Bearer <key>`. Every "
     'error has the body {"error": {"message", "type", "param", "code"}}.'
 )
 
-Schema = dict[str, Any]
-
-
-class Field(msgspec.Struct, frozen=True, kw_only=True):
-    """One parameter, or one field of a body, its path written with dots."""
-
-    name: str
-    kind: str
-    is_required: bool
-    description: str
-
-
-class Body(msgspec.Struct, frozen=True):
-    """What is sent, or what is answered with a status."""
-
-    title: str
-    description: str
-    fields: list[Field]
-
-
-class Operation(msgspec.Struct, frozen=True, kw_only=True):
-    id: str
-    method: str
-    path: str
-    summary: str
-    description: str
-    parameters: list[Field]
-    body: Body | None
-    answers: list[Body]
-
-
-class Group(msgspec.Struct, frozen=True):
-    title: str
-    operations: list[Operation]
+# Bodies that their routes decode themselves, which the framework therefore does not see: (what is
+# sent, what is answered).
+BODIES: dict[str, tuple[type[msgspec.Struct], type[msgspec.Struct]]] = {
+    "/v1/completions": (CompletionRequest, Completion),
+    "/v1/chat/completions": (ChatRequest, ChatCompletion),
+    "/models/{name}/predict": (PredictRequest, PredictAnswer),
+    "/api/models/{name}/versions": (NewVersion, VersionState),
+    "/api/prices": (NewBook, BookAnswer),
+}
 
 
 class DocumentationPage(OpenAPIRenderPlugin):
@@ -69,129 +52,61 @@ class DocumentationPage(OpenAPIRenderPlugin):
 
     def render(self, request: Request[Any, Any, Any], openapi_schema: Schema) -> bytes:
         page = _environment().get_template("page.html")
-        return page.render(info=openapi_schema["info"], groups=read_groups(openapi_schema)).encode()
+        groups = read_groups(completed(openapi_schema))
+        return page.render(info=openapi_schema["info"], groups=groups).encode()
 
     def receive_router(self, router: Router) -> None:
         router.register(show_style)
 
 
-def read_groups(openapi: Schema) -> list[Group]:
-    """Every operation by tag, in the order of the routes."""
-    schemas: Schema = openapi.get("components", {}).get("schemas", {})
-    groups: dict[str, list[Operation]] = {}
-    for path, item in openapi.get("paths", {}).items():
-        for method in METHODS:
-            if method in item:
-                operation = item[method]
-                title = (operation.get("tags") or ["Other"])[0]
-                made = _operation(path, method, operation, schemas)
-                groups.setdefault(title, []).append(made)
-    return [Group(title, operations) for title, operations in sorted(groups.items())]
+class DocumentationFile(JsonRenderPlugin):
+    """The schema for programs."""
+
+    def render(self, request: Request[Any, Any, Any], openapi_schema: Schema) -> bytes:
+        return encode_json(completed(openapi_schema))
 
 
-def _operation(path: str, method: str, operation: Schema, schemas: Schema) -> Operation:
-    parameters = [
-        Field(
-            name=parameter["name"],
-            kind=f"{_kind(parameter.get('schema', {}), schemas)}, in {parameter['in']}",
-            is_required=parameter.get("required", False),
-            description=parameter.get("description", ""),
-        )
-        for parameter in operation.get("parameters", [])
-    ]
-    sent = operation.get("requestBody")
-    return Operation(
-        id=operation["operationId"],
-        method=method.upper(),
-        path=path,
-        summary=operation.get("summary", ""),
-        description=operation.get("description", ""),
-        parameters=parameters,
-        body=_body("Body", sent, schemas) if sent else None,
-        answers=[
-            _body(f"{status} {answer.get('description', '')}".strip(), answer, schemas)
-            for status, answer in operation.get("responses", {}).items()
-            if status.startswith("2")
-        ],
+def completed(openapi: Schema) -> Schema:
+    """The schema with `BODIES` filled in; the same object, for it is built once."""
+    paths: Schema = openapi.get("paths", {})
+    bodies = {path: types for path, types in BODIES.items() if "post" in paths.get(path, {})}
+    kinds = [kind for pair in bodies.values() for kind in pair]
+    references, components = msgspec.json.schema_components(
+        kinds, ref_template="#/components/schemas/{name}"
     )
-
-
-def _body(title: str, holder: Schema, schemas: Schema) -> Body:
-    for media_type, media in holder.get("content", {}).items():
-        schema = _resolved(media.get("schema", {}), schemas)
-        fields = list(_fields(schema, schemas, "", 0))
-        return Body(f"{title} ({media_type})", schema.get("description", ""), fields)
-    return Body(title, "", [])
-
-
-def _fields(schema: Schema, schemas: Schema, prefix: str, depth: int) -> list[Field]:
-    """The fields of an object and of the objects in it."""
-    if depth > MAX_DEPTH:
-        return []
-    found: list[Field] = []
-    required = schema.get("required", [])
-    for name, value in schema.get("properties", {}).items():
-        found.append(
-            Field(
-                name=prefix + name,
-                kind=_kind(value, schemas),
-                is_required=name in required,
-                description=value.get("description", ""),
-            )
+    schemas: Schema = openapi.setdefault("components", {}).setdefault("schemas", {})
+    for name, schema in components.items():
+        schemas.setdefault(name, schema)
+    for number, path in enumerate(bodies):
+        operation: Schema = paths[path]["post"]
+        sent, answered = (
+            {"application/json": {"schema": reference}}
+            for reference in references[2 * number : 2 * number + 2]
         )
-        inner, mark = _inner(value, schemas)
-        if inner is not None:
-            found += _fields(inner, schemas, f"{prefix}{name}{mark}.", depth + 1)
-    return found
+        operation["requestBody"] = {"content": sent, "required": True}
+        for status, answer in operation["responses"].items():
+            if status.startswith("2"):
+                answer["content"] = answered
+    return openapi
 
 
-def _inner(schema: Schema, schemas: Schema) -> tuple[Schema | None, str]:
-    """The object that a field holds, maybe in a list or beside null."""
-    for option in _options(schema):
-        resolved = _resolved(option, schemas)
-        if resolved.get("type") == "array":
-            inner, mark = _inner(resolved.get("items", {}), schemas)
-            return inner, "[]" + mark
-        if "properties" in resolved:
-            return resolved, ""
-    return None, ""
-
-
-def _kind(schema: Schema, schemas: Schema) -> str:
-    """A type in a few words, such as `list of string or null`."""
-    words: list[str] = []
-    for option in _options(schema):
-        resolved = _resolved(option, schemas)
-        kind = resolved.get("type", "any")
-        if kind == "array":
-            words.append(f"list of {_kind(resolved.get('items', {}), schemas)}")
-        elif "enum" in resolved:
-            words.append(" | ".join(str(value) for value in resolved["enum"]))
-        elif isinstance(kind, list):
-            words += [str(word) for word in kind]  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
-        else:
-            words.append(resolved.get("format", kind) if kind == "string" else kind)
-    return " or ".join(words)
-
-
-def _options(schema: Schema) -> list[Schema]:
-    return schema.get("oneOf") or schema.get("anyOf") or [schema]
-
-
-def _resolved(schema: Schema, schemas: Schema) -> Schema:
-    reference = schema.get("$ref", "")
-    return schemas.get(reference.rpartition("/")[2], {}) if reference else schema
+def prose(text: str) -> Markup:
+    """Plain text with `code` marked as such."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))  # noqa: S704 - escaped
 
 
 @cache
 def _environment() -> Environment:
-    return Environment(
+    made = Environment(
         loader=FileSystemLoader(TEMPLATES_DIR),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    filters = cast("dict[str, Any]", made.filters)  # pyright: ignore[reportUnknownMemberType]
+    filters["prose"] = prose
+    return made
 
 
 @get("/style.css", media_type="text/css", include_in_schema=False, sync_to_thread=False)
@@ -213,7 +128,7 @@ OPENAPI_CONFIG = OpenAPIConfig(
     version=VERSION,
     description=DESCRIPTION,
     path="/docs",
-    render_plugins=[DocumentationPage(), JsonRenderPlugin(path="/openapi.json")],
+    render_plugins=[DocumentationPage(), DocumentationFile()],
     use_handler_docstrings=True,
     components=Components(security_schemes={"key": SecurityScheme(type="http", scheme="bearer")}),
     security=[{"key": []}],

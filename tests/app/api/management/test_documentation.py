@@ -1,9 +1,14 @@
 """The documentation page and the schema behind it."""
 
+import json
 import re
 from html.parser import HTMLParser
 
 import httpx
+
+from app.api import documentation
+from app.main import create_app
+from app.settings import Settings
 
 
 async def test_the_page_names_every_operation(client: httpx.AsyncClient) -> None:
@@ -51,3 +56,21 @@ async def test_tools_find_the_schema(client: httpx.AsyncClient) -> None:
     response = await client.get("/openapi.json", follow_redirects=True)
     assert response.json()["openapi"].startswith("3.")
     assert response.json()["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
+
+
+async def test_the_whole_box(settings: Settings) -> None:
+    """Bodies that routes decode themselves are shown too, and no reference leads nowhere."""
+    transport = httpx.ASGITransport(create_app(settings))  # type: ignore[arg-type]
+    async with httpx.AsyncClient(transport=transport, base_url="http://box") as client:
+        for _ in range(2):
+            page = (await client.get("/docs")).text
+            schema = (await client.get("/docs/openapi.json")).json()
+    for text in ("messages[].role", "stream_options.include_usage", "upload_id", "inputs"):
+        assert text in page
+    for path in documentation.BODIES:
+        operation = schema["paths"][path]["post"]
+        assert operation["requestBody"]["content"]["application/json"]["schema"]
+    references = set(re.findall(r'"#/components/schemas/([^"]+)"', json.dumps(schema)))
+    assert references
+    assert references <= set(schema["components"]["schemas"])
+    assert not any(path.startswith("/console") for path in schema["paths"])
