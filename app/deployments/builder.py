@@ -9,7 +9,7 @@ import logging
 from pathlib import Path
 
 from sqlalchemy import select
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.core.broadcast import Broadcast
@@ -39,6 +39,7 @@ from app.settings import Settings
 from runtime.protocol import Built, Progress
 
 POLL_SECONDS = 1.0
+RECORD_PAUSES_SECONDS = (1.0, 5.0, 15.0)
 SPACE_FACTOR = 3  # a build unpacks the upload and writes an artifact of about its size
 
 log = logging.getLogger(__name__)
@@ -184,7 +185,7 @@ class Builder:
         artifact_id = new_id("art")
         files = await self._store(output_dir, artifact_id)
         try:
-            is_used = await self._record(version, built, artifact_id, files)
+            is_used = await self._record_in_time(version, built, artifact_id, files)
         except BaseException:
             await asyncio.to_thread(artifacts.remove, self._storage.artifact(artifact_id))
             raise
@@ -227,6 +228,18 @@ class Builder:
             await asyncio.wait([storing])
             await asyncio.to_thread(artifacts.remove, artifact_dir)
             raise
+
+    async def _record_in_time(
+        self, version: ModelVersion, built: Built, artifact_id: str, files: StoredFiles
+    ) -> bool:
+        """As `_record`. A database that is busy for a moment is not worth a build."""
+        for seconds in RECORD_PAUSES_SECONDS:
+            try:
+                return await self._record(version, built, artifact_id, files)
+            except OperationalError as error:
+                log.warning("the result of %s could not be recorded yet: %s", version.id, error)
+                await asyncio.sleep(seconds)
+        return await self._record(version, built, artifact_id, files)
 
     async def _record(
         self, version: ModelVersion, built: Built, artifact_id: str, files: StoredFiles

@@ -3,6 +3,7 @@
 Owns no processes: `reconciler.py` acts on it.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -14,6 +15,8 @@ from app.deployments.acceptance import read_manifest, read_receipt
 from app.deployments.tables import Deployment, Endpoint, Revision
 from app.registry.tables import Model, ModelVersion
 from runtime.protocol import BuildReceipt, Manifest
+
+log = logging.getLogger(__name__)
 
 
 class Desired(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,10 +47,11 @@ class DesiredReader:
     """Reads all deployments. What a build found never changes, so it is decoded once."""
 
     def __init__(self) -> None:
-        self._built: dict[str, tuple[Manifest, BuildReceipt]] = {}
+        # None: what another release stored and this one cannot read
+        self._built: dict[str, tuple[Manifest, BuildReceipt] | None] = {}
 
     async def read(self, session: AsyncSession) -> dict[str, Desired]:
-        """By deployment id. A deployment whose version has no artifact is left out."""
+        """By deployment id. A deployment whose version cannot be served is left out."""
         rows = await session.execute(
             select(
                 Deployment,
@@ -68,8 +72,10 @@ class DesiredReader:
         await self._read_built(session, {version_id for _, _, _, _, version_id, _, _ in found})
         desired: dict[str, Desired] = {}
         for deployment, endpoint, model_name, revision, version_id, number, artifact_id in found:
-            assert artifact_id is not None
-            manifest, receipt = self._built[version_id]
+            built = self._built[version_id]
+            if built is None or artifact_id is None:
+                continue
+            manifest, receipt = built
             desired[deployment.id] = Desired(
                 deployment_id=deployment.id,
                 organization_id=deployment.organization_id,
@@ -100,7 +106,11 @@ class DesiredReader:
             )
         )
         for version_id, manifest, receipt in rows:
-            self._built[version_id] = read_manifest(manifest), read_receipt(receipt)
+            try:
+                self._built[version_id] = read_manifest(manifest), read_receipt(receipt)
+            except msgspec.ValidationError as error:
+                log.error("version %s must be uploaded again: %s", version_id, error)
+                self._built[version_id] = None
 
 
 class Running(Protocol):

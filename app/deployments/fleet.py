@@ -131,7 +131,7 @@ class Fleet:
             try:
                 await self._reconciler.reconcile()
                 self._refresh()
-            except (SQLAlchemyError, msgspec.ValidationError):
+            except SQLAlchemyError:
                 log.exception("the fleet could not be reconciled; trying again")
 
     # --- finding a replica ----------------------------------------------------------------

@@ -3,12 +3,15 @@ import os
 import re
 import signal
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 from sqlalchemy import delete, select, update
+from sqlalchemy.exc import OperationalError
 
 from app.core.errors import Conflict
+from app.deployments import builder as builder_module
 from app.deployments.logs import build_log_name, read_log
 from app.deployments.service import get_endpoint
 from app.registry.tables import Artifact, Model, ModelVersion
@@ -269,6 +272,24 @@ async def test_a_name_that_belongs_to_someone_else(box: Box) -> None:
     async with box.database.read() as session:
         digests = list(await session.scalars(select(Artifact.digest)))
     assert len(digests) == len(list((box.storage.data_dir / "artifacts").iterdir())) == 1
+
+
+async def test_a_busy_database_does_not_cost_a_build(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(builder_module, "RECORD_PAUSES_SECONDS", (0.01, 0.01))
+    record, attempts = box.builder._record, 0
+
+    async def busy(*args: Any) -> bool:
+        nonlocal attempts
+        attempts += 1
+        if attempts < 3:
+            raise OperationalError("INSERT", {}, Exception("database is locked"))
+        return await record(*args)
+
+    monkeypatch.setattr(box.builder, "_record", busy)
+    assert (await built(box, await box.version())).status == "ready"
+    assert attempts == 3
 
 
 async def test_several_builds_at_once(box: Box, script: Script) -> None:

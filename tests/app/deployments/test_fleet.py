@@ -14,7 +14,7 @@ from app.deployments.logs import read_log, replica_log_name
 from app.deployments.replica import Timing
 from app.deployments.tables import Replica
 from app.organizations.principal import Principal
-from app.registry.tables import Model
+from app.registry.tables import Model, ModelVersion
 from runtime.protocol import Generate, Predict, SamplingParams, SequenceOutput, Tensor
 from tests.app.deployments.box import Box
 from tests.app.deployments.conftest import Script, until, until_async
@@ -399,6 +399,23 @@ async def test_a_restart_serves_again_and_tells_of_the_old_replicas(
     new, old = await box.replicas()
     assert (old.status, old.detail) == ("stopped", "The app was restarted.")
     assert new.status in ("starting", "ready")
+
+
+async def test_what_another_release_stored_does_not_keep_the_box_down(
+    box: Box, owner: Principal
+) -> None:
+    await box.deployed("good")
+    await box.deployed("odd")
+    async with box.database.write() as session:
+        await session.execute(
+            update(ModelVersion)
+            .where(ModelVersion.model_id.in_(select(Model.id).where(Model.name == "odd")))
+            .values(manifest={"kind": "decoder", "from_the_future": True})
+        )
+    await box.fleet.start()
+    await serving(box, owner, "good")
+    with pytest.raises(NotFound):
+        box.fleet.resolve(owner, "odd")
 
 
 async def test_ended_replicas_are_forgotten_in_time(

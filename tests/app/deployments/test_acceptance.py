@@ -1,0 +1,101 @@
+import math
+from typing import Any
+
+import msgspec
+import pytest
+
+from app.deployments.acceptance import (
+    NotAcceptable,
+    check_built,
+    manifest_json,
+    read_manifest,
+    read_receipt,
+    receipt_json,
+)
+from runtime.protocol import Built, CandidateReport, Check, Manifest, Schema, TensorSpec
+from tests.app.deployments.fake_process import DECODER, RECEIPT, TENSOR
+
+replace = msgspec.structs.replace
+
+
+def decoder(**values: Any) -> Manifest:
+    assert DECODER.decoder is not None
+    return replace(DECODER, decoder=replace(DECODER.decoder, **values))
+
+
+def schema(*specs: TensorSpec) -> Manifest:
+    return replace(TENSOR, schema=Schema(inputs=list(specs), outputs=[X], is_batched=False))
+
+
+def candidate(**values: Any) -> CandidateReport:
+    return CandidateReport(name="eager", is_chosen=True, reason="only one", **values)
+
+
+X = TensorSpec(name="x", dtype="float32", shape=[None, 2])
+
+
+@pytest.mark.parametrize("manifest", [DECODER, TENSOR, schema(X, replace(X, name="y"))])
+def test_what_builds_report_is_kept_as_it_is(manifest: Manifest) -> None:
+    receipt = replace(
+        RECEIPT,
+        checks=[Check(name="batch", is_equal=True, detail="é", error=0.1, tolerance=0.2)],
+        candidates=[candidate(p50_ms={1: 0.5, 32: 3.0}, device_ms_max=4.0)],
+    )
+    check_built(Built(manifest=manifest, receipt=receipt))
+    stored = msgspec.json.decode(
+        msgspec.json.encode([manifest_json(manifest), receipt_json(receipt)])
+    )
+    assert read_manifest(stored[0]) == manifest
+    assert read_receipt(stored[1]) == receipt
+
+
+@pytest.mark.parametrize(
+    ("manifest", "words"),
+    [
+        (decoder(vocab_size=0), "implausible"),
+        (decoder(max_context_tokens=10**12), "implausible"),
+        (decoder(template_tokens=-1), "implausible"),
+        (decoder(template_tokens_per_message=10**6), "implausible"),
+        (decoder(architecture="\x1b[2J"), "control characters"),
+        (decoder(architecture="x" * 10_000), "overlong"),
+        (decoder(kv_bytes_per_token=2**60), "out of range"),
+        (replace(DECODER, decoder=None), "lacks the description"),
+        (replace(DECODER, weight_bytes=-1), "negative size"),
+        (replace(TENSOR, schema=None), "lacks the schema"),
+        (schema(), "no tensors"),
+        (schema(X, X), "one twice"),
+        (schema(replace(X, shape=[-1])), "negative size"),
+        (schema(replace(X, min_shape=[1])), "do not agree"),
+        (schema(replace(X, shape=[1] * 40)), "do not agree"),
+        (schema(*[replace(X, name=f"x{n}") for n in range(300)]), "too many"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_implausible_manifests_are_refused(manifest: Manifest, words: str) -> None:
+    with pytest.raises(NotAcceptable, match=words):
+        check_built(Built(manifest=manifest, receipt=RECEIPT))
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"verdict": "different"}, "answers differently"),
+        ({"phase_seconds": {"import": math.nan}}, "not finite"),
+        ({"phase_seconds": {"import": -1.0}}, "negative durations"),
+        ({"candidates": [candidate(device_ms_max=math.inf)]}, "not finite"),
+        ({"candidates": [candidate(device_ms_max=-1.0)]}, "negative durations"),
+        ({"notes": ["x" * 8000] * 1000}, "too large"),
+    ],
+    ids=str,
+)
+def test_implausible_receipts_are_refused(values: dict[str, Any], words: str) -> None:
+    with pytest.raises(NotAcceptable, match=words):
+        check_built(Built(manifest=DECODER, receipt=replace(RECEIPT, **values)))
+
+
+def test_texts_of_a_receipt_are_made_harmless() -> None:
+    receipt = replace(RECEIPT, notes=["\x1b[31mred\x00", "\ud800", "x" * 9000])
+    check_built(Built(manifest=DECODER, receipt=receipt))
+    notes = receipt_json(receipt)["notes"]
+    assert notes[:2] == ["red�", "?"]
+    assert len(notes[2]) == 8192
