@@ -1,7 +1,7 @@
 """Wire types between the control plane and the processes that run models.
 
 Owns the message structs and their framing; imports nothing else of the project, so that
-`app` can use it without torch. Does not own what the messages mean: see `server.py` (a
+`app` can use it without torch. Does not own what the messages mean: see `server/` (a
 worker's side) and `app/deployments/link.py` (the gateway's side).
 
 A frame is a 4-byte little-endian length and that many bytes of msgpack. Either side closes

@@ -183,6 +183,7 @@ def _apply(
 
     attempt("no_new_privs", lambda: _prctl(_PR_SET_NO_NEW_PRIVS, 1))
     attempt("rlimits", lambda: _limit(max_file_bytes, address_space_bytes))
+    attempt("first to go when memory runs out", _yield_memory)
     has_no_network = attempt("network and IPC namespaces", _enter_namespaces) or _is_offline()
     has_no_capabilities = attempt("no capabilities", _drop_capabilities)
     has_landlock = _restrict_files(rules, held, missing)
@@ -267,7 +268,10 @@ def _limit(max_file_bytes: int, address_space_bytes: int | None) -> None:
         if hard != resource.RLIM_INFINITY:
             value = min(value, hard)
         resource.setrlimit(limit, (value, value))
-    # First to go when the machine runs out of memory; the rest of the box must live.
+
+
+def _yield_memory() -> None:
+    """First to go when the machine runs out of memory; the rest of the box must live."""
     score = Path("/proc/self/oom_score_adj")
     if int(score.read_text()) < OOM_SCORE:
         score.write_text(str(OOM_SCORE))

@@ -108,7 +108,7 @@ class Connection(asyncio.Protocol):
         self._received += data
         try:
             self._handle_frames()
-        except (FrameError, msgspec.DecodeError) as error:
+        except (FrameError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             logger.error("closing the stream: %s", error)
             self._exit_status = 1
             self._transport.abort()

@@ -112,6 +112,7 @@ class WorkerProcess:
     def __init__(self, directory: Path, **environment: str) -> None:
         self.socket_path = directory / "s"
         self.log_path = directory / "log"
+        self.ready: Ready | None = None
         allowed = {"PATH": os.defpath, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"}
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
@@ -130,6 +131,7 @@ class WorkerProcess:
         self.peer.send(msgspec.structs.replace(serve, num_threads=1))
         message = self.peer.receive()
         assert isinstance(message, Ready), f"{message}\n{self.log}"
+        self.ready = message
         return message
 
     @property

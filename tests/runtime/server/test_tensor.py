@@ -1,0 +1,152 @@
+"""A tensor program's requests over a stream, with programs that do what each test needs."""
+
+import threading
+
+import torch
+
+from runtime.protocol import (
+    Cancel,
+    Drain,
+    Fatal,
+    Generate,
+    Predict,
+    Predicted,
+    SamplingParams,
+    Schema,
+    Serve,
+    Tensor,
+    TensorSpec,
+)
+from runtime.server.tensor import TensorServer
+from tests.runtime.server.stream import Stream
+
+SCHEMA = Schema(
+    inputs=[TensorSpec(name="x", dtype="float32", shape=[None, 2])],
+    outputs=[TensorSpec(name="y", dtype="float32", shape=[None, 2])],
+    is_batched=True,
+)
+
+
+def predict(request_id: str, *values: float) -> Predict:
+    data = torch.tensor(values, dtype=torch.float32).numpy().tobytes()
+    shape = [len(values) // 2, 2]
+    tensor = Tensor(name="x", dtype="float32", shape=shape, data=data)
+    return Predict(request_id=request_id, inputs=[tensor])
+
+
+class Program:
+    """Doubles its input, once it may; raises on negative numbers."""
+
+    def __init__(self) -> None:
+        self.may_run = threading.Event()
+        self.may_run.set()
+        self.num_rows: list[int] = []
+
+    def run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        self.may_run.wait(10)
+        (x,) = inputs
+        self.num_rows.append(x.shape[0])
+        if bool((x < 0).any()):
+            raise RuntimeError("negative")
+        return [x * 2]
+
+
+def serve(program: Program, **options: object) -> TensorServer:
+    config = Serve(artifact_dir="/", **options)  # type: ignore[arg-type]
+    return TensorServer(program.run, SCHEMA, config)
+
+
+async def test_rows_of_several_requests_share_a_run() -> None:
+    program = Program()
+    async with Stream(serve(program)) as peer:
+        program.may_run.clear()
+        peer.send(*(predict(f"r{i}", i, i) for i in range(6)))
+        program.may_run.set()
+        answers = [await peer.expect(Predicted) for _ in range(6)]
+        for answer in answers:
+            value = 2.0 * int(answer.request_id[1:])
+            assert answer.outputs[0].data == torch.tensor([value, value]).numpy().tobytes()
+        assert sum(program.num_rows) == 6
+        assert max(program.num_rows) > 1
+
+
+async def test_a_failing_request_fails_alone() -> None:
+    async with Stream(serve(Program())) as peer:
+        peer.send(predict("good", 1, 1), predict("bad", -1, 1), predict("wrong", 1, 2, 3, 4, 5))
+        failed = {}
+        while len(failed) < 2:
+            message = await peer.receive()
+            if hasattr(message, "error"):
+                failed[message.request_id] = message.error.status  # type: ignore[union-attr]
+        assert failed == {"bad": 422, "wrong": 400}
+        if not any(isinstance(each, Predicted) for each in peer.received):
+            await peer.expect(Predicted)
+
+
+async def test_cancel_before_its_turn_and_within_a_run() -> None:
+    program = Program()
+    program.may_run.clear()
+    server = serve(program, max_batch_rows=1)
+    async with Stream(server) as peer:
+        peer.send(predict("running", 1, 1), predict("waiting", 2, 2))
+        # In one write with its request: the request has not had its first turn yet.
+        peer.send(predict("at once", 3, 3), Cancel(request_id="at once"))
+        await peer.expect_failed("at once", "cancelled", 499)
+        peer.send(Cancel(request_id="waiting"), Cancel(request_id="running"))
+        await peer.expect_failed("waiting", "cancelled", 499)
+        await peer.expect_failed("running", "cancelled", 499)
+        assert server.num_requests == 0
+        program.may_run.set()
+        peer.send(predict("after", 4, 4))
+        assert (await peer.expect(Predicted)).request_id == "after"
+        assert len(program.num_rows) == 2  # what was cancelled while it waited never ran
+
+
+async def test_more_than_may_wait_are_refused() -> None:
+    program = Program()
+    program.may_run.clear()
+    async with Stream(serve(program, max_waiting=2)) as peer:
+        peer.send(*(predict(f"r{i}", i, i) for i in range(3)))
+        await peer.expect_failed("r2", "queue_full", 429)
+        program.may_run.set()
+        for _ in range(2):
+            await peer.expect(Predicted)
+
+
+async def test_draining_answers_what_was_accepted() -> None:
+    program = Program()
+    program.may_run.clear()
+    async with Stream(serve(program)) as peer:
+        peer.send(predict("accepted", 1, 1), Drain(), predict("late", 1, 1))
+        await peer.expect_failed("late", "draining", 503)
+        program.may_run.set()
+        assert (await peer.expect(Predicted)).request_id == "accepted"
+        assert await peer.end() == 0
+
+
+async def test_a_lost_device_is_fatal() -> None:
+    def run(_: list[torch.Tensor]) -> list[torch.Tensor]:
+        raise torch.AcceleratorError("illegal access")
+
+    server = TensorServer(run, SCHEMA, Serve(artifact_dir="/"))
+    async with Stream(server) as peer:
+        peer.send(predict("a", 1, 1))
+        await peer.expect_failed("a", "device_lost", 503)
+        assert (await peer.expect(Fatal)).error.code == "device_lost"
+        assert await peer.end() == 1
+
+
+async def test_generation_is_not_for_tensor_programs() -> None:
+    async with Stream(serve(Program())) as peer:
+        peer.send(Generate(request_id="a", sampling=SamplingParams(), cache_salt=b"", text="x"))
+        assert await peer.end() == 1
+
+
+async def test_a_peer_that_goes_leaves_nothing_behind() -> None:
+    program = Program()
+    program.may_run.clear()
+    server = serve(program)
+    async with Stream(server) as peer:
+        peer.send(predict("a", 1, 1), predict("b", 1, 1))
+        await peer.writer.drain()
+    program.may_run.set()
