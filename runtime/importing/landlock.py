@@ -34,6 +34,8 @@ WRITE = WRITE_FILE | TRUNCATE | REMOVE_DIR | REMOVE_FILE | MAKE_DIR | MAKE_REG |
 _ON_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV
 _BITS_BY_ABI = {1: 13, 2: 14, 3: 15, 4: 15}  # and 16 from ABI 5 on
 
+ABI_WITH_TRUNCATE, ABI_WITH_TCP, ABI_WITH_SIGNAL_SCOPE = 3, 4, 6
+
 _NET_BIND_TCP, _NET_CONNECT_TCP = 1 << 0, 1 << 1
 _SCOPE_ABSTRACT_UNIX_SOCKET, _SCOPE_SIGNAL = 1 << 0, 1 << 1
 
@@ -85,10 +87,11 @@ def restrict(rules: Iterable[tuple[Path, int]], abi: int) -> list[int]:
     handled_fs = (1 << _BITS_BY_ABI.get(abi, 16)) - 1
     attr = _RulesetAttr(
         handled_access_fs=handled_fs,
-        handled_access_net=_NET_BIND_TCP | _NET_CONNECT_TCP if abi >= 4 else 0,
-        scoped=_SCOPE_ABSTRACT_UNIX_SOCKET | _SCOPE_SIGNAL if abi >= 6 else 0,
+        handled_access_net=_NET_BIND_TCP | _NET_CONNECT_TCP if abi >= ABI_WITH_TCP else 0,
+        scoped=_SCOPE_ABSTRACT_UNIX_SOCKET | _SCOPE_SIGNAL if abi >= ABI_WITH_SIGNAL_SCOPE else 0,
     )
-    size = ctypes.sizeof(attr) if abi >= 6 else 16 if abi >= 4 else 8
+    has_scope, has_tcp = abi >= ABI_WITH_SIGNAL_SCOPE, abi >= ABI_WITH_TCP
+    size = ctypes.sizeof(attr) if has_scope else 16 if has_tcp else 8
     ruleset_fd = _call(
         _CREATE_RULESET, ctypes.byref(attr), ctypes.c_size_t(size), ctypes.c_uint32(0)
     )

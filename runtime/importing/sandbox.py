@@ -186,9 +186,13 @@ def _apply(
     attempt("first to go when memory runs out", _yield_memory)
     has_no_network = attempt("network and IPC namespaces", _enter_namespaces) or _is_offline()
     has_no_capabilities = attempt("no capabilities", _drop_capabilities)
-    has_landlock = _restrict_files(rules, held, missing)
+    abi = landlock.abi_version()
+    has_landlock = _restrict_files(rules, abi, held, missing)
+    # A build ends its compilers; only Landlock can tell them from strangers.
+    is_scoped = profile == "build" and abi >= landlock.ABI_WITH_SIGNAL_SCOPE
+    signals_to = None if is_scoped else os.getpid()
     if seccomp.is_supported():
-        has_seccomp = attempt("seccomp", lambda: seccomp.install(profile))
+        has_seccomp = attempt("seccomp", lambda: seccomp.install(profile, signals_to=signals_to))
     else:
         has_seccomp = False
         missing.append("seccomp (not supported by this kernel or architecture)")
@@ -204,9 +208,10 @@ def _apply(
 _pinned: list[int] = []
 
 
-def _restrict_files(rules: list[tuple[Path, int]], held: list[str], missing: list[str]) -> bool:
-    """Apply Landlock and name the parts that this kernel's version of it lacks."""
-    abi = landlock.abi_version()
+def _restrict_files(
+    rules: list[tuple[Path, int]], abi: int, held: list[str], missing: list[str]
+) -> bool:
+    """Apply Landlock, and name what an older one lacks that nothing else makes up for."""
     if abi == 0:
         missing.append("landlock (absent from this kernel or switched off)")
         return False
@@ -216,8 +221,10 @@ def _restrict_files(rules: list[tuple[Path, int]], held: list[str], missing: lis
         missing.append(f"landlock ({error.strerror})")
         return False
     held.append(f"landlock ABI {abi}")
-    later = {3: "landlock truncate", 4: "landlock TCP", 6: "landlock signal scope"}
-    missing.extend(f"{name} (needs ABI {since})" for since, name in later.items() if abi < since)
+    if abi < landlock.ABI_WITH_TRUNCATE:
+        missing.append(f"landlock truncate (needs ABI {landlock.ABI_WITH_TRUNCATE})")
+    if not seccomp.is_supported() and abi < landlock.ABI_WITH_SIGNAL_SCOPE:
+        missing.append(f"landlock TCP and signals (need ABI {landlock.ABI_WITH_SIGNAL_SCOPE})")
     return True
 
 

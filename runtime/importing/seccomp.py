@@ -123,8 +123,8 @@ _MISSING = ["io_uring_setup", "io_uring_enter", "io_uring_register", "clone3"]
 _PRETENDED_IN_BUILD = ["chmod", "fchmodat", "fchmodat2"]
 _DENIED_IN_SERVE = [
     *("execve", "execveat", "fork", "vfork", "chmod", "fchmod", "fchmodat", "fchmodat2"),
-    *("tkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo", "pidfd_send_signal"),
 ]
+_OTHER_SIGNALS = ["tkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo", "pidfd_send_signal"]
 
 _AF_UNIX, _SOCK_DGRAM, _SOCK_TYPE_MASK = 1, 2, 0xF
 _CLONE_THREAD = 0x00010000
@@ -160,7 +160,7 @@ def _argument(index: int) -> Instruction:
     return (_LOAD, 0, 0, 16 + 8 * index)
 
 
-def _rules(profile: Profile, pid: int) -> list[tuple[str, list[Instruction]]]:
+def _rules(profile: Profile, signals_to: int | None) -> list[tuple[str, list[Instruction]]]:
     """Per call, the instructions that decide on it. Each list ends in a return."""
     allow: Instruction = (_RETURN, 0, 0, _ALLOW)
     streams_only: list[Instruction] = [
@@ -190,6 +190,10 @@ def _rules(profile: Profile, pid: int) -> list[tuple[str, list[Instruction]]]:
         ),
         ("prlimit64", [_argument(0), (_JUMP_EQUAL, 1, 0, 0), _deny(), allow]),
     ]
+    if signals_to is not None:
+        only: list[Instruction] = [_argument(0), (_JUMP_EQUAL, 1, 0, signals_to), _deny(), allow]
+        rules += [("kill", only), ("tgkill", only)]
+        rules += [(name, [_deny()]) for name in _OTHER_SIGNALS]
     if profile == "build":
         rules += [(name, [_deny(0)]) for name in _PRETENDED_IN_BUILD]
         clone: list[Instruction] = [
@@ -208,13 +212,12 @@ def _rules(profile: Profile, pid: int) -> list[tuple[str, list[Instruction]]]:
         _deny(),
         allow,
     ]
-    to_itself: list[Instruction] = [_argument(0), (_JUMP_EQUAL, 1, 0, pid), _deny(), allow]
-    rules += [(name, [_deny()]) for name in _DENIED_IN_SERVE]
-    return [*rules, ("clone", threads), ("kill", to_itself), ("tgkill", to_itself)]
+    return [*rules, *((name, [_deny()]) for name in _DENIED_IN_SERVE), ("clone", threads)]
 
 
-def program(profile: Profile, pid: int, machine: str) -> bytes:
-    """The filter as `struct sock_filter[]`. `pid` is the process that signals may go to."""
+def program(profile: Profile, signals_to: int | None, machine: str) -> bytes:
+    """The filter as `struct sock_filter[]`. Signals may go to the process `signals_to` alone; None
+    leaves them to Landlock."""
     audit_arch, column = _ARCHITECTURES[machine]
     code: list[Instruction] = [
         (_LOAD, 0, 0, _AT_ARCHITECTURE),
@@ -224,7 +227,7 @@ def program(profile: Profile, pid: int, machine: str) -> bytes:
     ]
     if machine == "x86_64":
         code += [(_JUMP_GREATER_EQUAL, 0, 1, _X32_BIT), _deny(errno.ENOSYS)]
-    for name, body in _rules(profile, pid):
+    for name, body in _rules(profile, signals_to):
         number = _NUMBERS[name][column]
         if number is not None:
             code += [(_JUMP_EQUAL, 0, len(body), number), *body]
@@ -236,12 +239,12 @@ class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
 
 
-def install(profile: Profile) -> None:
+def install(profile: Profile, *, signals_to: int | None) -> None:
     """Filter this thread's calls and those of all its children from here on, for good.
 
     Needs no_new_privs. Raises `OSError`.
     """
-    code = program(profile, os.getpid(), platform.machine())
+    code = program(profile, signals_to, platform.machine())
     libc = ctypes.CDLL(None, use_errno=True)
     attr = _Program(length=len(code) // 8, filter=code)
     if libc.prctl(_PR_SET_SECCOMP, ctypes.c_ulong(_MODE_FILTER), ctypes.byref(attr), 0, 0) != 0:

@@ -63,6 +63,7 @@ attempt("tcp6 socket", lambda: socket.socket(socket.AF_INET6, socket.SOCK_STREAM
 attempt("netlink socket", lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW))
 attempt("unix datagrams", lambda: socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
 attempt("connect unix", lambda: socket.socket(socket.AF_UNIX).connect(str(box / "listener")))
+attempt("signal parent", lambda: os.kill(os.getppid(), 0))
 attempt("ptrace", lambda: check(libc.ptrace(16, os.getppid(), 0, 0)))
 attempt("mount", lambda: check(libc.mount(b"none", str(box).encode(), b"tmpfs", 0, None)))
 attempt("unshare", lambda: check(libc.unshare(0x10000000)))
@@ -148,6 +149,20 @@ def test_hostile_attempts_are_denied(box: Path, profile: str) -> None:
     assert not (box / "planted").exists()
 
 
+@needs_landlock
+@needs_seccomp
+@pytest.mark.parametrize("abi", [abi for abi in (1, 2, 3, 4, 5) if abi < ABI])
+@pytest.mark.parametrize("profile", [SERVE, BUILD], ids=["serve", "build"])
+def test_older_kernels_deny_the_same(box: Path, profile: str, abi: int) -> None:
+    older = f"from runtime.importing import landlock\nlandlock.abi_version = lambda: {abi}\n"
+    everyone = 'attempt("signal everyone", lambda: os.kill(-1, 0))\n'
+    results = run(box, older + profile + HOSTILE + everyone + "finish()")
+    assert results.pop("level") == "L1"
+    assert ("landlock truncate" in results.pop("report")) == (abi < 3)
+    assert results.pop("core dump") == "done"
+    assert set(results.values()) <= set(DENIALS), results
+
+
 DENIALS = ("PermissionError", "OSError")
 
 
@@ -177,7 +192,7 @@ attempt("spawn", lambda: os.posix_spawn("/bin/true", ["true"], {}))
 attempt("fork", os.fork)
 attempt("exec", lambda: os.execv("/bin/true", ["true"]))
 attempt("chmod", lambda: os.chmod(box / "secret", 0o777))
-attempt("signal parent", lambda: os.kill(os.getppid(), 0))
+attempt("signal everyone", lambda: os.kill(-1, 0))
 attempt("limit parent", lambda: __import__("resource").prlimit(os.getppid(), 7))
 finish()
 """,
@@ -304,9 +319,12 @@ subprocess.run([sys.executable, "-c", child, sys.argv[1]])
 
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
 @pytest.mark.parametrize("profile", ["build", "serve"])
-def test_the_filter_program_is_well_formed(machine: str, profile: seccomp.Profile) -> None:
+@pytest.mark.parametrize("signals_to", [None, 1])
+def test_the_filter_program_is_well_formed(
+    machine: str, profile: seccomp.Profile, signals_to: int | None
+) -> None:
     """Every jump lands inside the program, and every path ends in a return."""
-    code = seccomp.program(profile, 1, machine)
+    code = seccomp.program(profile, signals_to, machine)
     assert len(code) % 8 == 0
     length = len(code) // 8
     assert length < 4096  # the kernel's limit
