@@ -19,13 +19,14 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.billing import posting
 from app.billing.posting import HoldRequest, Standing
 from app.billing.rating import Settlement
+from app.billing.statements import open_statement
 from app.core.database import create_writer_engine
 from app.core.errors import AppError, PaymentRequired, Unavailable
 from app.core.money import format_nano
 
 MAX_BATCH = 512  # settlements in one transaction
 MAX_UNSETTLED = 100_000  # beyond this the database is too far behind to admit more
-SETTLE_DELAY_SECONDS = 0.01  # how long settlements may wait for company
+SETTLE_DELAY_SECONDS = 0.05  # how long settlements may wait for company
 RETRY_SECONDS = (0.05, 0.2, 1.0, 5.0)
 
 log = logging.getLogger(__name__)
@@ -319,6 +320,4 @@ def _unavailable() -> Unavailable:
 async def open_account(session: AsyncSession, organization_id: str, currency: str) -> None:
     """An account without limit and with nothing on it, unless there is one."""
     connection = await session.connection()
-    await connection.execute(
-        posting.open_statement(connection.dialect.name, organization_id, currency)
-    )
+    await connection.execute(open_statement(connection.dialect.name, organization_id, currency))

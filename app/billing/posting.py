@@ -1,7 +1,7 @@
 """The two transactions of money: taking holds and settling requests, both many at a time.
 
-Owns their SQL and the postings to the ledger. Runs on a connection of the account writer's
-thread, inside a transaction that the caller begins and commits.
+Owns their order and the postings to the ledger; the SQL is in `statements.py`. Runs on a
+connection of the account writer's thread, in a transaction that the caller begins and commits.
 """
 
 from collections import defaultdict
@@ -9,65 +9,18 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-from sqlalchemy import (
-    Connection,
-    Select,
-    bindparam,
-    delete,
-    insert,
-    or_,
-    select,
-    update,
-)
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import Connection
 
 from app.billing.rating import Settlement
-from app.billing.tables import AccountBalance, Hold, LedgerEntry, LedgerTransaction
+from app.billing.statements import (
+    RECORDED,
+    STANDING,
+    Statements,
+    open_statement,
+    orphans_statement,
+    statements_of,
+)
 from app.core import clock
-from app.core.database import Base
-from app.metering.tables import UsageEvent, UsageLine
-
-_balance = Base.metadata.tables[AccountBalance.__tablename__]
-_hold = Base.metadata.tables[Hold.__tablename__]
-_event = Base.metadata.tables[UsageEvent.__tablename__]
-_line = Base.metadata.tables[UsageLine.__tablename__]
-_transaction = Base.metadata.tables[LedgerTransaction.__tablename__]
-_entry = Base.metadata.tables[LedgerEntry.__tablename__]
-
-# One statement decides and takes: whatever runs beside it, nobody gets past the limit.
-_TAKE = (
-    update(_balance)
-    .where(
-        _balance.c.organization_id == bindparam("organization"),
-        or_(
-            _balance.c.credit_limit_nano.is_(None),
-            _balance.c.posted_nano - _balance.c.held_nano + _balance.c.credit_limit_nano
-            >= bindparam("amount"),
-        ),
-    )
-    .values(held_nano=_balance.c.held_nano + bindparam("amount"))
-)
-_MOVE = (
-    update(_balance)
-    .where(_balance.c.organization_id == bindparam("organization"))
-    .values(
-        posted_nano=_balance.c.posted_nano - bindparam("spent"),
-        held_nano=_balance.c.held_nano - bindparam("released"),
-    )
-)
-_STANDING = select(
-    _balance.c.posted_nano, _balance.c.held_nano, _balance.c.credit_limit_nano, _balance.c.currency
-).where(_balance.c.organization_id == bindparam("organization"))
-_INSERT_HOLD = insert(_hold)
-_INSERTS = (insert(_event), insert(_line), insert(_transaction), insert(_entry))
-_REMOVE_HOLDS = (
-    delete(_hold)
-    .where(_hold.c.request_id.in_(bindparam("request_ids", expanding=True)))
-    .returning(_hold.c.organization_id, _hold.c.amount_nano)
-)
-_RECORDED: Select[str] = select(_event.c.id).where(
-    _event.c.id.in_(bindparam("event_ids", expanding=True))
-)
 
 
 class HoldRequest(NamedTuple):
@@ -115,7 +68,8 @@ def take_holds(
             standing = _open_and_read(connection, organization_id, currency)
             refused |= {h.request_id: standing for h in wanted if h.request_id in refused}
     if taken:
-        now = clock.now()
+        sql = statements_of(connection)
+        now = sql.instant(clock.now())
         rows = [
             {
                 "request_id": hold.request_id,
@@ -126,30 +80,20 @@ def take_holds(
             }
             for hold in taken
         ]
-        connection.execute(_INSERT_HOLD, rows)
+        connection.exec_driver_sql(sql.insert_hold, rows)
     return refused
 
 
 def _take(connection: Connection, organization_id: str, amount_nano: int) -> bool:
     row = {"organization": organization_id, "amount": amount_nano}
-    return connection.execute(_TAKE, row).rowcount == 1
+    return connection.exec_driver_sql(statements_of(connection).take, row).rowcount == 1
 
 
 def _open_and_read(connection: Connection, organization_id: str, currency: str) -> Standing:
     """The account, opened without limit if this is the organization's first request."""
     connection.execute(open_statement(connection.dialect.name, organization_id, currency))
-    row = connection.execute(_STANDING, {"organization": organization_id}).one()
+    row = connection.execute(STANDING, {"organization": organization_id}).one()
     return Standing(*row)
-
-
-def open_statement(dialect_name: str, organization_id: str, currency: str) -> Any:
-    """Inserts an account without limit unless it exists."""
-    dialect = sqlite if dialect_name == "sqlite" else postgresql
-    return (
-        dialect.insert(_balance)
-        .values(organization_id=organization_id, currency=currency, posted_nano=0, held_nano=0)
-        .on_conflict_do_nothing()
-    )
 
 
 def post_settlements(connection: Connection, settlements: Sequence[Settlement]) -> None:
@@ -157,23 +101,29 @@ def post_settlements(connection: Connection, settlements: Sequence[Settlement]) 
 
     Raises `IntegrityError` when one of them is recorded already: see `unrecorded`.
     """
-    now = clock.now()
+    sql = statements_of(connection)
+    now = sql.instant(clock.now())
     events: list[dict[str, Any]] = []
     lines: list[dict[str, Any]] = []
     transactions: list[dict[str, Any]] = []
     entries: list[dict[str, Any]] = []
     spent: dict[str, int] = defaultdict(int)
     for settlement in settlements:
-        events.append(_event_row(settlement))
+        events.append(_event_row(settlement, sql))
         lines += _line_rows(settlement)
         spent[settlement.usage.admitted.organization_id] += settlement.amount_nano
         if settlement.amount_nano:
             transaction, posted = _posting(settlement, now)
             transactions.append(transaction)
             entries += posted
-    for statement, rows in zip(_INSERTS, (events, lines, transactions, entries), strict=True):
+    for statement, rows in (
+        (sql.insert_event, events),
+        (sql.insert_line, lines),
+        (sql.insert_transaction, transactions),
+        (sql.insert_entry, entries),
+    ):
         if rows:
-            connection.execute(statement, rows)
+            connection.exec_driver_sql(statement, rows)
     released = release_holds(connection, [s.request_id for s in settlements])
     for organization_id, currency in {
         s.usage.admitted.organization_id: s.currency for s in settlements
@@ -186,7 +136,9 @@ def post_settlements(connection: Connection, settlements: Sequence[Settlement]) 
 def release_holds(connection: Connection, request_ids: list[str]) -> dict[str, int]:
     """Removes holds and returns what they held, by organization. The balances still have it."""
     released: dict[str, int] = defaultdict(int)
-    for organization_id, amount in connection.execute(_REMOVE_HOLDS, {"request_ids": request_ids}):
+    sql = statements_of(connection)
+    removed = connection.exec_driver_sql(sql.remove_holds, sql.ids(request_ids))
+    for organization_id, amount in removed:
         released[organization_id] += amount
     return released
 
@@ -198,15 +150,13 @@ def void_holds(connection: Connection, request_ids: list[str]) -> None:
 
 def orphaned_holds(connection: Connection, journal_id: str) -> list[str]:
     """Requests for which an earlier process of this journal still holds money."""
-    return list(
-        connection.scalars(select(_hold.c.request_id).where(_hold.c.journal_id == journal_id))
-    )
+    return list(connection.scalars(orphans_statement(journal_id)))
 
 
 def unrecorded(connection: Connection, settlements: Sequence[Settlement]) -> list[Settlement]:
     """Those that no earlier attempt has written yet."""
     event_ids = [settlement.event_id for settlement in settlements]
-    recorded = set(connection.scalars(_RECORDED, {"event_ids": event_ids}))
+    recorded = set(connection.scalars(RECORDED, {"event_ids": event_ids}))
     fresh = {s.event_id: s for s in settlements if s.event_id not in recorded}
     return list(fresh.values())
 
@@ -221,10 +171,10 @@ def _move(connection: Connection, spent: dict[str, int], released: dict[str, int
         for organization_id in sorted(spent.keys() | released.keys())
     ]
     for row in rows:
-        connection.execute(_MOVE, row)
+        connection.exec_driver_sql(statements_of(connection).move, row)
 
 
-def _event_row(settlement: Settlement) -> dict[str, Any]:
+def _event_row(settlement: Settlement, sql: Statements) -> dict[str, Any]:
     usage = settlement.usage
     admitted = usage.admitted
     return {
@@ -242,8 +192,8 @@ def _event_row(settlement: Settlement) -> dict[str, Any]:
         "price_book_id": admitted.price_book_id,
         "currency": settlement.currency,
         "amount_nano": settlement.amount_nano,
-        "started_at": _instant(admitted.started_at_ns),
-        "finished_at": _instant(usage.finished_at_ns),
+        "started_at": sql.instant(_instant(admitted.started_at_ns)),
+        "finished_at": sql.instant(_instant(usage.finished_at_ns)),
         "duration_ns": usage.finished_at_ns - admitted.started_at_ns,
         "first_token_ns": usage.first_token_ns,
     }
@@ -264,7 +214,7 @@ def _line_rows(settlement: Settlement) -> list[dict[str, Any]]:
     ]
 
 
-def _posting(settlement: Settlement, now: datetime) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _posting(settlement: Settlement, now: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Usage takes from the customer what it adds to revenue. The transaction's id follows from
     the event's, so that posting twice is impossible twice over."""
     transaction_id = f"lt_{settlement.request_id.removeprefix('req_')}_{settlement.attempt}"
