@@ -175,11 +175,22 @@ class DecoderServer(Server):
     def deliver(self, outputs: list[SequenceOutput], finished: list[str]) -> None:
         for request_id in finished:
             self._requests.pop(request_id, None)
-        self.connection.send(Step(outputs=outputs))
+        self._send_step(outputs)
         if self._is_paused:
             self._num_held_credits += 1
         else:
             self._thread.give_credit()
+
+    def _send_step(self, outputs: list[SequenceOutput]) -> None:
+        """In one frame, or in several when many choices echo a long prompt."""
+        try:
+            self.connection.send(Step(outputs=outputs))
+        except ValueError:
+            if len(outputs) == 1:
+                raise  # no token has so much text; the stream is over
+            half = len(outputs) // 2
+            self._send_step(outputs[:half])
+            self._send_step(outputs[half:])
 
     def end(self, request_id: str, error: WireError) -> None:
         if self._requests.pop(request_id, None) is not None:

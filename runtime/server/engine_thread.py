@@ -9,6 +9,7 @@ import contextlib
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 MAX_UNSENT_STEPS = 16
 MAX_FAILED_STEPS = 3  # in a row; then the process is given up
+INTEGRITY_SECONDS = 10.0  # between checks, which are made when there is nothing else to do
 
 
 class PreparedRequest(Protocol):
@@ -43,6 +45,7 @@ class Engine(Protocol):
     def abort(self, request_id: str) -> None: ...
     def step(self) -> list[SequenceOutput]: ...
     def stats(self) -> Stats: ...
+    def check_integrity(self) -> None: ...
 
 
 class Listener(Protocol):
@@ -76,6 +79,7 @@ class EngineThread:
         self._is_stopped = False
         self._num_unfinished: dict[str, int] = {}  # choices, per request in the engine
         self._num_failed_steps = 0
+        self._checked = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -104,6 +108,7 @@ class EngineThread:
                 if self._engine.has_work:
                     self._step()
                 self.stats = self._engine.stats()
+                self._check_when_idle()
         except Exception:  # whatever it is, the peer must hear of it
             logger.exception("the engine failed")
             message = "The model's engine failed and is being restarted. Try again."
@@ -121,6 +126,13 @@ class EngineThread:
                 command()
             is_idle = False
         return False
+
+    def _check_when_idle(self) -> None:
+        """A block that got lost is found here, not when the cache has run empty."""
+        now = time.monotonic()
+        if not self._engine.has_work and now - self._checked >= INTEGRITY_SECONDS:
+            self._checked = now
+            self._engine.check_integrity()
 
     def _add(self, request_id: str, prepared: PreparedRequest, num_choices: int) -> None:
         try:

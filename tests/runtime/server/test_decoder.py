@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
+from runtime import protocol
 from runtime.protocol import (
     LENGTH,
     MAX_FRAME_BYTES,
@@ -55,6 +56,7 @@ class FakeEngine:
         self.on_prepare: Callable[[Generate], None] = lambda _: None
         self.on_add: Callable[[], None] = lambda: None
         self.text = "x"
+        self.is_leaking = False
         self.num_steps = 0
         self.num_tokens = 0
         self.left: dict[str, int] = {}
@@ -98,6 +100,9 @@ class FakeEngine:
 
     def stats(self) -> Stats:
         return Stats(num_running=len(self.left), output_tokens=100 + self.num_tokens, free_blocks=7)
+
+    def check_integrity(self) -> None:
+        assert not self.is_leaking
 
     def _output(self, request_id: str, choice: int, reason: str | None) -> SequenceOutput:
         return SequenceOutput(
@@ -283,6 +288,33 @@ async def test_an_engine_that_keeps_failing_is_given_up(
         assert "secret" not in fatal.error.message
         assert await peer.end() == 1
     assert engine.num_steps == engine_thread.MAX_FAILED_STEPS
+
+
+async def test_a_lost_block_ends_it(
+    engine: FakeEngine, server: DecoderServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_thread, "INTEGRITY_SECONDS", 0.0)
+    async with Stream(server) as peer:
+        await start(peer, "a", 1)
+        await peer.expect(Step)
+        engine.is_leaking = True
+        await start(peer, "b", 1)
+        await peer.expect(Step)  # what was done is still told
+        await peer.expect(Fatal)
+        assert await peer.end() == 1
+
+
+async def test_a_step_too_large_for_a_frame_is_sent_in_parts(
+    engine: FakeEngine, server: DecoderServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "MAX_FRAME_BYTES", 1000)
+    engine.text = "x" * 300
+    async with Stream(server) as peer:
+        await start(peer, "a", 1, num_choices=4)
+        choices: list[int] = []
+        while len(choices) < 4:
+            choices += [output.choice for output in (await peer.expect(Step)).outputs]
+        assert choices == [0, 1, 2, 3]
 
 
 async def test_a_request_that_cannot_be_added_fails_alone(
