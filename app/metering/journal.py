@@ -11,6 +11,7 @@ import os
 import queue
 import threading
 import time
+from collections import deque
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +36,7 @@ from app.metering.segments import (
 from runtime.protocol import SequenceOutput
 
 SEGMENT_BYTES = 32 * 1024**2
+LAZY_SECONDS = 0.02  # how long a record that nothing waits for may stay in memory
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +50,28 @@ class Entry(NamedTuple):
     settled: tuple[str, ...] = ()
 
 
+class _Entries:
+    """What is to be written: `urgent` wakes the thread, `deferred` goes before what woke it."""
+
+    def __init__(self) -> None:
+        self.urgent: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
+        self.deferred: deque[Entry] = deque()
+
+    def take(self) -> tuple[list[Entry], bool]:
+        """Waits, then returns everything, and whether the end was asked for."""
+        urgent = [self.urgent.get()]
+        while urgent[-1] is not None:
+            try:
+                urgent.append(self.urgent.get_nowait())
+            except queue.Empty:
+                break
+        batch: list[Entry] = []
+        while self.deferred:
+            batch.append(self.deferred.popleft())
+        batch += [entry for entry in urgent if entry is not None]
+        return batch, urgent[-1] is None
+
+
 class Journal:
     """One directory of segments, used by one process at a time.
 
@@ -59,7 +83,8 @@ class Journal:
         self.directory = directory
         self.id = ""
         self._segment_bytes = segment_bytes
-        self._entries: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
+        self._entries = _Entries()
+        self._flush: asyncio.TimerHandle | None = None
         self._thread: threading.Thread | None = None
         self._lock_descriptor: int | None = None
 
@@ -81,8 +106,10 @@ class Journal:
 
     async def close(self) -> None:
         """Writes what is queued, then stops the thread and frees the directory."""
+        if self._flush is not None:
+            self._flush.cancel()
         if self._thread is not None:
-            self._entries.put(None)
+            self._entries.urgent.put(None)
             await asyncio.to_thread(self._thread.join)
             self._thread = None
         if self._lock_descriptor is not None:
@@ -90,8 +117,9 @@ class Journal:
             self._lock_descriptor = None
 
     def admit(self, record: AdmitRecord) -> None:
-        """Queued, not awaited: the first commit of the request's own output covers it."""
-        self._entries.put(Entry(encode(record), admitted=record.request_id))
+        """Not awaited: the first commit of the request's own output covers it. It is written
+        within `LAZY_SECONDS` even if no output comes."""
+        self._defer(Entry(encode(record), admitted=record.request_id))
 
     async def commit_step(self, outputs: list[SequenceOutput]) -> None:
         """Returns once the record of this step is durable. Raises `Unavailable` if it cannot be:
@@ -105,16 +133,28 @@ class Journal:
 
     def note_finish(self, record: FinishRecord) -> None:
         """As `finish`, for an end that nothing waits for."""
-        self._entries.put(Entry(encode(record)))
+        self._defer(Entry(encode(record)))
 
     def settled(self, request_ids: list[str]) -> None:
-        """These are in the database for good. Any thread may call this."""
+        """These are in the database for good. Any thread may call this; the mark only spares
+        recovery work, so it is written with whatever comes next."""
         payload = encode(SettledRecord(request_ids))
-        self._entries.put(Entry(payload, settled=tuple(request_ids)))
+        self._entries.deferred.append(Entry(payload, settled=tuple(request_ids)))
+
+    def _defer(self, entry: Entry) -> None:
+        """Written with the next commit, which it must not wake the thread for."""
+        self._entries.deferred.append(entry)
+        if self._flush is None:
+            self._flush = self._loop.call_later(LAZY_SECONDS, self._flush_deferred)
+
+    def _flush_deferred(self) -> None:
+        self._flush = None
+        if self._entries.deferred:
+            self._entries.urgent.put(Entry(b""))
 
     async def _commit(self, payload: bytes) -> None:
         waiter = self._loop.create_future()
-        self._entries.put(Entry(payload, waiter))
+        self._entries.urgent.put(Entry(payload, waiter))
         await waiter
 
 
@@ -130,22 +170,10 @@ class _Writer:
         self._oldest_number = min(segment_numbers(directory), default=self._next_number)
         self._carried: list[Entry] = []  # what of an unwritten batch still has to be kept
 
-    def run(
-        self, entries: "queue.SimpleQueue[Entry | None]", loop: asyncio.AbstractEventLoop
-    ) -> None:
+    def run(self, entries: _Entries, loop: asyncio.AbstractEventLoop) -> None:
         is_closing = False
         while not is_closing:
-            batch: list[Entry] = []
-            entry = entries.get()
-            while True:
-                if entry is None:
-                    is_closing = True
-                    break
-                batch.append(entry)
-                try:
-                    entry = entries.get_nowait()
-                except queue.Empty:
-                    break
+            batch, is_closing = entries.take()
             waiters = [entry.waiter for entry in batch if entry.waiter is not None]
             error = self._write(batch, is_sync=bool(waiters) or is_closing)
             if waiters:
