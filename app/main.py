@@ -38,7 +38,6 @@ from app.core.database import Database, create_writer_engine
 from app.core.errors import AppError
 from app.core.lock import hold_data_dir
 from app.core.migration import upgrade
-from app.core.security import load_box_secret
 from app.core.storage import Storage
 from app.deployments.builder import Builder
 from app.deployments.fleet import Fleet
@@ -108,12 +107,10 @@ async def start(
     stack.push_async_callback(state.key_ring.close)
     state.sign_ins = SignIns(database, settings.session_days)
     state.uploads = UploadStore(database, storage, settings)
-    state.box_secret = load_box_secret(settings.data_dir)
     await start_money(state, settings, stack)
     await start_serving(state, settings, stack)
     stack.push_async_callback(stop_task, asyncio.create_task(expire_uploads(state.uploads)))
 
-    # Open pages would hold up the server's shutdown; this runs again, harmlessly, in reverse order.
     stack.callback(state.broadcast.close)
     announce(f"Tapeout is at {settings.url}")
     if setup_token is not None:

@@ -9,13 +9,13 @@ from sqlalchemy.exc import SQLAlchemyError
 from app.core.database import Database
 
 
-@get("/healthz", sync_to_thread=False)
+@get("/healthz", sync_to_thread=False, summary="Is the process alive")
 def show_health() -> dict[str, str]:
     """Whether the process runs; asks nothing else."""
     return {"status": "ok"}
 
 
-@get("/readyz")
+@get("/readyz", summary="Can it serve")
 async def show_readiness(request: Request[Any, Any, Any]) -> Response[dict[str, str]]:
     """200 when requests can be served, 503 with the reason when not."""
     database: Database = request.app.state.database

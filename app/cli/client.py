@@ -10,10 +10,14 @@ DEFAULT_URL = "http://127.0.0.1:8080"
 
 
 class Refused(click.ClickException):
-    """The box said no, or could not be reached: one plain line on stderr, exit code 1."""
+    """The box said no, or could not be reached: one plain line why on stderr, exit code 1.
+    Further lines of the message are what the user may run instead."""
 
     def show(self, file: Any = None) -> None:
-        click.echo(f"tapeout: {self.format_message()}", err=True, file=file)
+        why, *lines = self.format_message().strip().splitlines()
+        click.echo(f"tapeout: {why}", err=True, file=file)
+        for line in lines:
+            click.echo(f"  {line}".rstrip(), err=True, file=file)
 
 
 class Box:
@@ -53,4 +57,4 @@ class Box:
             message = response.json()["error"]["message"]
         except (ValueError, KeyError, TypeError):
             message = response.text.strip()[:300] or response.reason_phrase
-        raise Refused(" ".join(str(message).split()))
+        raise Refused(str(message))

@@ -3,13 +3,14 @@
 import logging
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 import click
 import uvicorn
 
 from app.cli.client import Refused
-from app.main import create_app
 from app.settings import Settings, SettingsError, read_settings
 
 MIN_FREE_BYTES = 512 * 1024**2
@@ -34,21 +35,38 @@ def serve(data_dir: Path | None, host: str | None, port: int | None) -> None:
     )
     for noisy in ("alembic", "httpx", "uvicorn.error"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    server = uvicorn.Server(
+    from app.main import create_app  # here, so that other commands start without its libraries
+
+    app = create_app(settings, announce=click.echo)
+    server = Server(
         uvicorn.Config(
-            create_app(settings, announce=click.echo),
+            app,
             host=settings.host,
             port=settings.port,
             access_log=False,
             log_config=None,
             timeout_graceful_shutdown=settings.drain_seconds,
             server_header=False,
-            h11_max_incomplete_event_size=64 * 1024,
-        )
+        ),
+        on_exit=app.state.broadcast.close,
     )
     server.run()
     if not server.started:
         raise SystemExit(1)
+
+
+class Server(uvicorn.Server):
+    """Ends with exit code 0 when it is told to: running requests finish, open pages are let go.
+    A second signal ends it at once."""
+
+    def __init__(self, config: uvicorn.Config, on_exit: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_exit = on_exit
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.force_exit = self.should_exit
+        self.should_exit = True
+        self._on_exit()
 
 
 def check_machine(settings: Settings) -> None:

@@ -1,0 +1,302 @@
+"""The whole box as a user meets it: `tapeout serve` as a process of its own, driven through the
+command line, the openai SDK and HTTP, and killed where it hurts."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from tests.app.conftest import ADMIN_KEY
+from tests.runtime.importing.programs import export_digits
+from tests.runtime.peer import make_decoder_artifact
+
+TAPEOUT = Path(sys.executable).with_name("tapeout")
+START_SECONDS = 60
+
+
+class Box:
+    """One running box with its data directory, and the commands a user would type."""
+
+    def __init__(self, data_dir: Path, database_url: str) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.data_dir = data_dir
+        self.http = httpx.Client(
+            base_url=self.url, headers={"Authorization": f"Bearer {ADMIN_KEY}"}, timeout=60
+        )
+        self.openai = openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key=ADMIN_KEY, max_retries=0, timeout=60
+        )
+        self._environment = os.environ | {
+            "TAPEOUT_ADMIN_KEY": ADMIN_KEY,
+            "TAPEOUT_DATABASE_URL": database_url,
+            "TAPEOUT_DATA_DIR": str(data_dir),
+            "TAPEOUT_PORT": str(port),
+            "TAPEOUT_WORKER_THREADS": "1",
+            "TAPEOUT_BUILD_THREADS": "1",
+            "TAPEOUT_KV_CACHE": "32M",
+            "TAPEOUT_DRAIN_SECONDS": "20",
+            "TAPEOUT_URL": self.url,
+            "TAPEOUT_API_KEY": ADMIN_KEY,
+        }
+        self.start()
+
+    def start(self) -> None:
+        self.log = (self.data_dir.parent / "serve.log").open("ab")
+        self.process = subprocess.Popen(
+            [TAPEOUT, "serve"], env=self._environment, stdout=self.log, stderr=self.log
+        )
+        self.wait(lambda: self.http.get("/readyz").is_success)
+
+    def wait(self, is_so: Any) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, "the box has ended"
+            try:
+                if is_so():
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.05)
+        raise AssertionError("it did not happen in time")
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        code = self.process.wait(40)
+        self.log.close()
+        return code
+
+    def close(self) -> None:
+        self.http.close()
+        self.openai.close()
+        if self.process.poll() is None:
+            self.stop()
+        self.log.close()
+
+    def tapeout(self, *arguments: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [TAPEOUT, *map(str, arguments)],
+            env=self._environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    def is_serving(self, name: str) -> bool:
+        version = self.http.get(f"/api/models/{name}").json()["latest_version"]
+        return version is not None and version["is_serving"]
+
+    def workers(self) -> list[int]:
+        """Process ids of this box's workers."""
+        found = subprocess.run(
+            ["pgrep", "-f", f"runtime.worker.*{self.data_dir}"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return [int(line) for line in found.stdout.split()]
+
+
+@pytest.fixture(scope="module")
+def module_database_url(template_database: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A SQLite file: what is shown here is the box, not the database."""
+    return f"sqlite:///{tmp_path_factory.mktemp('database') / 'box.db'}"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = make_decoder_artifact(tmp_path_factory.mktemp("llama") / "tiny-llama")
+    (directory / "program.json").unlink()
+    (directory / "receipt.json").unlink()
+    return directory
+
+
+@pytest.fixture(scope="module")
+def box(
+    tmp_path_factory: pytest.TempPathFactory, module_database_url: str, llama: Path
+) -> Iterator[Box]:
+    directory = tmp_path_factory.mktemp("box")
+    box = Box(directory / "data", module_database_url)
+    try:
+        program = export_digits(directory / "digits.pt2")
+        for path, name in ((program, "digits"), (llama, "tiny-llama")):
+            pushed = box.tapeout("push", path, "--name", name)
+            assert pushed.returncode == 0, pushed.stderr
+            assert pushed.stdout == f"{box.url}/models/{name}\n"
+            assert "import" in pushed.stderr
+        yield box
+    finally:
+        box.close()
+
+
+def test_a_prediction_equals_the_model(box: Box) -> None:
+    program = torch.export.load(box.data_dir.parent / "digits.pt2").module()
+    images = torch.rand(5, 1, 8, 8)
+    name = box.http.get("/api/models/digits").json()["latest_version"]["manifest"]["schema"]
+    field = name["inputs"][0]["name"]
+    answer = box.http.post("/models/digits/predict", json={"inputs": {field: images.tolist()}})
+    assert answer.status_code == 200, answer.text
+    (output,) = answer.json()["outputs"].values()
+    torch.testing.assert_close(torch.tensor(output), program(images), rtol=1e-5, atol=1e-5)
+
+
+def test_greedy_tokens_equal_generate_and_a_repeat_is_cached(box: Box, llama: Path) -> None:
+    prompt = [(7 * i) % 200 + 4 for i in range(100)]
+    model = LlamaForCausalLM.from_pretrained(llama)
+    with torch.inference_mode():
+        expected = model.generate(
+            torch.tensor([prompt]), max_new_tokens=20, do_sample=False, eos_token_id=None
+        )[0, len(prompt) :].tolist()
+    usages = []
+    for _ in range(2):
+        answer = box.http.post(
+            "/v1/completions",
+            json={
+                "model": "tiny-llama",
+                "prompt": prompt,
+                "max_tokens": 20,
+                "temperature": 0,
+                "ignore_eos": True,
+                "return_token_ids": True,
+            },
+        ).json()
+        assert answer["choices"][0]["token_ids"] == expected
+        usages.append(answer["usage"])
+    assert usages[0]["prompt_tokens"] == usages[1]["prompt_tokens"] == 100
+    assert usages[0]["prompt_tokens_details"]["cached_tokens"] == 0
+    assert usages[1]["prompt_tokens_details"]["cached_tokens"] == 96
+
+
+def test_the_openai_sdk_streams_a_chat_with_usage(box: Box) -> None:
+    stream = box.openai.chat.completions.create(
+        model="tiny-llama",
+        messages=[{"role": "user", "content": "Hé, 你好 🙂"}],
+        max_tokens=12,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"ignore_eos": True},
+    )
+    chunks = list(stream)
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens == 12
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\x80\x04}.", "torch.export.save"),
+        (b"not a model at all", "not recognised"),
+        (b"", "empty"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_with_what_to_do(
+    box: Box, tmp_path: Path, content: bytes, words: str
+) -> None:
+    path = tmp_path / "model.pt"
+    path.write_bytes(content)
+    pushed = box.tapeout("push", path, "--name", "refused")
+    assert pushed.returncode == 1
+    assert pushed.stdout == ""
+    lines = pushed.stderr.splitlines()
+    assert len([line for line in lines if line.startswith("tapeout: ")]) == 1
+    assert words in pushed.stderr
+    assert "Traceback" not in pushed.stderr
+
+
+def test_the_listing_commands_show_what_is_there(box: Box) -> None:
+    models = box.tapeout("models")
+    assert "digits" in models.stdout
+    assert "decoder" in models.stdout
+    assert "MODEL" in box.tapeout("usage").stdout
+    assert "Owed: $" in box.tapeout("usage", "--by", "key").stdout
+    assert "input" in box.tapeout("prices").stdout
+    assert box.tapeout("logs", "tiny-llama").stdout
+    assert box.tapeout("logs", "tiny-llama", "--build").stdout
+    secret = box.tapeout("keys", "create", "ci").stdout.strip()
+    assert secret.startswith("tp-")
+    listing = box.tapeout("keys").stdout
+    assert secret not in listing
+    (line,) = [line for line in listing.splitlines() if "  ci " in line]
+    assert box.tapeout("keys", "revoke", line.split()[0]).returncode == 0
+    missing = box.tapeout("logs", "no-such-model")
+    assert missing.returncode == 1
+    assert "no-such-model" in missing.stderr
+
+
+def test_a_spending_limit_is_enforced(box: Box) -> None:
+    assert box.http.patch("/api/organization", json={"spending_limit": "0"}).is_success
+    with pytest.raises(openai.APIStatusError) as caught:
+        box.openai.completions.create(model="tiny-llama", prompt="hello", max_tokens=5)
+    assert caught.value.status_code == 402
+    assert "limit" in caught.value.message
+    assert box.http.patch("/api/organization", json={"spending_limit": None}).is_success
+
+
+def long_stream(box: Box) -> Any:
+    return box.openai.completions.create(
+        model="tiny-llama",
+        prompt="hello",
+        max_tokens=2000,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+
+
+def test_a_killed_worker_fails_its_requests_at_once_and_comes_back(box: Box) -> None:
+    stream = long_stream(box)
+    next(iter(stream))
+    (killed,) = [
+        pid
+        for pid in box.workers()
+        if "transformers" in Path(f"/proc/{pid}/maps").read_text() or is_decoder(pid)
+    ]
+    os.kill(killed, signal.SIGKILL)
+    started = time.monotonic()
+    with pytest.raises(openai.APIError, match=r"worker|replica|ended|lost"):
+        for _ in stream:
+            pass
+    assert time.monotonic() - started < 5
+    box.wait(lambda: box.is_serving("tiny-llama"))
+    answer = box.openai.completions.create(model="tiny-llama", prompt="hello", max_tokens=3)
+    assert answer.usage is not None
+
+
+def is_decoder(pid: int) -> bool:
+    """Only a decoder's worker has the compiled attention or the tokenizer library mapped."""
+    return "tokenizers" in Path(f"/proc/{pid}/maps").read_text()
+
+
+def test_a_killed_box_recovers_what_was_running(box: Box) -> None:
+    stream = long_stream(box)
+    received = [next(iter(stream)) for _ in range(1)]
+    assert received
+    box.stop(signal.SIGKILL)
+    box.start()
+    box.wait(lambda: box.is_serving("tiny-llama"))
+    organization = box.http.get("/api/organization").json()
+    assert organization["held_nano"] == 0
+    assert box.openai.completions.create(model="tiny-llama", prompt="x", max_tokens=2).usage
+
+
+def test_sigterm_lets_running_requests_finish(box: Box) -> None:
+    stream = iter(long_stream(box))
+    next(stream)
+    box.process.send_signal(signal.SIGTERM)
+    chunks = list(stream)
+    assert chunks[-1].choices[0].finish_reason == "length"
+    assert box.process.wait(40) == 0
+    assert box.workers() == []
