@@ -23,7 +23,7 @@ from app.api.openai_types import (
 )
 from app.api.sampling import TIER_OF_CLASS, json_logprob, not_supported, sampling_params
 from app.core.errors import InvalidRequest
-from runtime.protocol import ChatMessage, Generate, SequenceOutput, TokenLogprob
+from runtime.protocol import ChatMessage, DecoderInfo, Generate, SequenceOutput, TokenLogprob
 
 ROLE_OF = {"developer": "system"}  # templates know the older word
 
@@ -55,15 +55,17 @@ class ChatDialect(Dialect[ChatRequest]):
             raise not_supported("modalities", "modalities other than text are")
         self._started: set[int] = set()
 
-    def generate(self, max_context_tokens: int) -> Generate:
+    def generate(self, decoder: DecoderInfo, cache_salt: bytes) -> Generate:
         """Without a limit of its own a chat may run to the end of the context."""
         request = self.request
-        max_tokens = request.max_completion_tokens or request.max_tokens or max_context_tokens
+        max_tokens = (
+            request.max_completion_tokens or request.max_tokens or decoder.max_context_tokens
+        )
         num_logprobs = (request.top_logprobs or 0) if request.logprobs else None
         return Generate(
             request_id=self.request_id,
             sampling=sampling_params(request, max_tokens, num_logprobs),
-            cache_salt=self.principal.cache_salt,
+            cache_salt=cache_salt,
             messages=flattened(request.messages),
             num_choices=self.num_choices,
             service_class=self.service_class,

@@ -13,7 +13,7 @@ from app.api.openai_types import (
 )
 from app.api.sampling import json_logprob, not_supported, sampling_params
 from app.core.errors import InvalidRequest
-from runtime.protocol import FinishReason, Generate, SequenceOutput, TokenLogprob
+from runtime.protocol import DecoderInfo, Generate, SequenceOutput, TokenLogprob
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
@@ -32,15 +32,17 @@ class CompletionsDialect(Dialect[CompletionRequest]):
         if request.best_of is not None and request.best_of != self.num_choices:
             raise not_supported("best_of", "choosing among more completions than n is")
 
-    def generate(self, max_context_tokens: int) -> Generate:
+    def generate(self, decoder: DecoderInfo, cache_salt: bytes) -> Generate:
         request = self.request
         text, token_ids = prompt_of(request)
+        # Without a tokenizer there is no text to answer with.
+        self._shows_token_ids = bool(request.return_token_ids) or not decoder.has_tokenizer
         return Generate(
             request_id=self.request_id,
             sampling=sampling_params(
                 request, request.max_tokens or DEFAULT_MAX_TOKENS, request.logprobs
             ),
-            cache_salt=self.principal.cache_salt,
+            cache_salt=cache_salt,
             text=text,
             token_ids=token_ids,
             num_choices=self.num_choices,
@@ -51,7 +53,13 @@ class CompletionsDialect(Dialect[CompletionRequest]):
 
     def answer(self, outputs: list[SequenceOutput], usage: Usage) -> Completion:
         choices = [
-            CompletionChoice(text, index, _logprobs(logprobs, 0), finish_reason)
+            CompletionChoice(
+                text,
+                index,
+                _logprobs(logprobs, 0),
+                finish_reason,
+                self._token_ids([output for output in outputs if output.choice == index]),
+            )
             for index, text, logprobs, finish_reason in self.joined(outputs)
         ]
         return self._completion(choices, usage)
@@ -59,25 +67,26 @@ class CompletionsDialect(Dialect[CompletionRequest]):
     def events(self, outputs: list[SequenceOutput]) -> list[Completion]:
         events: list[Completion] = []
         for output in outputs:
-            if output.text or output.logprobs:
+            token_ids = self._token_ids([output])
+            if output.text or output.logprobs or token_ids:
                 offset = self.advance(output)
                 logprobs = _logprobs(output.logprobs, offset)
-                events.append(self._event(output.choice, output.text, logprobs, None))
+                choice = CompletionChoice(output.text, output.choice, logprobs, None, token_ids)
+                events.append(self._event(choice))
             if output.finish_reason is not None:
-                events.append(self._event(output.choice, "", None, output.finish_reason))
+                ended = CompletionChoice("", output.choice, None, output.finish_reason)
+                events.append(self._event(ended))
         return events
 
     def usage_event(self, usage: Usage) -> Completion:
         return self._completion([], usage)
 
-    def _event(
-        self,
-        index: int,
-        text: str,
-        logprobs: CompletionLogprobs | None,
-        finish_reason: FinishReason | None,
-    ) -> Completion:
-        choice = CompletionChoice(text, index, logprobs, finish_reason)
+    def _token_ids(self, outputs: list[SequenceOutput]) -> list[int] | msgspec.UnsetType:
+        if not self._shows_token_ids:
+            return UNSET
+        return [token_id for output in outputs for token_id in output.token_ids]
+
+    def _event(self, choice: CompletionChoice) -> Completion:
         return self._completion([choice], None if self.includes_usage else UNSET)
 
     def _completion(

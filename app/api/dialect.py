@@ -13,6 +13,7 @@ from app.api.sampling import check_stream_options, includes_usage, service_class
 from app.metering.records import Tally
 from app.organizations.principal import Principal
 from runtime.protocol import (
+    DecoderInfo,
     FinishReason,
     Generate,
     SequenceOutput,
@@ -50,8 +51,8 @@ class Dialect(ABC, Generic[R]):
         """Refuses what is asked for and not supported."""
 
     @abstractmethod
-    def generate(self, max_context_tokens: int) -> Generate:
-        """The worker's form of the request."""
+    def generate(self, decoder: DecoderInfo, cache_salt: bytes) -> Generate:
+        """The worker's form of the request; requests share a prefix cache under equal salts."""
 
     @abstractmethod
     def answer(self, outputs: list[SequenceOutput], usage: Usage) -> msgspec.Struct:

@@ -20,6 +20,7 @@ from app.api.request_ids import exception_handlers, new_request_id
 from app.api.streaming import EventStream, cancelled_on_disconnect
 from app.core.database import Database
 from app.core.errors import Forbidden, InvalidRequest, NotFound
+from app.core.security import derive_key
 from app.deployments.tables import Endpoint
 from app.organizations.principal import Principal
 from app.organizations.tables import Organization
@@ -66,7 +67,9 @@ async def respond(request: AnyRequest, dialect_class: type[Dialect[Any]]) -> ASG
         is_stream=dialect.is_stream,
         request_id=request_id,
     )
-    execution = await relay.generate(call, dialect.generate(decoder.max_context_tokens))
+    # A worker runs somebody's model: it learns a key of this version, not the tenant's own.
+    cache_salt = derive_key(principal.cache_salt, "prefix cache", target.version_id)
+    execution = await relay.generate(call, dialect.generate(decoder, cache_salt))
     async with cancelled_on_disconnect(request.receive, execution):
         if dialect.is_stream:
             return EventStream(execution, dialect, await execution.next_outputs())

@@ -62,6 +62,8 @@ class CompletionRequest(SamplingRequest, frozen=True, kw_only=True):
     logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     suffix: str | None = None
     best_of: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
+    # Beyond OpenAI's: the ids beside the text. A model without a tokenizer always gives them.
+    return_token_ids: bool | None = None
 
 
 class ContentPart(msgspec.Struct, frozen=True):
@@ -126,6 +128,7 @@ class CompletionChoice(msgspec.Struct, frozen=True):
     index: int
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
+    token_ids: list[int] | UnsetType = UNSET
 
 
 class Completion(msgspec.Struct, frozen=True):

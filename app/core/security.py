@@ -2,9 +2,7 @@
 
 import hashlib
 import hmac
-import os
 import secrets
-from pathlib import Path
 
 from argon2 import PasswordHasher
 from argon2.exceptions import InvalidHashError, VerificationError
@@ -40,23 +38,7 @@ def is_password_right(password_hash: str, password: str) -> bool:
         return False
 
 
-def derive_key(box_secret: bytes, *parts: str) -> bytes:
-    """A key for one purpose that reveals nothing of the box's secret (HMAC-SHA-256)."""
+def derive_key(secret: bytes, *parts: str) -> bytes:
+    """A key for one purpose that reveals nothing of the secret (HMAC-SHA-256)."""
     message = b"\0".join(part.encode() for part in parts)
-    return hmac.new(box_secret, message, hashlib.sha256).digest()
-
-
-def load_box_secret(data_dir: Path) -> bytes:
-    """The box's own secret: made at first start, kept in the data directory, readable by its
-    owner alone. Losing it only empties caches."""
-    path = data_dir / "box-secret"
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return path.read_bytes()
-    with os.fdopen(descriptor, "wb") as file:
-        secret = secrets.token_bytes(32)
-        file.write(secret)
-        file.flush()
-        os.fsync(file.fileno())
-    return secret
+    return hmac.new(secret, message, hashlib.sha256).digest()
