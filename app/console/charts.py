@@ -10,7 +10,7 @@ import msgspec
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 1040, 230
-LEFT, RIGHT, TOP, BOTTOM = 64, 8, 12, 28
+LEFT, RIGHT, TOP, BOTTOM = 88, 8, 12, 28
 NUM_GRID_LINES = 4
 MAX_LABELS = 10
 GAP = 0.28  # of a bar's share of the axis

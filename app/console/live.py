@@ -45,7 +45,7 @@ async def model_parts(
         calls = snippets(box_url, view.endpoint.name, view.manifest)
     parts["use"] = _part("models/_use.html", snippets=calls)
     parts["log"] = await _log_tail(storage, build_log_name(view.shown.id))
-    parts["replica-log"] = Markup("")
+    parts["replica-log"] = escape("Nothing runs yet.")
     if view.endpoint is not None and view.endpoint.replicas:
         newest = view.endpoint.replicas[0]
         parts["replica-log"] = await _log_tail(storage, replica_log_name(newest.id))

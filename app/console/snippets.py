@@ -14,6 +14,7 @@ from runtime.protocol import Manifest, TensorSpec
 
 MAX_INLINE_NUMBERS = 96  # beyond this a literal input is no longer readable
 MAX_TOKENS = 64
+MAX_LINE_CHARS = 72
 
 
 class Snippet(msgspec.Struct, frozen=True):
@@ -64,7 +65,7 @@ def _openai(base_url: str, name: str, body: dict[str, Any]) -> str:
     if "messages" in body:
         call = (
             "stream = client.chat.completions.create(\n"
-            f"    model={name!r},\n"
+            f"    model={json.dumps(name)},\n"
             f"    messages={_python(body['messages'])},\n"
             f"    max_tokens={MAX_TOKENS},\n"
             "    stream=True,\n"
@@ -77,7 +78,9 @@ def _openai(base_url: str, name: str, body: dict[str, Any]) -> str:
     else:
         call = (
             "completion = client.completions.create(\n"
-            f"    model={name!r}, prompt={_python(body['prompt'])}, max_tokens={MAX_TOKENS}\n"
+            f"    model={json.dumps(name)},\n"
+            f"    prompt={_python(body['prompt'])},\n"
+            f"    max_tokens={MAX_TOKENS},\n"
             ")\n"
             "print(completion.choices[0].text)\n"
             "print(completion.usage)"
@@ -86,7 +89,10 @@ def _openai(base_url: str, name: str, body: dict[str, Any]) -> str:
         "# pip install openai\n"
         "import os\n\n"
         "from openai import OpenAI\n\n"
-        f'client = OpenAI(base_url={base_url + "/v1"!r}, api_key=os.environ["TAPEOUT_API_KEY"])\n'
+        "client = OpenAI(\n"
+        f"    base_url={json.dumps(base_url + '/v1')},\n"
+        '    api_key=os.environ["TAPEOUT_API_KEY"],\n'
+        ")\n"
         f"{call}"
     )
 
@@ -104,7 +110,7 @@ def _tensor_snippets(base_url: str, name: str, manifest: Manifest) -> list[Snipp
         curl = _curl(url, body)
     else:
         curl = _piped_curl(url, specs)
-    inputs = "".join(f"    {spec.name!r}: {_expression(spec)},\n" for spec in specs)
+    inputs = "".join(f"    {json.dumps(spec.name)}: {_expression(spec)},\n" for spec in specs)
     python = (
         _PYTHON_HEAD
         + f"inputs = {{\n{inputs}}}\n"
@@ -161,14 +167,15 @@ _PYTHON_HEAD = "import json\nimport os\nimport urllib.request\n\n"
 
 
 def _plain_python(url: str, body: dict[str, Any], answer: str) -> str:
-    call = _python_call(url, _python(body))
-    return f'{_PYTHON_HEAD}{call}print({answer})\nprint(answer["usage"])'
+    call = _python_call(url, "body")
+    made = "body = {\n" + ",\n".join(_lines(body)) + ",\n}\n"
+    return f'{_PYTHON_HEAD}{made}{call}print({answer})\nprint(answer["usage"])'
 
 
 def _python_call(url: str, body: str) -> str:
     return (
         "request = urllib.request.Request(\n"
-        f"    {url!r},\n"
+        f"    {json.dumps(url)},\n"
         f"    data=json.dumps({body}).encode(),\n"
         "    headers={\n"
         '        "Authorization": f"Bearer {os.environ[\'TAPEOUT_API_KEY\']}",\n'
@@ -180,16 +187,24 @@ def _python_call(url: str, body: str) -> str:
 
 
 def _python(value: Any) -> str:
-    """JSON-like data as Python; only strings, numbers, lists and dictionaries occur."""
-    return repr(value)
+    """Strings, numbers, lists and dictionaries, which JSON and Python write alike."""
+    return json.dumps(value)
+
+
+def _lines(body: dict[str, Any]) -> list[str]:
+    """Each key of a body with its value, as JSON and Python alike write them."""
+    return [f"    {json.dumps(name)}: {json.dumps(value)}" for name, value in body.items()]
 
 
 def _curl(url: str, body: dict[str, Any]) -> str:
+    text = json.dumps(body)
+    if len(text) > MAX_LINE_CHARS and len(body) > 1:
+        text = "{\n" + ",\n".join(_lines(body)) + "\n  }"
     return (
         f"curl -sS {shlex.quote(url)} \\\n"
         '  -H "Authorization: Bearer $TAPEOUT_API_KEY" \\\n'
         '  -H "Content-Type: application/json" \\\n'
-        f"  -d {shlex.quote(json.dumps(body))}"
+        f"  -d {shlex.quote(text)}"
     )
 
 

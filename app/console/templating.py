@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from app.core import clock
 from app.core.money import format_nano
+from app.organizations.signins import SignedIn
 from app.settings import Settings
 
 TEMPLATES_DIR = Path(__file__).resolve().parents[2] / "templates"
@@ -53,7 +54,9 @@ def page(
     request: PageRequest, template: str, *, status_code: int = 200, **context: Any
 ) -> Response[str]:
     """A whole page. Templates see the signed-in person as `person`, or None."""
-    context.setdefault("person", cast("dict[str, Any]", request.scope).get("auth"))
+    # An API key's holder may be behind an error page too, but is no person.
+    auth = cast("dict[str, Any]", request.scope).get("auth")
+    context.setdefault("person", auth if isinstance(auth, SignedIn) else None)
     context.setdefault("path", request.url.path)
     context.setdefault("notice", NOTICES.get(request.query_params.get("notice", "")))
     html = render(template, **context)
@@ -154,7 +157,7 @@ def format_count(number: int) -> str:
 def format_seconds(seconds: float) -> str:
     """`430 ms`, `2.4 s`, `3 min 20 s`, `1 h 5 min`."""
     if seconds < 0.9995:
-        return f"{seconds * 1000:.0f} ms" if seconds >= 0.00995 else f"{seconds * 1000:.2f} ms"
+        return f"{seconds * 1000:.3g} ms"
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

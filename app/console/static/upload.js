@@ -18,6 +18,9 @@
   function choose(file) {
     if (!file) return;
     chosen = file;
+    // What was dropped or is a folder never was in the file field, which then must not insist.
+    form.elements.file.required = false;
+    if (form.elements.file.files[0] !== file) form.elements.file.value = "";
     one("chosen").textContent = `${file.name}, ${bytes(file.size)}`;
     const name = form.elements.name;
     if (!name.value) {

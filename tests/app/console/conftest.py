@@ -159,8 +159,10 @@ def _setup_url(process: "subprocess.Popen[bytes]", log: Path) -> str:
     raise AssertionError(f"the box did not start:\n{log.read_text()}")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """Gone at the end of the module: while it is there, its event loop takes the thread, and no
+    asynchronous test could run."""
     if not CHROMIUM.exists():
         pytest.skip(f"no browser at {CHROMIUM} (Debian: apt-get install chromium)")
     with sync_playwright() as playwright:

@@ -139,3 +139,27 @@ def test_the_keyboard_reaches_the_content_first_and_shows_where_it_is(
     owner.keyboard.press("Tab")
     outline = owner.evaluate("getComputedStyle(document.activeElement).outlineStyle")
     assert outline == "solid"
+
+
+def test_a_chosen_folder_and_a_dropped_file_are_sent(box: Box, owner: Page, tmp_path: Path) -> None:
+    folder = tmp_path / "My Llama"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    owner.goto(f"{box.url}/console/upload")
+    owner.get_by_label("Choose a folder").set_input_files(folder)
+    expect(owner.locator("[data-chosen]")).to_contain_text("My Llama.tar")
+    expect(owner.get_by_label("Name", exact=True)).to_have_value("my-llama")
+    owner.get_by_role("button", name="Upload and build").click()
+    expect(owner.locator("[data-alert]")).to_contain_text("safetensors")
+
+    transfer = owner.evaluate_handle(
+        """() => {
+            const transfer = new DataTransfer();
+            transfer.items.add(new File(["GGUF and more"], "model.gguf"));
+            return transfer;
+        }"""
+    )
+    owner.dispatch_event("[data-drop]", "drop", {"dataTransfer": transfer})
+    expect(owner.locator("[data-chosen]")).to_contain_text("model.gguf")
+    owner.get_by_role("button", name="Upload and build").click()
+    expect(owner.locator("[data-alert]")).to_contain_text("GGUF")
