@@ -18,7 +18,7 @@ from app.api.execution import Execution
 from app.billing.accounts import AccountWriter
 from app.billing.prices import PriceTable, Rates
 from app.billing.rating import decoder_worst_case, held_device_ms, rate, tensor_worst_case
-from app.core.errors import AppError, RuntimeFailure
+from app.core.errors import AppError, RuntimeFailure, Unavailable
 from app.core.ids import new_id
 from app.metering.journal import Journal
 from app.metering.records import AdmitRecord, FinishRecord, Outcome, Tally, Usage, use_of
@@ -26,7 +26,9 @@ from app.organizations.principal import Principal
 from runtime.protocol import Generate, Predict, Predicted, ServiceClass, Tensor
 
 if TYPE_CHECKING:
-    from app.deployments.fleet import Target
+    from app.deployments.replica import Target
+
+HOLD_SECONDS = 30.0  # a database that does not answer for so long is down
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -167,7 +169,16 @@ class Relay:
 
     async def _hold(self, call: Call, amount_nano: int) -> None:
         organization_id = call.principal.organization_id
-        await self._accounts.hold(call.request_id, organization_id, amount_nano)
+        try:
+            async with asyncio.timeout(HOLD_SECONDS):
+                await self._accounts.hold(call.request_id, organization_id, amount_nano)
+        except TimeoutError:
+            self._accounts.void(call.request_id)  # it may still be taken
+            raise Unavailable(
+                "The box cannot reserve the money for this request at the moment.",
+                code="accounts_unavailable",
+                retry_after_seconds=5,
+            ) from None
 
     async def _follow(self, execution: Execution, tally: Tally, rates: Rates) -> None:
         """Counts and hands on what the replica sends. The settlement is queued before the last

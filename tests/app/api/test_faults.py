@@ -11,6 +11,7 @@ import openai
 import pytest
 from sqlalchemy import func, select
 
+from app.api import relay
 from app.billing.tables import Hold
 from app.core.database import Database
 from app.metering.segments import Segment
@@ -286,3 +287,25 @@ async def test_kill_9_loses_nothing_delivered_and_charges_nothing_twice(
         owed.append(usage["owed_nano"])
         await box.stop()
     assert owed == [3_500, 3_500]
+
+
+async def test_a_database_that_does_not_answer_ends_in_503(
+    box: Box, client: openai.AsyncOpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def never(*_: Any) -> None:
+        await asyncio.Event().wait()
+
+    voided: list[str] = []
+    monkeypatch.setattr(relay, "HOLD_SECONDS", 0.05)
+    monkeypatch.setattr(box.accounts, "hold", never)
+    monkeypatch.setattr(box.accounts, "void", voided.append)
+    with pytest.raises(openai.InternalServerError) as caught:
+        await client.completions.create(model="tiny", prompt="a")
+    assert (caught.value.status_code, caught.value.code) == (503, "accounts_unavailable")
+    assert voided == [caught.value.request_id]
+    assert box.fleet.targets["tiny"].link.num_outstanding == 0
+    async with box.http() as http:
+        response = await http.post(
+            "/models/doubler/predict", json={"inputs": {"x": [[1, 2]], "k": [1]}}
+        )
+    assert response.status_code == 503

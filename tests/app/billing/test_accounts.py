@@ -124,6 +124,26 @@ async def test_concurrent_requests_cannot_pass_a_tiny_limit(
     assert refusals[0].code == "spending_limit_reached"
 
 
+async def test_writers_of_several_processes_share_one_limit(
+    accounts: AccountWriter, database: Database, settings: Settings
+) -> None:
+    """As with several apps on PostgreSQL: the database alone decides."""
+    await limit(database, 25_000)
+    others = [AccountWriter(settings.sync_database_url) for _ in range(3)]
+    for i, other in enumerate(others):
+        await other.start(f"jnl_{i}")
+    writers = [accounts, *others]
+    answers = await asyncio.gather(
+        *(writers[i % 4].hold(f"req_{i}", ORGANIZATION, 1_000) for i in range(200)),
+        return_exceptions=True,
+    )
+    assert answers.count(None) == 25
+    assert all(isinstance(answer, PaymentRequired) for answer in answers if answer is not None)
+    assert (await balance(database)).held_nano == 25_000
+    for other in others:
+        await other.close()
+
+
 async def test_a_refusal_names_the_limit_and_the_shortfall(
     accounts: AccountWriter, database: Database
 ) -> None:
