@@ -3,6 +3,7 @@
 Owns the memory and its layout. Which block belongs to whom is `runtime.scheduling`'s business.
 """
 
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,8 +49,7 @@ class KvPool:
         self.block_size = block_size
         self.dtype = dtype
         elements = elements_per_block(shapes, block_size)
-        # Zeroed, so that an untouched slot can never be NaN; on CPU the pages stay untouched.
-        self.storage = torch.zeros(num_blocks, elements, dtype=dtype, device=device)
+        self.storage = zeros((num_blocks, elements), dtype, torch.device(device))
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
         offset = 0
@@ -93,6 +93,16 @@ class KvPool:
         """Fill freed blocks with NaN, so that whoever still reads them shows it."""
         if block_ids:
             self.storage[list(block_ids)] = torch.nan
+
+
+def zeros(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A zeroed tensor, so that an untouched slot can never be NaN. On CPU it costs no memory
+    before it is used: the kernel zeroes its pages when they are first touched."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = shape[0] * shape[1] * dtype.itemsize
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 def elements_per_block(shapes: Sequence[KvShape], block_size: int) -> int:

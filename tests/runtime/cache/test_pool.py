@@ -1,3 +1,8 @@
+"""The pool lays out what it says, and costs what is used."""
+
+import resource
+from pathlib import Path
+
 import torch
 
 from runtime.cache.pool import KvPool, KvShape, num_blocks_within
@@ -52,3 +57,16 @@ def test_sizes_in_bytes() -> None:
     assert pool.bytes_per_block == 2 * (2 * 8 + 16 + 4 * 4) * 4 * 4
     assert num_blocks_within(3 * pool.bytes_per_block + 1, SHAPES, 4, torch.float32) == 3
     assert num_blocks_within(pool.bytes_per_block - 1, SHAPES, 4, torch.float32) == 0
+
+
+def test_a_pool_takes_memory_only_as_it_is_used() -> None:
+    def resident_bytes() -> int:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize()
+
+    before = resident_bytes()
+    shape = KvShape(num_kv_heads=8, head_dim=64)
+    pool = KvPool([shape] * 4, num_blocks=2048, block_size=32, dtype=torch.bfloat16)
+    assert pool.storage.nbytes == 512 * 1024**2
+    assert resident_bytes() - before < 64 * 1024**2
+    assert pool.keys(3)[2047].count_nonzero() == 0
