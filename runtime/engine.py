@@ -1,7 +1,7 @@
 """The decoder engine: requests in, a step at a time, token ids and text out.
 
 Owns the life of a request between scheduler, runner, sampler and text. Does not own threads,
-sockets (server.py) or devices (runtime.execution). `prepare` may be called from any thread;
+sockets (server) or devices (runtime.execution). `prepare` may be called from any thread;
 everything else from the one that steps.
 """
 
