@@ -125,10 +125,20 @@ def is_ours(pid: int) -> bool:
     """Whether a process of that id is our `tapeout serve`, not one that got the number later."""
     with contextlib.suppress(ChildProcessError):  # started by an earlier run
         os.waitpid(pid, os.WNOHANG)
+    return "tapeout serve" in command_line(pid)
+
+
+def command_line(pid: int) -> str:
+    """How the process was started; empty if there is none, or only its remains."""
+    if Path("/proc/self").exists():
+        try:
+            return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+        except FileNotFoundError:
+            return ""
     found = subprocess.run(
-        ["ps", "-o", "stat=,args=", "-p", str(pid)],  # noqa: S607 - present on every Unix
+        ["ps", "-o", "args=", "-p", str(pid)],  # noqa: S607 - present wherever /proc is not
         capture_output=True,
         text=True,
         check=False,
-    ).stdout.strip()
-    return "tapeout serve" in found and not found.startswith("Z")
+    )
+    return found.stdout
