@@ -9,10 +9,11 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
-from sqlalchemy import Engine, event
+from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -136,8 +137,9 @@ class _Writer:
         loop: asyncio.AbstractEventLoop,
         on_settled: Callable[[list[str]], None],
     ) -> None:
-        self._durable = create_writer_engine(url)
-        self._atomic = _atomic_engine(url)
+        # One connection each for the thread's whole life; a lost one is replaced at its next use.
+        self._durable = create_writer_engine(url).connect()
+        self._atomic = _atomic_engine(url).connect()
         self._journal_id = journal_id
         self._currency = currency
         self._loop = loop
@@ -152,7 +154,7 @@ class _Writer:
         return len(self._settlements)
 
     def orphans(self) -> list[str]:
-        with self._durable.begin() as connection:
+        with self._durable.engine.begin() as connection:  # called from another thread
             return posting.orphaned_holds(connection, self._journal_id)
 
     def run(self, operations: "queue.SimpleQueue[_Operation]") -> None:
@@ -175,8 +177,9 @@ class _Writer:
                 self._settle_all()
             if flushes:
                 self._loop.call_soon_threadsafe(_resolve, dict.fromkeys(flushes))
-        self._durable.dispose()
-        self._atomic.dispose()
+        for connection in (self._durable, self._atomic):
+            connection.close()
+            connection.engine.dispose()
 
     def _collect(self, operations: "queue.SimpleQueue[_Operation]") -> list[_Operation]:
         """Waits for work, or until what is put off is due; then takes all there is."""
@@ -210,14 +213,14 @@ class _Writer:
     def _attempt(
         self, holds: list[_Hold], answers: dict[Waiter, AppError | None]
     ) -> list[tuple[_Hold, Standing]]:
+        requests = [hold.request for hold in holds]
         try:
-            with self._atomic.begin() as connection:
-                refused = posting.take_holds(
-                    connection,
-                    [hold.request for hold in holds],
-                    self._journal_id,
-                    self._currency,
-                )
+            try:
+                refused = self._take_holds(requests)
+            except DBAPIError as error:
+                if not error.connection_invalidated:
+                    raise
+                refused = self._take_holds(requests)  # on a new connection
         except SQLAlchemyError:
             log.exception("holds could not be taken")
             answers.update({hold.waiter: _unavailable() for hold in holds})
@@ -231,11 +234,15 @@ class _Writer:
             if hold.request.request_id in refused
         ]
 
+    def _take_holds(self, requests: list[HoldRequest]) -> dict[str, Standing]:
+        with _transaction(self._atomic) as connection:
+            return posting.take_holds(connection, requests, self._journal_id, self._currency)
+
     def _settle_all(self) -> None:
         """Everything pending, a batch at a time. When the database fails, the rest is put off."""
         try:
             if self._voids:
-                with self._durable.begin() as connection:
+                with _transaction(self._durable) as connection:
                     posting.void_holds(connection, self._voids)
                 self._voids = []
             while self._settlements:
@@ -255,7 +262,7 @@ class _Writer:
         crash, are skipped; one that the database will never take is left to the journal, so
         that it cannot hold up the others."""
         try:
-            with self._durable.begin() as connection:
+            with _transaction(self._durable) as connection:
                 posting.post_settlements(connection, batch)
         except (IntegrityError, DataError):
             return [settlement for settlement in batch if self._is_posted(settlement)]
@@ -263,12 +270,18 @@ class _Writer:
 
     def _is_posted(self, settlement: Settlement) -> bool:
         try:
-            with self._durable.begin() as connection:
+            with _transaction(self._durable) as connection:
                 posting.post_settlements(connection, posting.unrecorded(connection, [settlement]))
         except (IntegrityError, DataError):
             log.exception("%s cannot be settled and stays in the journal", settlement.event_id)
             return False
         return True
+
+
+@contextmanager
+def _transaction(connection: Connection) -> Generator[Connection]:
+    with connection.begin():
+        yield connection
 
 
 def _atomic_engine(url: str) -> Engine:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import closing
 
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import func, select, text
 from sqlalchemy.exc import OperationalError
 
 from app.billing import accounts as accounts_module
@@ -229,6 +229,28 @@ async def test_settlements_wait_out_a_busy_database(
     accounts.settle(settlement("req_1"))
     await accounts.is_settled.wait()  # type: ignore[attr-defined]
     assert (await balance(database)).held_nano == 0
+
+
+async def test_lost_connections_are_replaced(
+    accounts: AccountWriter,
+    database: Database,
+    settlement: MakeSettlement,
+    settings: Settings,
+) -> None:
+    if settings.is_sqlite:
+        pytest.skip("SQLite has no connections to lose")
+    await accounts.hold("req_1", ORGANIZATION, 10_000_000)
+    async with database.read() as session:
+        await session.execute(
+            text(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+        )
+    accounts.settle(settlement("req_1"))
+    await accounts.hold("req_2", ORGANIZATION, 5)
+    await accounts.is_settled.wait()  # type: ignore[attr-defined]
+    assert (await balance(database)).held_nano == 5
 
 
 async def test_a_limit_cannot_break_a_promise_but_can_end_spending(
