@@ -6,6 +6,7 @@ its 16 bits and is shown as the float it stands for.
 
 import io
 import math
+from tokenize import TokenError
 from typing import Any, cast
 
 import numpy as np
@@ -15,6 +16,10 @@ from runtime.protocol import Schema, Tensor, TensorSpec
 
 Array = np.ndarray[Any, np.dtype[Any]]
 MAX_NPY_HEADER_BYTES = 10_000
+NUMBERS_ONLY = "must hold numbers only (no text, null or nested objects)"
+# What Python's own parser of literals says about a header that is none.
+UNREADABLE = (TokenError, SyntaxError, RecursionError, MemoryError)
+_NUMBERS = frozenset({bool, int, float})
 
 
 def tensors_of(inputs: Any, schema: Schema) -> list[Tensor]:
@@ -79,7 +84,7 @@ def cast_to(array: Array, spec: TensorSpec) -> Array:
     """The array in the input's type, refusing what would change a value's meaning."""
     kind = array.dtype.kind
     if kind not in "biuf":
-        raise _wrong(spec, "must hold numbers only (no text, null or nested objects)")
+        raise _wrong(spec, NUMBERS_ONLY)
     if spec.dtype == "bfloat16":
         return _to_bfloat16(array.astype("<f4"))
     try:
@@ -103,6 +108,9 @@ def cast_to(array: Array, spec: TensorSpec) -> Array:
 
 
 def _array_of(value: Any, spec: TensorSpec) -> Array:
+    # numpy would give every element the room of the longest text.
+    if not _is_numeric(value):
+        raise _wrong(spec, NUMBERS_ONLY)
     try:
         array = np.array(value)
     except ValueError:
@@ -112,6 +120,21 @@ def _array_of(value: Any, spec: TensorSpec) -> Array:
     if array.size == 0 and array.dtype.kind == "f":
         return array.astype("<f4")
     return array
+
+
+def _is_numeric(value: Any) -> bool:
+    """Whether nothing but numbers lies in lists of lists, however deep."""
+    todo: list[Any] = [value]
+    while todo:
+        value = todo.pop()
+        if not isinstance(value, list):
+            if type(value) not in _NUMBERS:
+                return False
+            continue
+        members = cast("list[Any]", value)
+        if not set(map(type, members)) <= _NUMBERS:
+            todo += members
+    return True
 
 
 def _read_npy(body: bytes) -> Array:
@@ -126,13 +149,14 @@ def _read_npy(body: bytes) -> Array:
         shape, is_fortran, dtype = read_header(file, max_header_size=MAX_NPY_HEADER_BYTES)
         if dtype.hasobject:
             raise ValueError("it holds Python objects")
+        if any(type(size) is not int or size < 0 for size in shape):
+            raise ValueError(f"its header announces {shape}"[:200])
         data = body[file.tell() :]
         if len(data) != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"its header announces {list(shape)} of {dtype}")
-        array = np.frombuffer(data, dtype)
-    except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"its header announces {list(shape)} of {dtype}"[:200])
+        return np.frombuffer(data, dtype).reshape(shape, order="F" if is_fortran else "C")
+    except (*UNREADABLE, ValueError, KeyError, TypeError) as error:
         raise InvalidRequest(f"The body is not an npy file: {error}.", param="inputs") from None
-    return array.reshape(shape, order="F" if is_fortran else "C")
 
 
 def _checked_rows(tensors: list[Tensor], schema: Schema) -> list[Tensor]:

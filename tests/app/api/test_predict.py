@@ -1,12 +1,14 @@
 """Predictions from JSON and npy, errors that name the input, and what they cost."""
 
 import io
+import struct
+import tracemalloc
 from typing import Any
 
 import numpy as np
 import pytest
 
-from app.api.tensors import array_of, cast_to, tensors_of
+from app.api.tensors import array_of, cast_to, tensors_of, tensors_of_npy
 from app.billing.service import set_spending_limit
 from app.core.errors import InvalidRequest
 from runtime.protocol import Schema, TensorSpec
@@ -133,6 +135,41 @@ async def test_npy_in_and_out(box: Box) -> None:
             "/models/doubler/predict", content=objects.getvalue(), headers=headers
         )
         assert "Python objects" in response.json()["error"]["message"]
+
+
+HEADER = "{'descr': '<f4', 'fortran_order': False, 'shape': %s}"
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        HEADER % f"(0, {10**30})",
+        HEADER % "(-1, -4)",
+        HEADER % "(True, 4)",
+        HEADER % f"({'1, ' * 70})",
+        HEADER % "((((",
+        '"""{',
+        "[" * 9000,
+        "-" * 9000 + "1",
+    ],
+)
+def test_an_npy_header_that_makes_no_sense_is_refused(header: str) -> None:
+    body = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header.encode() + bytes(16)
+    if header == HEADER % f"(0, {10**30})":
+        body = body[:-16]
+    with pytest.raises(InvalidRequest, match="not an npy file"):
+        tensors_of_npy(body, SINGLE)
+
+
+def test_text_among_the_numbers_costs_no_memory() -> None:
+    value: list[Any] = [[1, 2]] * 4000 + [["a" * 16_000, None]]
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidRequest, match="numbers only"):
+            tensors_of(value, SINGLE)
+        assert tracemalloc.get_traced_memory()[1] < 4 * 1024**2
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_single_input_needs_no_name() -> None:
