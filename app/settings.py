@@ -76,22 +76,29 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return self.build_threads or os.cpu_count() or 1
 
 
+def _number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a whole number") from None
+
+
 def _port(text: str) -> int:
-    port = int(text)
+    port = _number(text)
     if not 0 < port < 65536:
         raise ValueError("a port is between 1 and 65535")
     return port
 
 
 def _positive(text: str) -> int:
-    number = int(text)
+    number = _number(text)
     if number < 1:
         raise ValueError("must be at least 1")
     return number
 
 
 def _count(text: str) -> int:
-    number = int(text)
+    number = _number(text)
     if number < 0:
         raise ValueError("must be 0 or more")
     return number
@@ -103,7 +110,7 @@ _UNITS = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3, "t": 1024**4}
 def _bytes(text: str) -> int:
     digits = text.strip().lower().removesuffix("b").removesuffix("i")
     unit = digits[-1:] if digits[-1:] in _UNITS and digits[-1:] else ""
-    number = int(digits.removesuffix(unit)) * _UNITS[unit]
+    number = _number(digits.removesuffix(unit)) * _UNITS[unit]
     if number < 0:
         raise ValueError("must be 0 or more")
     return number

@@ -39,10 +39,17 @@ class Appliance(msgspec.Struct):
 
 
 def check_machine() -> None:
-    """Raises `DemoError` for what would stop the demo half way."""
+    """Ends what an earlier demo left. Raises `DemoError` for what would stop this one half way."""
     DIRECTORY.mkdir(exist_ok=True)
     if shutil.disk_usage(DIRECTORY).free < MIN_FREE_BYTES:
         raise DemoError(f"less than 1 GB is free in {DIRECTORY}; make room first.")
+    stop(is_quiet=True)
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", port())) == 0:
+            raise DemoError(
+                f"port {port()} is in use; stop what uses it, or run: "
+                f"TAPEOUT_PORT={port() + 1} make demo"
+            )
     if not any(shutil.which(compiler) for compiler in (os.environ.get("CXX", "c++"), "g++")):
         print("No C++ compiler was found: decoders run on the slower reference attention.")
 
@@ -52,14 +59,7 @@ def port() -> int:
 
 
 def start() -> Appliance:
-    """A fresh appliance on the data of earlier runs. Raises `DemoError` when it does not start."""
-    stop(is_quiet=True)
-    with socket.socket() as probe:
-        if probe.connect_ex(("127.0.0.1", port())) == 0:
-            raise DemoError(
-                f"port {port()} is in use; stop what uses it, or run: "
-                f"TAPEOUT_PORT={port() + 1} make demo"
-            )
+    """An appliance on the data of earlier runs. Raises `DemoError` when it does not start."""
     key_path = DIRECTORY / "admin-key"
     if not key_path.exists():
         key_path.touch(mode=0o600)

@@ -32,6 +32,7 @@ def test_every_bad_variable_is_named() -> None:
     }
     with pytest.raises(SettingsError) as caught:
         read_settings(environment)
+    assert "TAPEOUT_KV_CACHE: 'much' is not a whole number" in caught.value.problems
     named = {problem.split()[0].rstrip(":") for problem in caught.value.problems}
     assert named == set(environment)
 
