@@ -3,8 +3,14 @@
 Owns rounding and display. Prices are nano-units per `unit_scale` of something counted.
 """
 
+import re
+
 NANO_PER_UNIT = 1_000_000_000
 SYMBOLS = {"usd": "$", "eur": "€", "gbp": "£"}
+# Commas only where they part thousands: `1,50` is no hundred and fifty.
+_AMOUNT = re.compile(
+    r"(?=[.]?[0-9])(?P<units>[0-9]{1,3}(,[0-9]{3}){1,5}|[0-9]{0,18})([.](?P<decimals>[0-9]{0,9}))?"
+)
 
 
 def price_of(quantity: int, price_nano: int, unit_scale: int) -> int:
@@ -30,7 +36,8 @@ def format_nano(nano: int, currency: str = "usd", places: int = 6) -> str:
 
 def parse_amount(text: str) -> int:
     """Nano-units from `12.50`. Raises `ValueError` saying what is accepted."""
-    units, _, decimals = text.strip().lstrip("$€£").replace(",", "").partition(".")
-    if not (units or decimals) or not (units + decimals).isdigit() or len(decimals) > 9:
+    amount = _AMOUNT.fullmatch(text.strip().lstrip("$€£"))
+    if amount is None:
         raise ValueError("an amount such as 12.50, with at most nine decimals")
-    return int(units or "0") * NANO_PER_UNIT + int(decimals.ljust(9, "0") or "0")
+    units, decimals = amount["units"].replace(",", ""), amount["decimals"] or ""
+    return int(units or "0") * NANO_PER_UNIT + int(decimals.ljust(9, "0"))

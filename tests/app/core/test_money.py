@@ -52,7 +52,9 @@ def test_amounts_are_shown_with_their_currency(
     assert format_nano(nano, currency, places) == shown
 
 
-@pytest.mark.parametrize("text", ["", ".", "-1", "1.0000000001", "a", "1e3"])
+@pytest.mark.parametrize(
+    "text", ["", ".", "-1", "1.0000000001", "a", "1e3", "1,50", "1,0000", "²", "\u0661", "9" * 5000]
+)
 def test_what_is_not_an_amount_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="an amount such as"):
         parse_amount(text)
