@@ -12,7 +12,8 @@ import msgspec
 from litestar import Request, Response
 from litestar.exceptions import HTTPException, ValidationException
 
-from app.core.errors import AppError, InvalidRequest
+from app.core.database import is_about_a_value
+from app.core.errors import AppError, InvalidRequest, Unstorable
 from app.core.ids import new_id
 
 logger = logging.getLogger(__name__)
@@ -102,6 +103,8 @@ def render_unknown_error(request: AnyRequest, error: Exception) -> Response[Erro
         # Not a fault: a JSON body nested deeper than any request is.
         refused = InvalidRequest("The body is nested too deeply.", code="invalid_json")
         return render_app_error(request, refused)
+    if is_about_a_value(error):
+        return render_app_error(request, Unstorable())
     error_id = new_id("err")
     logger.error("%s at %s %s", error_id, request.method, request.url.path, exc_info=error)
     detail = ErrorDetail(

@@ -10,6 +10,7 @@ from app.api.auth import bearer_principal
 from app.api.bodies import decode
 from app.billing.prices import ANY_ENDPOINT, Book, Item, PriceTable
 from app.billing.service import change_prices
+from app.core import clock
 from app.core.database import Database
 from app.core.errors import InvalidRequest
 
@@ -65,13 +66,15 @@ async def post_prices(request: AnyRequest) -> Response[BookAnswer]:
     principal = await bearer_principal(request)
     principal.require_operator()
     body = decode(_decoder, await request.body())
-    if body.effective_at is not None and body.effective_at.tzinfo is None:
-        raise InvalidRequest("effective_at needs a time zone.", param="effective_at")
+    try:
+        effective_at = body.effective_at and clock.in_utc(body.effective_at)
+    except ValueError as error:
+        raise InvalidRequest(f"effective_at {error}.", param="effective_at") from None
     items = [Item(**msgspec.structs.asdict(item)) for item in body.items]
     prices: PriceTable = request.app.state.prices
     database: Database = request.app.state.database
     async with database.write() as session:
-        row = await change_prices(session, items, prices.active.currency, body.effective_at)
+        row = await change_prices(session, items, prices.active.currency, effective_at)
     await prices.refresh()
     book = prices.book(row.id)
     assert book is not None

@@ -1,6 +1,6 @@
 """`GET /api/usage`: what the organization used and owes."""
 
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any
 
 import msgspec
@@ -46,7 +46,7 @@ async def get_usage(
     principal.require("read")
     await _settled(request)
     until = _instant("to", end) if end else clock.now()
-    since = _instant("from", start) if start else until - timedelta(days=DEFAULT_DAYS)
+    since = _instant("from", start) if start else _days_before(until)
     if since >= until:
         raise InvalidRequest("from must be before to.", param="from")
     database: Database = request.app.state.database
@@ -76,9 +76,15 @@ def _instant(name: str, text: str) -> datetime:
         raise InvalidRequest(
             f"{name}: {text!r} is not a time such as 2026-01-31T00:00:00Z.", param=name
         ) from None
-    if instant.tzinfo is None:
-        raise InvalidRequest(f"{name} needs a time zone, such as Z.", param=name)
-    return instant
+    try:
+        return clock.in_utc(instant)
+    except ValueError as error:
+        raise InvalidRequest(f"{name} {error}.", param=name) from None
+
+
+def _days_before(until: datetime) -> datetime:
+    first = datetime.min.replace(tzinfo=UTC)
+    return max(until, first + timedelta(days=DEFAULT_DAYS)) - timedelta(days=DEFAULT_DAYS)
 
 
 async def _settled(request: AnyRequest) -> None:

@@ -9,7 +9,8 @@ from litestar.exceptions import HTTPException
 
 from app.console.sessions import SignInRequired, go, sign_in_location
 from app.console.templating import PageRequest, page, render
-from app.core.errors import AppError
+from app.core.database import is_about_a_value
+from app.core.errors import AppError, Unstorable
 from app.core.ids import new_id
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,8 @@ def render_http_error(request: PageRequest, error: HTTPException) -> Response[An
 
 def render_unknown_error(request: PageRequest, error: Exception) -> Response[Any]:
     """A fault of ours: logged in full under an id that the person gets to quote."""
+    if is_about_a_value(error):
+        return render_app_error(request, Unstorable())
     error_id = new_id("err")
     logger.error("%s at %s %s", error_id, request.method, request.url.path, exc_info=error)
     return page(request, "errors/fault.html", status_code=500, error_id=error_id, notice=None)

@@ -19,6 +19,7 @@ from sqlalchemy import (
     event,
 )
 from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.exc import DataError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase
 
@@ -47,6 +48,14 @@ Json = JSON().with_variant(JSONB(), "postgresql")
 def one_of(column: str, values: tuple[str, ...]) -> str:
     """The SQL of a check constraint for an enumeration kept as text."""
     return f"{column} IN ({', '.join(repr(value) for value in values)})"
+
+
+def is_about_a_value(error: BaseException) -> bool:
+    """Whether the database refused a value that it cannot hold or compare with: text with a NUL,
+    or a number beyond its column. SQLite takes the one and its driver refuses the other."""
+    return isinstance(error, DataError) or (
+        isinstance(error, OverflowError) and "SQLite INTEGER" in str(error)
+    )
 
 
 class Base(DeclarativeBase):

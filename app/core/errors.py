@@ -33,6 +33,15 @@ class InvalidRequest(AppError):
     status, type, default_code = 400, "invalid_request_error", "invalid_value"
 
 
+class Unstorable(InvalidRequest):
+    """Something in the request is no value that the database knows."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The request holds a number that is out of range, or text with a NUL character."
+        )
+
+
 class Unauthenticated(AppError):
     status, type, default_code = 401, "authentication_error", "invalid_api_key"
 

@@ -6,7 +6,7 @@ expires stops working within a second, in every process of the box.
 
 import asyncio
 import logging
-from datetime import UTC, datetime
+from datetime import datetime
 from itertools import islice
 
 import msgspec
@@ -56,8 +56,10 @@ async def create_key(
         raise InvalidRequest(
             f"Choose one or more scopes of: {', '.join(sorted(SCOPES))}.", param="scopes"
         )
-    if expires_at is not None and expires_at.tzinfo is None:
-        raise InvalidRequest("Give expires_at with a time zone.", param="expires_at")
+    try:
+        expires_at = expires_at and clock.in_utc(expires_at)
+    except ValueError as error:
+        raise InvalidRequest(f"expires_at {error}.", param="expires_at") from None
     if expires_at is not None and expires_at <= clock.now():
         raise InvalidRequest("expires_at lies in the past.", param="expires_at")
     secret = new_api_key()
@@ -69,7 +71,7 @@ async def create_key(
         secret_hash=token_hash(secret),
         scopes=sorted(scopes),
         created_at=clock.now(),
-        expires_at=expires_at and expires_at.astimezone(UTC),
+        expires_at=expires_at,
         revoked_at=None,
         last_used_at=None,
     )

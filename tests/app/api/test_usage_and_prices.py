@@ -64,6 +64,7 @@ async def test_the_range_of_usage(box: Box, client: openai.AsyncOpenAI) -> None:
 
         hour = timedelta(hours=1)
         assert await rows(**{"from": (now - hour).isoformat()}) == 1
+        assert await rows(**{"to": "0001-01-05T00:00:00Z"}) == 0
         assert (
             await rows(**{"from": (now + hour).isoformat(), "to": (now + 2 * hour).isoformat()})
             == 0
@@ -72,6 +73,8 @@ async def test_the_range_of_usage(box: Box, client: openai.AsyncOpenAI) -> None:
             ({"from": "2026-01-01T00:00:00"}, "from"),
             ({"from": now.isoformat(), "to": (now - hour).isoformat()}, "from"),
             ({"from": "yesterday"}, "from"),
+            ({"from": "0001-01-01T00:00:00+23:59"}, "from"),
+            ({"to": "9999-12-31T23:59:59-23:59"}, "to"),
             ({"group_by": "colour"}, "group_by"),
         ):
             response = await http.get("/api/usage", params=params)

@@ -98,6 +98,12 @@ async def test_a_wrong_password_says_nothing_about_the_address(owned: Console) -
         assert "The e-mail address or the password is wrong." in refused.text
 
 
+async def test_an_address_that_no_database_holds_is_no_fault(owned: Console) -> None:
+    form = "/console/sign-in"
+    refused = await owned.post(form, form, email="a\0@example.com", password="wrong wrong wrong")
+    assert refused.status in (400, 401)  # PostgreSQL refuses the value, SQLite finds nobody
+
+
 async def test_signing_out_ends_the_session_in_the_box(owned: Console) -> None:
     token = owned.client.cookies["tapeout_session"]
     done = await owned.post("/console/models", "/console/sign-out")

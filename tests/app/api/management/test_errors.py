@@ -39,6 +39,24 @@ async def test_body_that_is_not_json(client: httpx.AsyncClient, caller: Caller) 
         assert response.json()["error"]["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/api/models/a%00b",
+        "/api/deployments/a%00b/log",
+        f"/api/models/a/versions/{10**30}",
+        f"/api/models/a/versions/{2**40}",
+    ],
+)
+async def test_values_that_no_database_holds_are_no_faults(
+    client: httpx.AsyncClient, caller: Caller, path: str
+) -> None:
+    """SQLite and PostgreSQL disagree on what they look for in vain and what they refuse."""
+    response = await client.get(path, headers=caller.headers)
+    assert response.status_code in (400, 404), response.text
+    assert response.json()["error"]["type"] == "invalid_request_error"
+
+
 @get("/fault", sync_to_thread=False)
 def fault() -> None:
     raise RuntimeError("the password is in /etc/secret")

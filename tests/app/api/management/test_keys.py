@@ -69,6 +69,7 @@ async def test_nobody_gives_away_more_than_they_have(
         ({"name": "x", "expires_at": "soon"}, "expires_at"),
         ({"name": "x", "expires_at": "2001-01-01T00:00:00Z"}, "expires_at"),
         ({"name": "x", "expires_at": "2099-01-01T00:00:00"}, "expires_at"),
+        ({"name": "x", "expires_at": "9999-12-31T23:59:59-23:59"}, "expires_at"),
         ({"name": "x", "organization_id": "org_1"}, None),
         ([], None),
     ],
