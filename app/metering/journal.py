@@ -36,6 +36,7 @@ from app.metering.segments import (
 from runtime.protocol import SequenceOutput
 
 SEGMENT_BYTES = 32 * 1024**2
+MAX_USES = 50_000  # in one record, some 5 MB; see `MAX_RECORD_BYTES`
 LAZY_SECONDS = 0.02  # how long a record that nothing waits for may stay in memory
 
 log = logging.getLogger(__name__)
@@ -124,8 +125,11 @@ class Journal:
     async def commit_step(self, outputs: list[SequenceOutput]) -> None:
         """Returns once the record of this step is durable. Raises `Unavailable` if it cannot be:
         the outputs must then not be delivered."""
-        record = StepRecord(time.time_ns(), [use_of(output) for output in outputs])
-        await self._commit(encode(record))
+        uses = [use_of(output) for output in outputs]
+        now_ns = time.time_ns()
+        # A worker may send more outputs in one step than one record is allowed to hold.
+        parts = (uses[at : at + MAX_USES] for at in range(0, len(uses), MAX_USES))
+        await self._commit(b"".join(encode(StepRecord(now_ns, part)) for part in parts))
 
     async def finish(self, record: FinishRecord) -> None:
         """Returns once the end of the request is durable, or raises `Unavailable`."""

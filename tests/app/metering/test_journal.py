@@ -274,3 +274,19 @@ def test_nothing_delivered_is_missing_after_kill_9(tmp_path: Path) -> None:
             assert usages[name].output_tokens == 3
         else:
             assert usages[name].output_tokens >= 2
+
+
+async def test_a_step_of_any_size_can_be_read_again(journal: Journal, tmp_path: Path) -> None:
+    """A worker decides how many outputs it sends; no record of other requests may suffer."""
+    journal.admit(admitted("a"))
+    journal.admit(admitted("b"))
+    await journal.commit_step([output("a", 0)] * 330_000 + [output("a", 1, "stop")])
+    await journal.commit_step([output("b", 1, "stop")])
+    await journal.close()
+
+    usages = await recovered(tmp_path)
+
+    assert {name: usage.outcome for name, usage in usages.items()} == {
+        "a": "completed",
+        "b": "completed",
+    }
