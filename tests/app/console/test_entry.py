@@ -99,6 +99,7 @@ async def test_a_wrong_password_says_nothing_about_the_address(owned: Console) -
 
 
 async def test_an_address_that_no_database_holds_is_no_fault(owned: Console) -> None:
+    owned.client.cookies.clear()
     form = "/console/sign-in"
     refused = await owned.post(form, form, email="a\0@example.com", password="wrong wrong wrong")
     assert refused.status in (400, 401)  # PostgreSQL refuses the value, SQLite finds nobody
