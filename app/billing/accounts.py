@@ -28,6 +28,7 @@ from app.core.money import format_nano
 MAX_BATCH = 512  # settlements in one transaction
 MAX_UNSETTLED = 100_000  # beyond this the database is too far behind to admit more
 SETTLE_DELAY_SECONDS = 0.05  # how long settlements may wait for company
+MAX_HOLD_NANO = 10**15  # of one request; thousands of them must add up within 64 bits
 RETRY_SECONDS = (0.05, 0.2, 1.0, 5.0)
 
 log = logging.getLogger(__name__)
@@ -96,6 +97,8 @@ class AccountWriter:
         assert self._writer is not None, "start() has not run"
         if self._writer.num_unsettled + self._operations.qsize() > MAX_UNSETTLED:
             raise _unavailable()
+        if amount_nano > MAX_HOLD_NANO:
+            raise _too_dear(amount_nano, self._currency)
         waiter: Waiter = self._loop.create_future()
         self._operations.put(_Hold(HoldRequest(request_id, organization_id, amount_nano), waiter))
         await waiter
@@ -221,8 +224,10 @@ class _Writer:
                 if not error.connection_invalidated:
                     raise
                 refused = self._take_holds(requests)  # on a new connection
-        except SQLAlchemyError:
+        except (SQLAlchemyError, OverflowError):
             log.exception("holds could not be taken")
+            # Some may have been: a connection can be lost after its commit has taken effect.
+            self._voids += [request.request_id for request in requests]
             answers.update({hold.waiter: _unavailable() for hold in holds})
             return []
         answers.update(
@@ -251,7 +256,7 @@ class _Writer:
                 self._settlements = self._settlements[MAX_BATCH:]
                 self._on_settled([settlement.request_id for settlement in settled])
             self._num_failures = 0
-        except DBAPIError:
+        except (SQLAlchemyError, OverflowError):
             delay = RETRY_SECONDS[min(self._num_failures, len(RETRY_SECONDS) - 1)]
             self._num_failures += 1
             self._settle_seconds = time.monotonic() + delay
@@ -319,6 +324,15 @@ def _payment_required(hold: HoldRequest, standing: Standing) -> PaymentRequired:
         f"cost up to {shown(hold.amount_nano)}, {shown(standing.available_nano)} is left "
         f"({shown(standing.held_nano)} is held for running requests), so "
         f"{shown(shortfall)} is missing. Raise the limit, or ask for fewer tokens."
+    )
+
+
+def _too_dear(amount_nano: int, currency: str) -> PaymentRequired:
+    return PaymentRequired(
+        f"This request may cost up to {format_nano(amount_nano, currency, places=2)}; no request "
+        f"may cost more than {format_nano(MAX_HOLD_NANO, currency, places=2)}. Ask for fewer "
+        "tokens, or have the operator look at the prices.",
+        code="request_too_dear",
     )
 
 

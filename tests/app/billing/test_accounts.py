@@ -4,19 +4,20 @@ import asyncio
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
+from typing import Any
 
 import pytest
-from sqlalchemy import func, select, text
+from sqlalchemy import Connection, func, select, text
 from sqlalchemy.exc import OperationalError
 
 from app.billing import accounts as accounts_module
 from app.billing import posting
-from app.billing.accounts import AccountWriter
+from app.billing.accounts import MAX_HOLD_NANO, AccountWriter
 from app.billing.rating import Settlement
 from app.billing.service import read_account, set_spending_limit
 from app.billing.tables import AccountBalance, Hold, LedgerEntry, LedgerTransaction
 from app.core.database import Database
-from app.core.errors import Conflict, PaymentRequired
+from app.core.errors import Conflict, PaymentRequired, Unavailable
 from app.metering.tables import UsageEvent, UsageLine
 from app.settings import Settings
 from tests.app.billing.conftest import ORGANIZATION
@@ -299,3 +300,31 @@ def test_sqlite_holds_do_not_wait_for_the_disk(settings: Settings) -> None:
 
 def posting_engine(url: str):
     return accounts_module.create_writer_engine(url)
+
+
+async def test_a_request_beyond_all_measure_is_refused_and_harms_nobody(
+    accounts: AccountWriter, database: Database
+) -> None:
+    for amount_nano in (MAX_HOLD_NANO + 1, 2**63, 10**30):
+        with pytest.raises(PaymentRequired, match="fewer tokens"):
+            await accounts.hold("req_dear", ORGANIZATION, amount_nano)
+    await accounts.hold("req_next", ORGANIZATION, 5)
+    assert (await balance(database)).held_nano == 5
+
+
+async def test_a_hold_whose_commit_went_unheard_is_given_back(
+    accounts: AccountWriter, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_holds = posting.take_holds
+
+    def take_and_lose(connection: Connection, *arguments: Any) -> dict[str, posting.Standing]:
+        take_holds(connection, *arguments)
+        connection.get_transaction().commit()  # type: ignore[union-attr]
+        raise OperationalError("COMMIT", {}, OSError("the connection is gone"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(posting, "take_holds", take_and_lose)
+        with pytest.raises(Unavailable):
+            await accounts.hold("req_1", ORGANIZATION, 7)
+    await accounts.flush()
+    assert (await balance(database)).held_nano == 0
