@@ -89,6 +89,11 @@ class Generation:
             raise FalseClaim("sent more text than its tokens can hold")
 
     @property
+    def is_received(self) -> bool:
+        """The worker has nothing more to say: every choice ended, or all of it failed."""
+        return self.is_failed or not self._unfinished
+
+    @property
     def is_delivered(self) -> bool:
         """The end of every choice has been delivered."""
         return self._num_to_deliver == 0

@@ -172,8 +172,10 @@ class ReplicaLink:
         ends with `abort`; one that does not is forgotten at once."""
         if request_id not in self._outstanding:
             return
-        self._send(Cancel(request_id=request_id))
         generation = self._outstanding.generations.get(request_id)
+        if generation is not None and generation.is_received:
+            return  # its end is here already and waits for the journal alone
+        self._send(Cancel(request_id=request_id))
         if generation is None or generation.started_ns is None:
             error = worker_failure("The request was cancelled.", "cancelled", 499)
             self._outstanding.fail(request_id, error)

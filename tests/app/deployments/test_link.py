@@ -345,6 +345,22 @@ async def test_a_tensor_worker_that_hangs_is_given_up(
     assert "cancelled request" in await asyncio.wait_for(tensor_pair.link.wait_closed(), 5)
 
 
+async def test_a_cancel_after_the_end_expects_nothing_of_an_idle_worker(
+    pair: Pair, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_module, "CANCEL_SECONDS", 0.05)
+    outputs = await pair.started(generate())
+    ledger.gate.clear()
+    last = output(finish_reason="stop")
+    pair.worker.send(Step(outputs=[last]), Stats(requests=1))
+    await until(lambda: pair.link.stats.requests == 1)
+    pair.link.cancel("r1")  # while the journal writes
+    ledger.gate.set()
+    assert await collect(outputs) == [[last]]
+    await asyncio.sleep(0.2)
+    assert not pair.link.closed
+
+
 # --- claims -----------------------------------------------------------------------------
 
 
