@@ -6,8 +6,8 @@ Owns arguments, printing and exit codes; what it shows comes from the public int
 import click
 
 from app.cli.listings import keys, logs, models, prices, usage
-from app.cli.push import push
-from app.cli.serve import serve
+from app.cli.push import push as push_command
+from app.cli.serve import serve as serve_command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -20,5 +20,5 @@ def main() -> None:
     """
 
 
-for command in (serve, push, models, logs, usage, keys, prices):
+for command in (serve_command, push_command, models, logs, usage, keys, prices):
     main.add_command(command)

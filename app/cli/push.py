@@ -14,10 +14,14 @@ import httpx
 
 from app.cli.client import Box, Refused
 from app.cli.packing import Parcel, pack
+from app.core.errors import InvalidRequest
+from app.registry.names import check_model_name
 
 CHUNK_BYTES = 8 * 1024**2
 NUM_RETRIES = 5
 POLL_SECONDS = 0.4
+NUM_FAILED_STARTS = 3  # then waiting on is of no use
+SUPERSEDED_SECONDS = 5.0  # a version is deployed right after its build, or not at all
 TUS = {"Tus-Resumable": "1.0.0"}
 
 
@@ -31,6 +35,10 @@ def push(path: Path, name: str, tokenizer: Path | None, no_wait: bool) -> None:
 
     Exit code 0: the endpoint answers (or, with --no-wait, the build is queued). 1: refused.
     """
+    try:
+        check_model_name(name)
+    except InvalidRequest as error:
+        raise Refused(error.message) from error
     box = Box()
     upload_id = upload(box, pack(path, tokenizer))
     version = box.json("POST", f"/api/models/{name}/versions", json={"upload_id": upload_id})
@@ -89,9 +97,10 @@ def send_chunk(box: Box, location: str, parcel: Parcel, offset: int) -> int:
 
 
 def follow(box: Box, name: str, number: int) -> None:
-    """Shows the build's phases until the version's endpoint answers. Raises `Refused` if the
-    build fails or is cancelled."""
+    """Shows the build's phases until the version's endpoint answers. Raises `Refused` if that
+    will not happen: the build failed, or what was built does not run."""
     shown = ""
+    starting = Starting()
     while True:
         version = box.json("GET", f"/api/models/{name}/versions/{number}")
         line = describe(version)
@@ -101,9 +110,33 @@ def follow(box: Box, name: str, number: int) -> None:
         if version["status"] in {"failed", "cancelled"}:
             error = version.get("error") or {"message": f"the build was {version['status']}"}
             raise Refused(error["message"])
-        if version["status"] == "ready" and version["is_serving"]:
-            return
+        if version["status"] == "ready":
+            if version["is_serving"]:
+                return
+            starting.check(version)
         time.sleep(POLL_SECONDS)
+
+
+class Starting:
+    """Whether a built version can still be expected to serve."""
+
+    def __init__(self) -> None:
+        self._failures: set[str] = set()
+        self._began_at = time.monotonic()
+
+    def check(self, version: dict[str, Any]) -> None:
+        """Raises `Refused` when its worker failed again and again, or it is not to be served."""
+        detail: str = version["serving_detail"]
+        label = f"{version['model']}@{version['number']}"
+        if detail.startswith("failed"):
+            self._failures.add(detail)
+        if len(self._failures) >= NUM_FAILED_STARTS:
+            raise Refused(f"{label} was built, but its worker does not start. {detail}")
+        if detail == "stopped":
+            raise Refused(f"{label} was built, but its endpoint is stopped.")
+        has_waited = time.monotonic() - self._began_at > SUPERSEDED_SECONDS
+        if version["endpoint"] is None and has_waited:
+            raise Refused(f"{label} was built, but another version is served instead.")
 
 
 def describe(version: dict[str, Any]) -> str:

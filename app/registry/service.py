@@ -4,7 +4,6 @@ Building a version is deployments' business; here it only waits as `queued`.
 """
 
 import asyncio
-import re
 import shutil
 from pathlib import Path
 
@@ -16,15 +15,14 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.core import clock
 from app.core.broadcast import Broadcast
 from app.core.database import Database
-from app.core.errors import Conflict, InvalidRequest, NotFound
+from app.core.errors import Conflict, NotFound
 from app.core.ids import new_id
 from app.core.storage import Storage
 from app.registry.inspection import Inspection, inspect_upload
+from app.registry.names import check_model_name
 from app.registry.tables import Artifact, Model, ModelVersion, Upload
 from app.registry.uploads import UploadStore
 
-NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
-RESERVED_NAMES = frozenset({"default"})  # the operator's recommended model, whichever it is
 BUILDS_TOPIC = "builds"  # told that a version is queued
 
 
@@ -41,21 +39,6 @@ class ModelSummary(msgspec.Struct, frozen=True):
 
     model: Model
     latest_version: ModelVersion | None
-
-
-def check_model_name(name: str) -> str:
-    """The name itself, which is also its endpoint's. Raises `InvalidRequest`."""
-    if not NAME.fullmatch(name):
-        raise InvalidRequest(
-            f"{name[:80]!r} cannot be a model's name: use 1 to 63 lower-case letters, digits, "
-            "dots, dashes and underscores, and begin with a letter or digit.",
-            param="name",
-        )
-    if name in RESERVED_NAMES:
-        raise InvalidRequest(
-            f"The name {name!r} is reserved for the box's recommended model.", param="name"
-        )
-    return name
 
 
 async def submit(
