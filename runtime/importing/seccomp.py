@@ -126,7 +126,7 @@ _DENIED_IN_SERVE = [
 ]
 _OTHER_SIGNALS = ["tkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo", "pidfd_send_signal"]
 
-_AF_UNIX, _SOCK_DGRAM, _SOCK_TYPE_MASK = 1, 2, 0xF
+_AF_UNIX, _SOCK_STREAM, _SOCK_TYPE_MASK = 1, 1, 0xF
 _CLONE_THREAD = 0x00010000
 # NEWTIME NEWNS NEWCGROUP NEWUTS NEWIPC NEWUSER NEWPID NEWNET
 _CLONE_NAMESPACES = 0x7E020080
@@ -169,7 +169,8 @@ def _rules(profile: Profile, signals_to: int | None) -> list[tuple[str, list[Ins
         _deny(),
         _argument(1),
         (_AND, 0, 0, _SOCK_TYPE_MASK),
-        (_JUMP_EQUAL, 0, 1, _SOCK_DGRAM),  # a datagram socket can be sent from to any address
+        # A datagram socket, which SOCK_RAW makes as well, can be sent from to any address.
+        (_JUMP_EQUAL, 1, 0, _SOCK_STREAM),
         _deny(),
         allow,
     ]
