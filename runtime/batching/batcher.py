@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
@@ -138,11 +138,13 @@ class Batcher:
 
     # --- queueing -----------------------------------------------------------------------
 
-    def _split(self, inputs: list[torch.Tensor]) -> list[list[torch.Tensor]]:
-        if not self.schema.is_batched or inputs[0].shape[0] <= self.max_batch_rows:
-            return [inputs]
-        columns = [tensor.split(self.max_batch_rows) for tensor in inputs]
-        return [list(piece) for piece in zip(*columns, strict=True)]
+    def _split(self, inputs: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+        if not self.schema.is_batched:
+            yield inputs
+            return
+        size = self.max_batch_rows
+        for start in range(0, inputs[0].shape[0], size):
+            yield [tensor[start : start + size] for tensor in inputs]
 
     def _rows(self, inputs: list[torch.Tensor]) -> int:
         return inputs[0].shape[0] if self.schema.is_batched else 1

@@ -12,6 +12,8 @@ from runtime.protocol import MAX_FRAME_BYTES, Schema, Tensor, TensorSpec, WireEr
 
 # What is left of a frame for everything around the tensors' data.
 MAX_OUTPUT_BYTES = MAX_FRAME_BYTES - 1024 * 1024
+# What the other axes of an input with an axis of 0 may come to: it has no data to bound them.
+MAX_EMPTY_SIZE = 1024 * 1024
 
 
 class PredictFailure(Exception):
@@ -71,6 +73,10 @@ def check_input(tensor: Tensor, spec: TensorSpec, *, is_batched: bool) -> None:
             raise _wrong_shape(
                 tensor, spec, f"axis {axis} must be {wanted} (the model takes {show_shape(spec)})"
             )
+    if 0 in tensor.shape and math.prod(size or 1 for size in tensor.shape) > MAX_EMPTY_SIZE:
+        raise _wrong_shape(
+            tensor, spec, f"with an axis of 0, the others may come to {MAX_EMPTY_SIZE:,} at most"
+        )
     num_bytes = math.prod(tensor.shape) * torch_dtype(spec.dtype).itemsize
     if len(tensor.data) != num_bytes:
         raise _wrong(

@@ -91,6 +91,17 @@ def test_a_batch_may_exceed_its_axis_since_it_runs_in_pieces():
     assert decode_inputs(list(tensors.values()), SCHEMA)[0].shape == (40, 4)
 
 
+def test_an_empty_input_cannot_announce_more_than_it_could_hold():
+    spec = TensorSpec(
+        name="x", dtype="float32", shape=[None] * 2, min_shape=[0, 0], max_shape=[None] * 2
+    )
+    schema = Schema(inputs=[spec], outputs=[spec], is_batched=True)
+    (empty,) = decode_inputs([Tensor(name="x", dtype="float32", shape=[3, 0], data=b"")], schema)
+    assert empty.shape == (3, 0)
+    with pytest.raises(PredictFailure, match="axis of 0"):
+        decode_inputs([Tensor(name="x", dtype="float32", shape=[10**12, 0], data=b"")], schema)
+
+
 def test_not_a_number_is_a_value():
     schema = Schema(inputs=[SCHEMA.inputs[1]], outputs=[], is_batched=True)
     array = np.array([[math.nan, math.inf, -0.0]], np.float32)
