@@ -152,29 +152,49 @@ def _draw_from_all(scores: Tensor, sequences: list[Sequence]) -> list[int]:
 
 
 def _draw_from_likeliest(scores: Tensor, sequences: list[Sequence]) -> list[int]:
-    """With top_k and top_p. Exact: rows are sorted whole when the candidates do not suffice."""
+    """With top_k and top_p. Exact: rows are sorted whole when the candidates do not suffice.
+
+    Rows go together by how many candidates each needs by itself: in what order equal scores come
+    depends on that number, so it must not depend on a row's neighbours.
+    """
+    scores = _heat(scores, sequences)
+    vocab_size = scores.shape[-1]
+    rows_of: dict[int, list[int]] = {}
+    for row, each in enumerate(sequences):
+        num_candidates = min(vocab_size, max(NUM_CANDIDATES, each.sampling.top_k))
+        rows_of.setdefault(num_candidates, []).append(row)
+    token_ids = [0] * len(sequences)
+    while rows_of:
+        num_candidates, rows = rows_of.popitem()
+        drawn = _draw_from_top(scores[rows], [sequences[row] for row in rows], num_candidates)
+        for row, token_id in zip(rows, drawn, strict=True):
+            if token_id is None:
+                rows_of.setdefault(vocab_size, []).append(row)
+            else:
+                token_ids[row] = token_id
+    return token_ids
+
+
+def _draw_from_top(
+    scores: Tensor, sequences: list[Sequence], num_candidates: int
+) -> list[int | None]:
+    """From each row's likeliest tokens; None where they hold less than top_p."""
     params = [each.sampling for each in sequences]
     vocab_size = scores.shape[-1]
-    scores = _heat(scores, sequences)
     top_k = _column(scores, [each.top_k if each.top_k > 0 else vocab_size for each in params])
     top_p = _column(scores, [max(each.top_p, 1e-9) for each in params])
-    num_candidates = min(vocab_size, max(NUM_CANDIDATES, *(each.top_k for each in params)))
-    while True:
-        kept, ids = scores.topk(num_candidates)  # [rows, candidates], likeliest first
-        kept = kept.masked_fill(torch.arange(num_candidates, device=kept.device) >= top_k, -inf)
-        # top_p is a share of what top_k left, which without top_k is the whole row.
-        total = torch.where(
-            top_k < vocab_size, kept.logsumexp(-1, True), scores.logsumexp(-1, True)
-        )
-        shares = (kept - total).exp()
-        mass = shares.cumsum(-1, dtype=torch.float64)
-        is_enough = (mass[:, -1:] >= top_p) | (top_k < vocab_size)
-        if num_candidates == vocab_size or is_enough.all():
-            break
-        num_candidates = vocab_size
+    kept, ids = scores.topk(num_candidates)  # [rows, candidates], likeliest first
+    kept = kept.masked_fill(torch.arange(num_candidates, device=kept.device) >= top_k, -inf)
+    # top_p is a share of what top_k left, which without top_k is the whole row.
+    total = torch.where(top_k < vocab_size, kept.logsumexp(-1, True), scores.logsumexp(-1, True))
+    shares = (kept - total).exp()
+    mass = shares.cumsum(-1, dtype=torch.float64)
+    is_enough = (mass[:, -1:] >= top_p) | (top_k < vocab_size) | (num_candidates == vocab_size)
     # A token stays while those before it have not yet reached top_p; so the first always does.
     kept = kept.masked_fill(mass - shares >= top_p, -inf)
-    return ids.gather(-1, _pick(kept, sequences)).flatten().tolist()
+    drawn = ids.gather(-1, _pick(kept, sequences)).flatten().tolist()
+    pairs = zip(drawn, is_enough.flatten().tolist(), strict=True)
+    return [token_id if enough else None for token_id, enough in pairs]
 
 
 def _heat(scores: Tensor, sequences: list[Sequence]) -> Tensor:

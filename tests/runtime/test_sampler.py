@@ -131,6 +131,17 @@ def test_a_seeded_sequence_does_not_depend_on_its_neighbours() -> None:
     assert together == alone
 
 
+def test_equal_scores_fall_alike_whatever_is_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    # In bfloat16 many scores are equal, and how many candidates are taken decides their order.
+    monkeypatch.setattr(sampler_module, "NUM_CANDIDATES", 64)
+    logits = random_logits(2, 8000).bfloat16().float()
+    for seed in range(40):
+        sequence = sequence_with(seed=seed, top_p=0.3)
+        beside = sequence_with(top_k=700)
+        (alone,) = ids_of(Sampler().sample(logits[:1], [sequence]))
+        assert ids_of(Sampler().sample(logits, [sequence, beside]))[0] == alone
+
+
 def test_the_random_number_depends_on_seed_choice_and_position_only() -> None:
     first = sequence_with(seed=5)
     same = sequence_with(seed=5, prompt=(8, 9))
