@@ -38,6 +38,7 @@ class ExportedProgramModel:
     def __init__(self, program: ExportedProgram, signature: Signature) -> None:
         self.program = program
         self.signature = signature
+        self._may_write_inputs = _may_write(program)
         self.schema: Schema = signature.schema
         self.notes: list[str] = [signature.batch_note] if signature.batch_note else []
         self.module = program.module()
@@ -52,7 +53,7 @@ class ExportedProgramModel:
         with torch.inference_mode():
             outputs = self.call(self.module, inputs)
             return [
-                output.to("cpu", getattr(torch, spec.dtype))
+                output.detach().to("cpu", getattr(torch, spec.dtype))
                 for output, spec in zip(outputs, self.schema.outputs, strict=True)
             ]
 
@@ -73,7 +74,7 @@ class ExportedProgramModel:
             assert leaf.dtype is not None, "a tensor has a dtype"
             is_widened = float_dtype is not None and leaf.dtype.is_floating_point
             dtype = float_dtype if is_widened else leaf.dtype
-            leaves.append(next(tensors).to(self._device, dtype))
+            leaves.append(next(tensors).to(self._device, dtype, copy=self._may_write_inputs))
         in_spec = self.program.call_spec.in_spec
         assert in_spec is not None, "an exported program knows its inputs"
         args, kwargs = pytree.tree_unflatten(leaves, in_spec)
@@ -161,6 +162,12 @@ def mutation_failure(names: list[str]) -> ImportFailure:
         "would change the answers of the next. Keep such state outside the model, as an input "
         "and an output.",
     )
+
+
+def _may_write(program: ExportedProgram) -> bool:
+    """Whether any operator works in place: what it writes to may be a view of an input."""
+    schemas = [getattr(node.target, "_schema", None) for node in program.graph.nodes]
+    return any(schema is not None and schema.is_mutable for schema in schemas)
 
 
 def _state(module: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 
+from runtime.batching.tensors import encode_outputs
 from runtime.importing.exported import ExportedProgramModel, load_exported
 from runtime.importing.program import ImportFailure
 from runtime.importing.signature import describe_schema
@@ -117,6 +118,31 @@ def test_bfloat16_travels_as_float32(path):
     assert {spec.dtype for spec in model.schema.inputs + model.schema.outputs} == {"float32"}
     (output,) = model.run([torch.randn(4, 3)])
     assert output.dtype is torch.float32
+
+
+def test_a_weight_may_be_an_output(path):
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2))
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.weight, x * self.weight
+
+    model = load_exported(export(path, Both(), torch.randn(3, 2)))
+    outputs = model.run([torch.zeros(4, 2)])
+    assert [each.shape for each in encode_outputs(outputs, model.schema)] == [[2], [4, 2]]
+
+
+def test_a_program_that_writes_to_its_input_leaves_ours_alone(path):
+    class AddsInPlace(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.add_(1) * 2
+
+    model = load_exported(export(path, AddsInPlace(), torch.randn(3, 2)))
+    given = torch.zeros(4, 2)
+    assert all(torch.equal(model.run([given])[0], torch.full((4, 2), 2.0)) for _ in range(2))
+    assert not given.any()
 
 
 @pytest.mark.parametrize("size", [1, 3])
