@@ -43,6 +43,7 @@ from runtime.protocol import (
     check_frame_length,
     encode_frame,
 )
+from runtime.text.printable import printable
 
 if TYPE_CHECKING:
     from runtime.importing.archive import UnpackedUpload
@@ -249,7 +250,7 @@ def _run_phases(build: Build, reporter: Reporter, scratch: Path, isolation: str)
         phase_seconds=reporter.phase_seconds,
         torch_version=str(torch.__version__),
         device="cpu",
-        notes=[*outcome.notes, f"Built with {isolation}."],
+        notes=[printable(note) for note in [*outcome.notes, f"Built with {isolation}."]],
     )
     write_manifest(output_dir, outcome.manifest, receipt)
     return Built(manifest=outcome.manifest, receipt=receipt)

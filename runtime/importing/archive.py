@@ -27,6 +27,7 @@ MAX_RATIO = 100  # unpacked bytes per uploaded byte
 MAX_UNPACKED_BYTES = 512 * 1024**3
 RATIO_ALLOWANCE_BYTES = 1024**2  # so that tiny text files cannot trip the ratio
 MAX_DEPTH = 16
+MAX_PATH_BYTES = 1024
 CHUNK_BYTES = 1024**2
 
 GZIP_MAGIC = b"\x1f\x8b"
@@ -151,7 +152,7 @@ def _extract_zip(archive: zipfile.ZipFile, directory: Path, budget: _Budget) -> 
             )
         target = _target(directory, member.filename)
         if member.is_dir():
-            target.mkdir(parents=True, exist_ok=True)
+            _make_directory(target)
             continue
         with archive.open(member) as source:
             _write(source, target, budget.add_bytes)
@@ -179,7 +180,7 @@ def _extract_tar_member(
         return
     target = _target(directory, member.name)
     if member.isdir():
-        target.mkdir(parents=True, exist_ok=True)
+        _make_directory(target)
         return
     source = archive.extractfile(member)
     assert source is not None, "a regular member has contents"
@@ -196,7 +197,8 @@ def _target(directory: Path, name: str) -> Path:
             f"The archive member {name[:200]!r} points outside the archive. Pack relative paths "
             "only, for example: tar -cf model.tar -C my-model .",
         )
-    if len(parts) > MAX_DEPTH or any(len(os.fsencode(part)) > 255 for part in parts):
+    sizes = [len(os.fsencode(part)) for part in parts]
+    if len(parts) > MAX_DEPTH or max(sizes) > 255 or sum(sizes) > MAX_PATH_BYTES:
         raise ImportFailure(
             "archive_path", f"The archive member {name[:200]!r} has too long a path."
         )
@@ -204,17 +206,28 @@ def _target(directory: Path, name: str) -> Path:
 
 
 def _write(source: IO[bytes], target: Path, add_bytes: Callable[[int], None]) -> None:
+    _make_directory(target.parent)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise ImportFailure(
-            "archive_duplicate", f"The archive holds {target.name!r} twice. Pack each file once."
-        ) from error
+    except FileExistsError as error:
+        raise _duplicate(target) from error
     with os.fdopen(descriptor, "wb") as file:
         while chunk := source.read(CHUNK_BYTES):
             add_bytes(len(chunk))
             file.write(chunk)
+
+
+def _make_directory(target: Path) -> None:
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise _duplicate(target) from error
+
+
+def _duplicate(target: Path) -> ImportFailure:
+    return ImportFailure(
+        "archive_duplicate", f"The archive holds {target.name!r} twice. Pack each file once."
+    )
 
 
 def _special_member(name: str) -> ImportFailure:

@@ -6,12 +6,14 @@ from torch import nn
 
 from runtime.execution.runner import PagedModel
 from runtime.protocol import DecoderInfo, WireError
+from runtime.text.printable import printable
 
 
 class ImportFailure(Exception):
     """The upload cannot be served; `error.message` says why and what its owner can do."""
 
     def __init__(self, code: str, message: str, *, param: str | None = None) -> None:
+        message = printable(message)
         super().__init__(message)
         self.error = WireError(
             type="invalid_request_error", message=message, code=code, param=param, status=422

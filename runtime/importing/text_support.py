@@ -25,7 +25,7 @@ def check_text(directory: Path, info: DecoderInfo) -> tuple[DecoderInfo, list[st
             note = "Chat is not served, only completions: there is no chat template."
             return replace(info, has_chat_template=False), [note]
         per_request, per_message = measure_template_allowance(template, tokenizer)
-    except ChatTemplateError as error:
+    except (ChatTemplateError, TokenizerError) as error:
         note = f"Chat is not served, only completions: {error}."
         return replace(info, has_chat_template=False), [note]
     return replace(

@@ -10,12 +10,16 @@ from typing import cast
 import jinja2
 
 from runtime.protocol import ChatMessage
+from runtime.text.printable import printable
 from runtime.text.template_environment import BoundedEnvironment, check_size
 from runtime.text.tokenizer import Tokenizer, read_json
 
 
 class ChatTemplateError(Exception):
     """The template cannot be used, or refuses these messages. The message says why."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class ChatTemplate:
@@ -27,7 +31,7 @@ class ChatTemplate:
         self._special_tokens = special_tokens
         try:
             self._template = self._environment.from_string(source)
-        except (jinja2.TemplateError, RecursionError) as error:
+        except Exception as error:  # of Jinja, or of Python, which compiles what Jinja makes
             raise ChatTemplateError(f"the chat template does not compile: {error}") from error
 
     @classmethod

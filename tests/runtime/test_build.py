@@ -213,8 +213,9 @@ def test_files_beside_a_program_are_named_in_the_receipt(build, built, tmp_path)
     with tarfile.open(build.upload_path, "w:gz") as tar:
         tar.add(program, "digits.pt2")
         tar.addfile(tarfile.TarInfo("labels.txt"), io.BytesIO())
+        tar.addfile(tarfile.TarInfo("lis\udcc9.md"), io.BytesIO())  # Latin-1
     _, message = built()
-    assert "Not used: labels.txt." in message.receipt.notes
+    assert "Not used: labels.txt, lis\\udcc9.md." in message.receipt.notes
 
 
 @pytest.fixture(scope="module")

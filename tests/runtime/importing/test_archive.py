@@ -276,6 +276,21 @@ def test_a_file_used_as_a_directory_is_refused(upload, refusal):
     assert refusal().error.code == "archive_duplicate"
 
 
+def test_a_directory_in_the_place_of_a_file_is_refused(upload, refusal):
+    write_zip(upload, {"config.json": b"{}", "config.json/": b""})
+    assert refusal().error.code == "archive_duplicate"
+
+
+def test_a_path_longer_than_the_system_takes_is_refused(upload, refusal):
+    write_zip(upload, {"/".join(["a" * 255] * 16): b""})
+    assert refusal().error.code == "archive_path"
+
+
+def test_names_that_are_not_utf_8_can_be_told(upload, refusal):
+    write_tar(upload, {"lis\udcc9.md": b"", "other": b""})
+    assert "lis\\udcc9.md" in refusal().error.message
+
+
 @pytest.mark.parametrize("form", ["w", "w:gz"])
 def test_a_cut_archive_is_damaged(upload, refusal, form):
     write_tar(

@@ -155,8 +155,17 @@ def test_a_bad_template_fails_typed_and_soon(
 
 
 def test_a_template_that_does_not_parse_is_refused() -> None:
-    with pytest.raises(ChatTemplateError, match="does not compile"):
-        ChatTemplate("{% for %}", {})
+    nested = "{% for i in [1] %}" * 25 + "{% endfor %}" * 25  # more than Python's own limit
+    for source in ("{% for %}", nested):
+        with pytest.raises(ChatTemplateError, match="does not compile"):
+            ChatTemplate(source, {})
+
+
+def test_what_a_template_says_can_leave_the_process() -> None:
+    template = ChatTemplate(r"{{ raise_exception('\ud800') }}", {})
+    with pytest.raises(ChatTemplateError, match="ud800") as caught:
+        template.render(CHAT)
+    str(caught.value).encode()
 
 
 def test_threads_have_clocks_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
