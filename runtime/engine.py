@@ -17,7 +17,14 @@ from torch import Tensor
 
 from runtime.execution.batch import StepBatch
 from runtime.execution.sampler import SampledToken, Sampler, SamplingFailure
-from runtime.protocol import DecoderInfo, Generate, SequenceOutput, Stats, TokenLogprob
+from runtime.protocol import (
+    DecoderInfo,
+    FinishReason,
+    Generate,
+    SequenceOutput,
+    Stats,
+    TokenLogprob,
+)
 from runtime.scheduling.scheduler import Scheduler, StepPlan
 from runtime.scheduling.sequence import Sequence
 from runtime.scheduling.validation import (
@@ -127,8 +134,8 @@ class DecoderEngine:
         token_ids = self._tokenise(generate)
         if not token_ids:
             raise refusal("the prompt is empty: it must have at least one token", param)
-        check_vocabulary(token_ids, self._vocab_size, param)
         self._check_length(len(token_ids), param)
+        check_vocabulary(token_ids, self._vocab_size, param)
         num_left = self.max_sequence_tokens - len(token_ids)
         return PreparedRequest(generate, token_ids, min(params.max_tokens, num_left))
 
@@ -188,6 +195,8 @@ class DecoderEngine:
             )
             if params.seed is not None:
                 sequence.seed = params.seed
+            if deliveries:  # hashing a long prompt again for every choice would hold up the others
+                sequence.block_keys = list(deliveries[0].sequence.block_keys)
             delivery = Delivery(sequence, self._make_stream(prepared))
             if generate.echo:
                 delivery.echo = self._echo(prepared)
@@ -288,21 +297,14 @@ class DecoderEngine:
 
     def _deliver(self, delivery: Delivery, token: SampledToken | None) -> SequenceOutput:
         """The sequence's output of this step: its new token, if any, and its end, if it ended."""
-        sequence, stream = delivery.sequence, delivery.stream
+        sequence = delivery.sequence
         token_ids = [] if token is None else [token.token_id]
-        text, reason = delivery.echo, sequence.finish_reason
-        if stream is not None:
-            text += stream.add(token_ids)
-            if stream.is_stopped:
-                self.scheduler.finish(sequence, "stop")
-            if sequence.is_finished:
-                text += stream.flush()
-            reason = "stop" if stream.is_stopped else sequence.finish_reason
+        text, reason = self._read(delivery, token_ids)
         output = SequenceOutput(
             request_id=sequence.request_id,
             choice=sequence.choice,
             token_ids=token_ids,
-            text=text,
+            text=delivery.echo + text,
             num_cached_tokens=sequence.num_cached_tokens,
             device_ns=delivery.device_ns,
             logprobs=None if token is None else self._describe(sequence, token),
@@ -310,6 +312,24 @@ class DecoderEngine:
         )
         self._count(delivery, output)
         return output
+
+    def _read(self, delivery: Delivery, token_ids: list[int]) -> tuple[str, FinishReason | None]:
+        """The new text, and why the sequence ended, if it did. A tokenizer that fails on its
+        tokens ends this sequence alone."""
+        sequence, stream = delivery.sequence, delivery.stream
+        if stream is None:
+            return "", sequence.finish_reason
+        try:
+            text = stream.add(token_ids)
+            if stream.is_stopped:
+                self.scheduler.finish(sequence, "stop")
+            if sequence.is_finished:
+                text += stream.flush()
+        except Exception:  # someone else's tokenizer may raise anything
+            log.exception("request %s: its text cannot be read", sequence.request_id)
+            self.scheduler.finish(sequence, "error")
+            return "", "error"
+        return text, "stop" if stream.is_stopped else sequence.finish_reason
 
     def _count(self, delivery: Delivery, output: SequenceOutput) -> None:
         sequence = delivery.sequence

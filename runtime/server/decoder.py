@@ -109,7 +109,7 @@ class DecoderServer(Server):
         result: PreparedRequest | WireError
         try:
             result = self._engine.prepare(message)
-        except Exception as error:  # noqa: BLE001 - a tokenizer or template may raise anything
+        except BaseException as error:  # noqa: BLE001 - a tokenizer or template may raise anything
             result = wire_error(error)
         with contextlib.suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(self._prepared, message.request_id, request, result)

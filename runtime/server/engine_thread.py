@@ -109,7 +109,7 @@ class EngineThread:
                     self._step()
                 self.stats = self._engine.stats()
                 self._check_when_idle()
-        except Exception:  # whatever it is, the peer must hear of it
+        except BaseException:  # whatever it is, the peer must hear of it
             logger.exception("the engine failed")
             message = "The model's engine failed and is being restarted. Try again."
             self._post(self._listener.fail, server_error("engine_failed", message, 503))

@@ -98,12 +98,23 @@ class Tokenizer:
     def encode(self, text: str, *, is_templated: bool = False) -> list[int]:
         """Token ids of a prompt. Text that a chat template made has its special tokens in it;
         other text gets those that `tokenizer.json`'s post-processor adds, such as a leading bos.
-        (`add_bos_token` in the configuration means nothing beside a `tokenizer.json`.)"""
-        return self._backend.encode(text, add_special_tokens=not is_templated).ids
+        (`add_bos_token` in the configuration means nothing beside a `tokenizer.json`.) Raises
+        `TokenizerError`."""
+        # Of a batch, since the library keeps the interpreter to itself while it encodes one text:
+        # seconds, for a long one, in which no other thread would run.
+        try:
+            encodings = self._backend.encode_batch_fast([text], add_special_tokens=not is_templated)
+        except BaseException as error:
+            raise _failure(error) from error
+        return encodings[0].ids
 
     def decode(self, token_ids: list[int]) -> str:
-        """The text, without special tokens and ids that the tokenizer does not know."""
-        return self._backend.decode(token_ids, skip_special_tokens=True)
+        """The text, without special tokens and ids that the tokenizer does not know. Raises
+        `TokenizerError`."""
+        try:
+            return self._backend.decode(token_ids, skip_special_tokens=True)
+        except BaseException as error:
+            raise _failure(error) from error
 
     def num_tokens_at_least(self, text: str) -> int:
         """A lower bound that costs nothing, to refuse a huge text before tokenising it."""
@@ -134,6 +145,12 @@ class Tokenizer:
         if self.is_byte_level:
             return byte_level_bytes(piece).decode("utf-8", "replace")
         return piece.replace("\u2581", " ")
+
+
+def _failure(error: BaseException) -> BaseException:
+    """A panic of the library, which is no `Exception` and would end a thread, as one."""
+    is_panic = type(error).__name__ == "PanicException"
+    return TokenizerError("the tokenizer fails on this input") if is_panic else error
 
 
 def _token(value: object) -> AddedToken | None:

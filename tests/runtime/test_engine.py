@@ -482,3 +482,29 @@ def test_a_template_that_refuses_names_the_messages() -> None:
     with pytest.raises(RequestError, match="no system role") as refused:
         bench.prepare(messages=[ChatMessage(role="system", content="x")])
     assert refused.value.error.param == "messages"
+
+
+def test_a_tokenizer_that_fails_ends_its_own_sequence_only() -> None:
+    class Broken:
+        is_stopped = False
+
+        def add(self, token_ids: list[int]) -> str:
+            raise ValueError("no such token")
+
+    bench = Bench()
+    bench.add("a", max_tokens=5)
+    bench.add("b", max_tokens=5)
+    bench.step()
+    bench.engine._requests["a"][0].stream = Broken()  # type: ignore[assignment]
+    bench.finish()
+    assert bench.finish_reason("a") == "error"
+    assert (bench.finish_reason("b"), len(bench.token_ids("b"))) == ("length", 5)
+
+
+def test_choices_share_the_hashes_of_their_prompt() -> None:
+    bench = Bench()
+    bench.add(token_ids=list(range(2, 42)), num_choices=3, max_tokens=1)
+    keys = [delivery.sequence.block_keys for delivery in bench.engine._requests["r"]]
+    assert len(keys[0]) == 10
+    assert all(a is b for other in keys[1:] for a, b in zip(keys[0], other, strict=True))
+    assert keys[0] is not keys[1]

@@ -1,10 +1,13 @@
 """The tokenizer reads a directory as transformers' AutoTokenizer does."""
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
+from tokenizers import decoders, models
 from transformers import AutoTokenizer
 
 from runtime.text.tokenizer import Tokenizer, TokenizerError
@@ -116,3 +119,30 @@ def test_a_broken_configuration_is_named(save_tokenizer: SaveTokenizer) -> None:
     save_tokenizer(tokenizer_config={"added_tokens_decoder": {"x": {"content": "<a>"}}})
     with pytest.raises(TokenizerError, match="names no valid tokens"):
         Tokenizer.load(directory)
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(
+    all_tokenizers: dict[str, Tokenizer],
+) -> None:
+    is_done = threading.Event()
+    num_turns = 0
+
+    def count() -> None:
+        nonlocal num_turns
+        while not is_done.wait(0.001):
+            num_turns += 1
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    next(iter(all_tokenizers.values())).encode("a long text, word by word " * 10_000)
+    seen = num_turns  # before the interpreter can go to the other thread
+    is_done.set()
+    thread.join()
+    assert seen > 3
+
+
+def test_a_panic_of_the_library_is_an_ordinary_error() -> None:
+    backend = tokenizers.Tokenizer(models.WordLevel({"a": 0, " ": 1}, unk_token="a"))
+    backend.decoder = decoders.Strip(" ", 1, 1)  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(TokenizerError, match="fails on this input"):
+        Tokenizer(backend).decode([1])
