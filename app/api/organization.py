@@ -8,16 +8,13 @@ from litestar.params import JSONBody
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.api.auth import allowed, authenticated, dependencies
-from app.billing.service import read_account, set_spending_limit
+from app.billing.service import parse_spending_limit, read_account, set_spending_limit
 from app.core.database import Database
-from app.core.errors import InvalidRequest
-from app.core.money import NANO_PER_UNIT, parse_amount
+from app.core.money import write_amount
 from app.organizations.principal import Principal
 from app.settings import Settings
 
 AnyRequest = Request[object, object, State]
-
-MAX_LIMIT_NANO = 10**9 * NANO_PER_UNIT  # a billion, so that sums stay far from 64 bits
 
 
 class OrganizationChange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -55,7 +52,8 @@ async def change_organization(
     request: AnyRequest, principal: NamedDependency[Principal], data: JSONBody[OrganizationChange]
 ) -> OrganizationState:
     """Requests that would exceed the limit are refused with 402 before they run."""
-    limit_nano = _limit_nano(data.spending_limit)
+    text = data.spending_limit
+    limit_nano = None if text is None else parse_spending_limit(text)
     database: Database = request.app.state.database
     settings: Settings = request.app.state.settings
     async with database.write() as session:
@@ -67,6 +65,7 @@ async def _state(
     session: AsyncSession, principal: Principal, settings: Settings
 ) -> OrganizationState:
     account = await read_account(session, principal.organization_id, settings.currency)
+    limit_nano = account.spending_limit_nano
     return OrganizationState(
         id=principal.organization_id,
         name=principal.organization_name,
@@ -74,31 +73,9 @@ async def _state(
         currency=account.currency,
         owed_nano=account.owed_nano,
         held_nano=account.held_nano,
-        spending_limit=_written(account.spending_limit_nano),
-        spending_limit_nano=account.spending_limit_nano,
+        spending_limit=None if limit_nano is None else write_amount(limit_nano),
+        spending_limit_nano=limit_nano,
     )
-
-
-def _limit_nano(text: str | None) -> int | None:
-    if text is None:
-        return None
-    try:
-        limit_nano = parse_amount(text)
-    except ValueError as error:
-        raise InvalidRequest(
-            f"spending_limit must be {error}, or null.", param="spending_limit"
-        ) from None
-    if limit_nano > MAX_LIMIT_NANO:
-        raise InvalidRequest("spending_limit is too large.", param="spending_limit")
-    return limit_nano
-
-
-def _written(nano: int | None) -> str | None:
-    """`12.50`: at least two decimals, no more than needed."""
-    if nano is None:
-        return None
-    units, rest = divmod(nano, NANO_PER_UNIT)
-    return f"{units}.{f'{rest:09d}'.rstrip('0').ljust(2, '0')}"
 
 
 router = Router(

@@ -13,12 +13,14 @@ from app.billing.prices import ANY_ENDPOINT, Item, add_book
 from app.billing.tables import AccountBalance, PriceBook
 from app.core import clock
 from app.core.errors import Conflict, InvalidRequest
+from app.core.money import NANO_PER_UNIT, parse_amount
 from app.metering.tables import DIMENSIONS
 
 SERVICE_CLASSES = ("standard", "priority", "batch")
 MAX_PRICE_NANO = 10**15  # a million of the currency per unit scale
 MAX_UNIT_SCALE = 10**15
 MAX_ITEMS = 10_000
+MAX_LIMIT_NANO = 10**9 * NANO_PER_UNIT  # a billion, so that sums stay far from 64 bits
 
 
 class Account(msgspec.Struct, frozen=True):
@@ -36,6 +38,19 @@ async def read_account(session: AsyncSession, organization_id: str, currency: st
     if row is None:
         return Account(currency, 0, 0, None)
     return Account(row.currency, -row.posted_nano, row.held_nano, row.credit_limit_nano)
+
+
+def parse_spending_limit(text: str) -> int:
+    """Nano-units from an amount as people write it. Raises `InvalidRequest`."""
+    try:
+        limit_nano = parse_amount(text)
+    except ValueError as error:
+        raise InvalidRequest(f"A spending limit is {error}.", param="spending_limit") from None
+    if limit_nano > MAX_LIMIT_NANO:
+        raise InvalidRequest(
+            "A spending limit is at most a billion; for more, set none.", param="spending_limit"
+        )
+    return limit_nano
 
 
 async def set_spending_limit(

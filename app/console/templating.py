@@ -88,6 +88,7 @@ NOTICES = {
     "published": "The endpoint is open to every organization on this box. Whoever calls, pays.",
     "unpublished": "The endpoint is private to your organization again.",
     "rolled-back": "The endpoint is moving to the version you chose.",
+    "limit": "The spending limit is changed, and in force from the next request on.",
     "revoked": "The key is revoked. Calls that use it are refused within a second.",
 }
 

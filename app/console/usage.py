@@ -1,12 +1,16 @@
 """The page Usage and spend, and one request's receipt."""
 
-from litestar import Response, Router, get
+from typing import Any
+
+from litestar import Response, Router, get, post
 from litestar.params import FromPath, FromQuery
 
-from app.console.sessions import signed_in
+from app.billing.service import parse_spending_limit, set_spending_limit
+from app.console.sessions import form_field, go, signed_in
 from app.console.templating import PageRequest, page
 from app.console.usage_view import DIMENSION_NAMES, read_usage, spend_chart
 from app.core.database import Database
+from app.core.money import write_amount
 from app.metering.receipts import read_receipt
 from app.settings import Settings
 
@@ -23,8 +27,29 @@ async def show_usage(request: PageRequest, days: FromQuery[int] = 30) -> Respons
     num_days = days if days in PERIODS else 30
     async with database.read() as session:
         view = await read_usage(session, principal.organization_id, num_days, settings.currency)
-    chart = spend_chart(view)
-    return page(request, "usage/usage.html", view=view, chart=chart, periods=PERIODS)
+    limit_nano = view.account.spending_limit_nano
+    return page(
+        request,
+        "usage/usage.html",
+        view=view,
+        chart=spend_chart(view),
+        periods=PERIODS,
+        limit="" if limit_nano is None else write_amount(limit_nano),
+    )
+
+
+@post("/usage/limit", status_code=200)
+async def change_limit(request: PageRequest) -> Response[Any]:
+    """Sets how much the organization may owe; an empty field takes the limit away."""
+    principal = signed_in(request).principal
+    principal.require("admin")
+    text = (await form_field(request, "spending_limit")).strip()
+    limit_nano = parse_spending_limit(text) if text else None
+    settings: Settings = request.app.state.settings
+    database: Database = request.app.state.database
+    async with database.write() as session:
+        await set_spending_limit(session, principal.organization_id, limit_nano, settings.currency)
+    return go(request, "/console/usage?notice=limit")
 
 
 @get("/receipts/{request_id:str}")
@@ -38,4 +63,4 @@ async def show_receipt(request: PageRequest, request_id: FromPath[str]) -> Respo
     return page(request, "receipts/receipt.html", receipt=receipt, dimensions=DIMENSION_NAMES)
 
 
-router = Router("", route_handlers=[show_usage, show_receipt])
+router = Router("", route_handlers=[show_usage, change_limit, show_receipt])

@@ -41,3 +41,9 @@ def parse_amount(text: str) -> int:
         raise ValueError("an amount such as 12.50, with at most nine decimals")
     units, decimals = amount["units"].replace(",", ""), amount["decimals"] or ""
     return int(units or "0") * NANO_PER_UNIT + int(decimals.ljust(9, "0"))
+
+
+def write_amount(nano: int) -> str:
+    """`12.50`, as `parse_amount` reads it: at least two decimals, no more than needed."""
+    units, rest = divmod(nano, NANO_PER_UNIT)
+    return f"{units}.{f'{rest:09d}'.rstrip('0').ljust(2, '0')}"

@@ -257,6 +257,19 @@ async def test_usage_before_the_first_call_teaches(owned: Console) -> None:
     assert "30 days" in page
 
 
+async def test_the_spending_limit_is_set_and_taken_away(owned: Console) -> None:
+    done = await owned.post("/console/usage", "/console/usage/limit", spending_limit="12.5")
+    assert done.status == 303
+    page = (await owned.client.get("/console/usage?notice=limit")).text
+    assert "limit $12.50" in page
+    assert 'value="12.50"' in page
+    refused = await owned.post("/console/usage", "/console/usage/limit", spending_limit="much")
+    assert refused.status == 400
+    assert "an amount such as 12.50" in refused.text
+    await owned.post("/console/usage", "/console/usage/limit", spending_limit="")
+    assert "no limit set" in (await owned.client.get("/console/usage")).text
+
+
 # --- uploads ----------------------------------------------------------------------------
 
 
