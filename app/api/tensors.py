@@ -86,13 +86,13 @@ def cast_to(array: Array, spec: TensorSpec) -> Array:
     if kind not in "biuf":
         raise _wrong(spec, NUMBERS_ONLY)
     if spec.dtype == "bfloat16":
-        return _to_bfloat16(array.astype("<f4"))
+        return _to_bfloat16(_to_float(array, np.dtype("<f4"), spec), spec)
     try:
         dtype = np.dtype(spec.dtype).newbyteorder("<")
     except TypeError:
         raise _wrong(spec, f"is of type {spec.dtype}, which JSON cannot carry") from None
     if dtype.kind == "f":
-        return array.astype(dtype)
+        return _to_float(array, dtype, spec)
     if dtype.kind == "b":
         if kind != "b" and not np.isin(array, (0, 1)).all():
             raise _wrong(spec, "must hold true and false (or 1 and 0)")
@@ -183,11 +183,26 @@ def npy_of(tensor: Tensor) -> bytes:
     return file.getvalue()
 
 
-def _to_bfloat16(array: Array) -> Array:
+def _to_float(array: Array, dtype: np.dtype[Any], spec: TensorSpec) -> Array:
+    with np.errstate(over="ignore"):  # looked at below, input by input
+        floats = array.astype(dtype)
+    _check_overflow(array, floats, spec)
+    return floats
+
+
+def _to_bfloat16(array: Array, spec: TensorSpec) -> Array:
     """Rounds to nearest, ties to even; NaN stays NaN."""
     bits = np.ascontiguousarray(array, "<f4").view("<u4")
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    return np.where(np.isnan(array), np.uint32(0x7FC0), rounded).astype("<u2")
+    rounded = np.where(np.isnan(array), np.uint32(0x7FC0), rounded)
+    _check_overflow(array, (rounded << np.uint32(16)).view("<f4"), spec)
+    return rounded.astype("<u2")
+
+
+def _check_overflow(given: Array, floats: Array, spec: TensorSpec) -> None:
+    """Infinity is a value like any other, but only where it was given."""
+    if not np.isfinite(floats).all() and (np.isinf(floats) & np.isfinite(given)).any():
+        raise _wrong(spec, f"holds a number that is too large for {spec.dtype}")
 
 
 def _wrong(spec: TensorSpec, problem: str) -> InvalidRequest:

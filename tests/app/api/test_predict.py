@@ -44,6 +44,7 @@ WRONG: list[tuple[Any, str, str]] = [
     ({**ROWS, "x": [[1, 2, 3], [4, 5, 6]]}, "inputs.x", "the model takes [any, 2]"),
     ({**ROWS, "x": [[1, 2]] * 5}, "inputs.x", "at most 4"),
     ({**ROWS, "x": []}, "inputs.x", "shape [0]"),
+    ({**ROWS, "x": [[1, 1e300], [2, 3]]}, "inputs.x", "too large for float32"),
     ({**ROWS, "k": [1.5, 2]}, "inputs.k", "whole numbers"),
     ({**ROWS, "k": [2**64, 2]}, "inputs.k", "numbers"),
     ({**ROWS, "k": [2**63, 2]}, "inputs.k", "numbers from"),
@@ -211,3 +212,25 @@ def test_values_that_would_change_are_refused(dtype: str, value: list[Any], word
     spec = TensorSpec(name="v", dtype=dtype, shape=[None])
     with pytest.raises(InvalidRequest, match=words):
         tensors_of({"v": value}, Schema(inputs=[spec], outputs=[], is_batched=False))
+
+
+FLOATS = {
+    "float16": (65504.0, 65520.0),
+    "bfloat16": (3.3895e38, 3.4e38),
+    "float32": (3.4028e38, 1e39),
+    "float64": (1.7e308, None),
+}
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_finite_number_never_becomes_infinite(dtype: str) -> None:
+    spec = TensorSpec(name="v", dtype=dtype, shape=[None])
+    schema = Schema(inputs=[spec], outputs=[], is_batched=False)
+    greatest, too_large = FLOATS[dtype]
+    kept = [greatest, -greatest, float("inf"), float("-inf"), float("nan")]
+    (tensor,) = tensors_of({"v": kept}, schema)
+    assert np.isfinite(array_of(tensor)).tolist() == [True, True, False, False, False]
+    for value in (too_large, too_large and -too_large, 10**18 if dtype == "float16" else None):
+        if value is not None:
+            with pytest.raises(InvalidRequest, match=r"inputs\.v .* too large for " + dtype):
+                tensors_of({"v": [0, value]}, schema)
