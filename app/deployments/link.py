@@ -1,13 +1,13 @@
 """The gateway's side of one worker's stream.
 
-Owns the requests under way on one replica: who waits for what, the order in which outputs are
-made durable and handed out, and the end of all of them when the worker goes. Framing is
-`stream.py`'s, the bounds on what a worker may claim are in `claims.py`.
+Owns the requests under way on one replica: who waits for what, and the end of all of them when
+the worker goes. Framing is `stream.py`'s, the bounds on what a worker may claim are in
+`claims.py`, the order in which outputs are made durable and handed out in `delivery.py`.
 """
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 
 import msgspec
 
@@ -21,6 +21,7 @@ from app.deployments.claims import (
     failure_of,
     worker_failure,
 )
+from app.deployments.delivery import Commit, Delivery
 from app.deployments.generation import Generation, Outputs, lost_generation
 from app.deployments.launchers.base import LaunchError
 from app.deployments.outstanding import Call, Outstanding
@@ -47,18 +48,16 @@ from runtime.protocol import (
 )
 
 MAX_OUTSTANDING = 2048
-MAX_UNDELIVERED = 64  # frames that wait for the journal before the worker has to wait too
 PREPARE_SECONDS = 60.0
 CANCEL_SECONDS = 60.0  # a worker that has not ended a cancelled request by then hangs
 
 log = logging.getLogger(__name__)
-Commit = Callable[[list[SequenceOutput]], Awaitable[None]]
 
 
 class ReplicaLink:
     """Multiplexes requests over one worker's stream; `stream` is the protocol to connect it with.
 
-    `commit` is awaited once for each step, in order, before any of its outputs is handed out. A
+    `commit` is awaited for each step's outputs, in order, before any of them is handed out. A
     worker that goes, or that claims what cannot be true, ends the link: `wait_closed` tells why,
     and every request on it fails with a typed 503.
     """
@@ -71,7 +70,6 @@ class ReplicaLink:
         num_devices: int = 1,
         max_outstanding: int = MAX_OUTSTANDING,
     ) -> None:
-        self._commit = commit
         self._manifest = manifest
         self._num_devices = num_devices
         self._max_outstanding = max_outstanding
@@ -80,7 +78,7 @@ class ReplicaLink:
         self.stream: FrameStream[FromWorker] = FrameStream(decoder, self._receive, self._on_lost)
         self.stats = Stats()
         self._outstanding = Outstanding()
-        self._undelivered: asyncio.Queue[Step | Failed | None] = asyncio.Queue()
+        self._delivery = Delivery(commit, self._outstanding, self.stream)
         self._ready: asyncio.Future[Ready] = self._loop.create_future()
         self._ready_ns = 0
         self._device_ns = 0
@@ -90,7 +88,7 @@ class ReplicaLink:
         self._is_draining = False
         self._is_false = False
         self._fatal = ""
-        self._delivery = self._loop.create_task(self._deliver())
+        self._delivering = self._loop.create_task(self._deliver())
 
     # --- life -----------------------------------------------------------------------------
 
@@ -298,7 +296,7 @@ class ReplicaLink:
             generation.check(output, now_ns, self._vocab_size, self._num_devices)
             self._device_ns += output.device_ns
         check_device_time(self._device_ns, now_ns - self._ready_ns, self._num_devices)
-        self._queue(step)
+        self._delivery.add(step)
 
     def _on_predicted(self, predicted: Predicted) -> None:
         call = self._outstanding.calls.get(predicted.request_id)
@@ -318,55 +316,22 @@ class ReplicaLink:
         generation = self._outstanding.generations.get(failed.request_id)
         if generation is not None and generation.started_ns is not None:
             generation.is_failed = True
-            self._queue(failed)  # behind the outputs that came before it
+            self._delivery.add(failed)  # behind the outputs that came before it
         elif failed.request_id in self._outstanding:
             self._outstanding.fail(failed.request_id, failure_of(failed.error))
         else:
             self._outstanding.expect_ended(failed.request_id)
 
-    # --- handing out ----------------------------------------------------------------------
-
-    def _queue(self, message: Step | Failed) -> None:
-        self._undelivered.put_nowait(message)
-        if self._undelivered.qsize() >= MAX_UNDELIVERED:
-            self.stream.pause_reading()
+    # --- the end --------------------------------------------------------------------------
 
     async def _deliver(self) -> None:
-        """Hands out outputs in order, each step once it is durable; then fails what is left."""
+        """Hands out outputs until the stream ends; then fails what is left."""
         try:
-            while (message := await self._undelivered.get()) is not None:
-                if isinstance(message, Step):
-                    await self._deliver_step(message.outputs)
-                else:
-                    self._outstanding.fail(message.request_id, failure_of(message.error))
-                if self._undelivered.qsize() == MAX_UNDELIVERED // 2:
-                    self.stream.resume_reading()
+            await self._delivery.run()
         finally:
             self.stream.close("answered, but the answer could not be handled")
             for request_id in list(self._outstanding.generations):
                 self._outstanding.fail(request_id, self._lost())
-
-    async def _deliver_step(self, outputs: list[SequenceOutput]) -> None:
-        by_request: dict[str, list[SequenceOutput]] = {}
-        for output in outputs:
-            if output.request_id in self._outstanding.generations:
-                by_request.setdefault(output.request_id, []).append(output)
-        if not by_request:
-            return
-        try:
-            await self._commit([output for added in by_request.values() for output in added])
-        except AppError as error:  # not durable: these outputs never leave the box
-            for request_id in by_request:
-                self._send(Cancel(request_id=request_id))
-                self._outstanding.fail(request_id, error)
-            return
-        for request_id, added in by_request.items():
-            generation = self._outstanding.generations.get(request_id)
-            if generation is None:
-                continue
-            generation.deliver(added)
-            if generation.is_delivered:
-                self._outstanding.forget(request_id)
 
     def _on_lost(self, reason: str) -> None:
         log.info("a worker %s", reason)
@@ -379,7 +344,7 @@ class ReplicaLink:
         for request_id, generation in list(self._outstanding.generations.items()):
             if generation.started_ns is None:
                 self._outstanding.fail(request_id, self._lost())
-        self._undelivered.put_nowait(None)
+        self._delivery.end()
 
     def _lost(self) -> AppError:
         if self._is_false:

@@ -192,13 +192,14 @@ async def test_no_token_leaves_before_its_record_is_durable(
 ) -> None:
     """The disk stalls: nothing arrives. It recovers: everything does."""
     gate = asyncio.Event()
-    commit = box.fleet.targets["tiny"].link._commit
+    delivery = box.fleet.targets["tiny"].link._delivery
+    commit = delivery._commit
 
     async def stalled(outputs: Any) -> None:
         await gate.wait()
         await commit(outputs)
 
-    monkeypatch.setattr(box.fleet.targets["tiny"].link, "_commit", stalled)
+    monkeypatch.setattr(delivery, "_commit", stalled)
     answer = asyncio.create_task(client.completions.create(model="tiny", prompt="a"))
     done, _ = await asyncio.wait([answer], timeout=0.2)
     assert not done

@@ -11,6 +11,7 @@ import pytest
 from app.core.clock import monotonic_ns
 from app.core.errors import AppError, RateLimited, RuntimeFailure, TooLarge, Unavailable
 from app.deployments import link as link_module
+from app.deployments.delivery import MAX_UNDELIVERED
 from app.deployments.launchers.base import LaunchError
 from app.deployments.link import ReplicaLink
 from runtime.protocol import (
@@ -80,8 +81,10 @@ class Ledger:
         self.gate = asyncio.Event()
         self.gate.set()
         self.error: AppError | None = None
+        self.sizes: list[int] = []  # how many outputs each commit held
 
     async def commit(self, outputs: list[SequenceOutput]) -> None:
+        self.sizes.append(len(outputs))
         await self.gate.wait()
         if self.error is not None:
             raise self.error
@@ -134,7 +137,7 @@ async def connect(ledger: Ledger) -> AsyncIterator[Any]:
     for pair in pairs:
         pair.link.close("the test is over")
         pair.worker.writer.close()
-        await pair.link._delivery
+        await pair.link._delivering
 
 
 @pytest.fixture
@@ -262,6 +265,51 @@ async def test_requests_share_steps_and_choices_end_one_by_one(pair: Pair) -> No
     pair.worker.send(Step(outputs=step), Step(outputs=[output(choice=1, finish_reason="stop")]))
     assert await collect(second) == [[step[1]]]
     assert await collect(first) == [[step[0], step[2]], [output(choice=1, finish_reason="stop")]]
+
+
+async def test_steps_that_wait_for_the_journal_share_its_next_record(
+    pair: Pair, ledger: Ledger
+) -> None:
+    first, second = await pair.started(generate("r1")), await pair.started(generate("r2"))
+    broke = WireError(type="server_error", message="broke", code="broke", status=500)
+    ledger.gate.clear()
+    pair.worker.send(Step(outputs=[output("r1")]))
+    await until(lambda: ledger.sizes == [1])
+    pair.worker.send(
+        *[Step(outputs=[output("r1"), output("r2")]) for _ in range(10)],
+        Failed(request_id="r2", error=broke),
+        *[Step(outputs=[output("r1")]) for _ in range(4)],
+        Step(outputs=[output("r1", finish_reason="stop")]),
+        Stats(requests=1),
+    )
+    await until(lambda: pair.link.stats.requests == 1)
+    ledger.gate.set()
+    assert [len(step) for step in await collect(first)] == [1] * 16
+    assert ledger.sizes == [1, 20, 5]  # nothing passes the failure
+    for _ in range(10):
+        assert await anext(second) == [output("r2")]
+    with pytest.raises(RuntimeFailure, match="broke"):
+        await anext(second)
+
+
+async def test_a_shared_record_is_bounded_and_fails_as_one(pair: Pair, ledger: Ledger) -> None:
+    outputs = [await pair.started(generate(f"r{n}", max_tokens=400)) for n in range(2)]
+    ledger.gate.clear()
+    pair.worker.send(Step(outputs=[output("r0")]))
+    await until(lambda: ledger.sizes == [1])
+    steps = [Step(outputs=[output(f"r{n % 2}")]) for n in range(2 * MAX_UNDELIVERED)]
+    pair.worker.send(*steps, Stats(requests=1))
+    await until(lambda: pair.link.stats.requests == 1)
+    ledger.gate.set()
+    await until(lambda: len(ledger.sizes) == 3)
+    assert ledger.sizes == [1, MAX_UNDELIVERED, MAX_UNDELIVERED]
+    ledger.error = Unavailable("no disk", code="journal_unavailable")
+    pair.worker.send(*steps[:4])
+    for each in outputs:
+        with pytest.raises(AppError, match="no disk"):
+            await collect(each)
+    cancels = [await pair.worker.receive() for _ in outputs]
+    assert {cancel.request_id for cancel in cancels} == {"r0", "r1"}
 
 
 async def test_what_is_not_durable_is_not_delivered(pair: Pair, ledger: Ledger) -> None:
@@ -607,9 +655,9 @@ async def test_a_slow_journal_holds_the_worker_back(pair: Pair, ledger: Ledger) 
     for _ in range(399):
         pair.worker.send(Step(outputs=[output(text=text)]))
     pair.worker.send(Step(outputs=[output(text=text, finish_reason="stop")]))
-    await until(lambda: pair.link._undelivered.qsize() >= link_module.MAX_UNDELIVERED)
+    await until(lambda: pair.link._delivery.num_waiting >= MAX_UNDELIVERED)
     await asyncio.sleep(0.1)
-    waiting = pair.link._undelivered.qsize()
+    waiting = pair.link._delivery.num_waiting
     assert waiting < 300
     assert pair.worker.writer.transport.get_write_buffer_size() > 0
     ledger.gate.set()
