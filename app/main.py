@@ -6,6 +6,7 @@ Owns the order of start and stop. No other module constructs a part that another
 import asyncio
 import gc
 import logging
+import signal
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
@@ -35,6 +36,7 @@ from app.api.relay import Relay
 from app.billing.accounts import AccountWriter, open_account
 from app.billing.prices import PriceTable
 from app.core.broadcast import Broadcast
+from app.core.claim import DatabaseClaim, DatabaseInUse
 from app.core.database import Database, create_writer_engine
 from app.core.errors import AppError
 from app.core.lock import hold_data_dir
@@ -51,6 +53,7 @@ from app.registry.uploads import UploadStore
 from app.settings import Settings
 
 EXPIRE_SECONDS = 3600
+RENEW_SECONDS = 5.0
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +100,7 @@ async def start(
     """Starts every part in the order of dependence; `stack` stops them in reverse."""
     stack.enter_context(hold_data_dir(settings.data_dir))
     state.storage = storage = Storage(settings.data_dir)
+    await claim_database(state, settings, stack)
     await asyncio.to_thread(migrate, settings)
     state.database = database = Database(settings.async_database_url)
     stack.push_async_callback(database.close)
@@ -117,6 +121,30 @@ async def start(
     announce(f"Tapeout is at {settings.url}")
     if setup_token is not None:
         announce(f"Set it up with this one-time link: {settings.url}/console/setup/{setup_token}")
+
+
+async def claim_database(state: State, settings: Settings, stack: AsyncExitStack) -> None:
+    """Before anything is read or written: a second app would take this one's builds, workers and
+    set-up link for what a dead process left. Raises `DatabaseInUse`."""
+    state.claim = claim = DatabaseClaim(settings.sync_database_url)
+    stack.callback(claim.release)
+    await asyncio.to_thread(claim.take)
+    stack.push_async_callback(stop_task, asyncio.create_task(renew_claim(claim)))
+
+
+async def renew_claim(claim: DatabaseClaim) -> None:
+    """Takes the database again when its claim was lost with a connection. Ends this process when
+    another one has it by then: two would undo each other's work."""
+    while True:
+        await asyncio.sleep(RENEW_SECONDS)
+        try:
+            await asyncio.to_thread(claim.renew)
+        except DatabaseInUse as error:
+            log.critical("this Tapeout ends, for it has lost its database: %s", error.message)
+            signal.raise_signal(signal.SIGTERM)
+            return
+        except AppError as error:
+            log.error("the claim on the database is lost for now: %s", error.message)
 
 
 def spare_the_collector(stack: AsyncExitStack) -> None:

@@ -1,17 +1,23 @@
 """`tapeout serve`: checks what it can before the start, then runs the box until SIGTERM."""
 
+import asyncio
 import logging
 import os
 import socket
-from collections.abc import Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import click
 import uvicorn
 
 from app.cli.client import Refused
+from app.core.errors import AppError
 from app.settings import Settings, SettingsError, read_settings
+
+if TYPE_CHECKING:
+    from litestar import Litestar
 
 MIN_FREE_BYTES = 512 * 1024**2
 
@@ -47,26 +53,55 @@ def serve(data_dir: Path | None, host: str | None, port: int | None) -> None:
             log_config=None,
             timeout_graceful_shutdown=settings.drain_seconds,
             server_header=False,
+            lifespan="off",  # the server below runs it, to tell what stops the start
         ),
-        on_exit=app.state.broadcast.close,
+        app,
     )
-    server.run()
+    try:
+        server.run()
+    except ExceptionGroup as group:  # what is raised in an application's lifespan comes in one
+        raise plain_refusal(group) from group
     if not server.started:
         raise SystemExit(1)
 
 
 class Server(uvicorn.Server):
-    """Ends with exit code 0 when it is told to: running requests finish, open pages are let go.
-    A second signal ends it at once."""
+    """Runs the app from its start to its end, and exits with code 0 when it is told to: running
+    requests finish, open pages are let go. A second signal ends it at once."""
 
-    def __init__(self, config: uvicorn.Config, on_exit: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, app: "Litestar") -> None:
         super().__init__(config)
-        self._on_exit = on_exit
+        self._app = app
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Raises what stops the app's start, in an `ExceptionGroup`."""
+        with self.capture_signals():
+            started = AsyncExitStack()
+            await started.enter_async_context(self._app.lifespan())
+            try:
+                await super().serve(sockets)
+            finally:
+                if self.force_exit:
+                    for task in asyncio.all_tasks() - {asyncio.current_task()}:
+                        task.cancel()
+                await started.aclose()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.force_exit = self.should_exit
         self.should_exit = True
-        self._on_exit()
+        self._app.state.broadcast.close()
+
+
+def plain_refusal(group: "ExceptionGroup[Exception]") -> Exception:
+    """One plain sentence where all that stopped the start is an error made for people; whatever
+    else it is, as it is."""
+    refusals, others = group.split(AppError)
+    if refusals is None or others is not None:
+        return group
+    first: Exception = refusals
+    while isinstance(first, ExceptionGroup):
+        first = first.exceptions[0]
+    return Refused(str(first))
 
 
 def check_machine(settings: Settings) -> None:

@@ -1,15 +1,20 @@
-"""One app process per data directory: an advisory lock that ends with the process, however it ends.
+"""Advisory locks on files, which end with the process however it ends, and the data directory's.
 
-The lock file's content only tells a person who holds it; the kernel's lock is what counts.
+A lock file's content only tells a person who holds it; the kernel's lock is what counts.
 """
 
 import fcntl
 import os
 from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from app.core.errors import Conflict
+
+
+class FileInUse(Exception):
+    """Another process holds the lock. Its text names that process, where that is known, in
+    brackets after a blank, so that it can follow a noun; else it is empty."""
 
 
 class DataDirInUse(Conflict):
@@ -19,16 +24,16 @@ class DataDirInUse(Conflict):
 
 
 @contextmanager
-def hold_data_dir(data_dir: Path) -> Generator[None]:
-    """Holds `data_dir` while the block runs. Raises `DataDirInUse` at once, never waits."""
-    data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+def hold_file(path: Path) -> Generator[None]:
+    """Holds the lock file `path` while the block runs. Raises `FileInUse` at once, never waits,
+    and `OSError` where the file cannot be made."""
     # Never unlinked: a second process could then lock a new file beside the one still held.
-    descriptor = os.open(data_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise DataDirInUse(_explanation(data_dir, descriptor)) from error
+            raise FileInUse(_holder(descriptor)) from error
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         yield
@@ -36,11 +41,22 @@ def hold_data_dir(data_dir: Path) -> Generator[None]:
         os.close(descriptor)
 
 
-def _explanation(data_dir: Path, descriptor: int) -> str:
-    holder = ""
+@contextmanager
+def hold_data_dir(data_dir: Path) -> Generator[None]:
+    """Holds `data_dir` while the block runs. Raises `DataDirInUse` at once, never waits."""
+    data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(hold_file(data_dir / "lock"))
+        except FileInUse as holder:
+            raise DataDirInUse(
+                f"{data_dir} is in use by another Tapeout{holder}. "
+                "Stop that one first, or give this one a data directory of its own with --data-dir."
+            ) from holder
+        yield
+
+
+def _holder(descriptor: int) -> str:
     with suppress(ValueError, OSError):
-        holder = f" (process {int(os.pread(descriptor, 32, 0))})"
-    return (
-        f"{data_dir} is in use by another Tapeout{holder}. "
-        "Stop that one first, or give this one a data directory of its own with --data-dir."
-    )
+        return f" (process {int(os.pread(descriptor, 32, 0))})"
+    return ""
