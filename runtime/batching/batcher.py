@@ -186,20 +186,33 @@ class Batcher:
         loop = asyncio.get_running_loop()
         started_ns = time.monotonic_ns()
         pieces = [pending.item.inputs for pending in batch]
+        results: list[_Part | PredictFailure] = [_lost_run() for _ in batch]
         try:
             results = await loop.run_in_executor(self._executor, self._run_pieces, pieces)
-            for pending, result in zip(batch, results, strict=True):
-                if isinstance(result, _Part):
-                    queue_ns = started_ns - pending.arrived_ns
-                    result = msgspec.structs.replace(result, queue_ns=queue_ns)
-                _settle(pending.item.answer, result)
+        except asyncio.CancelledError:  # the loop is closing
+            raise
+        except BaseException:  # whatever it is, nobody may wait for ever
+            logger.exception("the answers of %d requests were lost", len(batch))
         finally:
             self._running = None
+            self._answer(batch, results, started_ns)
         if any(_is_lost_device(result) for result in results):
             self._refuse_all(_lost_device())
             if self._on_lost_device is not None:
                 self._on_lost_device()
         self._wake()
+
+    def _answer(
+        self,
+        batch: list[Pending[_Piece]],
+        results: list[_Part | PredictFailure],
+        started_ns: int,
+    ) -> None:
+        for pending, result in zip(batch, results, strict=True):
+            if isinstance(result, _Part):
+                queue_ns = started_ns - pending.arrived_ns
+                result = msgspec.structs.replace(result, queue_ns=queue_ns)
+            _settle(pending.item.answer, result)
 
     def _run_pieces(self, pieces: list[list[torch.Tensor]]) -> list[_Part | PredictFailure]:
         """On the executor's thread. One result per piece, in order."""
@@ -264,6 +277,11 @@ def _model_failure(error: Exception) -> PredictFailure:
     text = str(error).strip().splitlines()
     reason = f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__
     return PredictFailure("model_failed", f"The model failed on this input ({reason}).", status=422)
+
+
+def _lost_run() -> PredictFailure:
+    message = "The model's process failed on this request. Try again."
+    return PredictFailure("internal_error", message, status=500)
 
 
 def _is_lost_device(result: object) -> bool:

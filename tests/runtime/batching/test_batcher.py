@@ -235,3 +235,25 @@ async def test_closing_refuses_what_waits_and_what_comes(program):
     await closing
     with pytest.raises(PredictFailure, match="stopping"):
         await batcher.predict(rows(1))
+
+
+async def test_a_failure_beyond_the_program_answers_everyone_and_is_logged(program, caplog):
+    """Not even an exit that is asked for within a run leaves anyone waiting."""
+    batcher = Batcher(program, schema())
+    doubled = batcher._run
+
+    def leave(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        doubled(inputs)
+        raise SystemExit(3)
+
+    batcher._run = leave
+    async with asyncio.timeout(10):
+        answers = await asyncio.gather(
+            *(batcher.predict(rows(n)) for n in range(3)), return_exceptions=True
+        )
+    assert [answer.error.code for answer in answers] == ["internal_error"] * 3
+    assert {answer.error.status for answer in answers} == {500}
+    assert "were lost" in caplog.text
+    batcher._run = doubled
+    assert values(await batcher.predict(rows(4))) == [8]  # and it goes on
+    await batcher.close()
