@@ -52,6 +52,14 @@ def queue_full() -> WireError:
     return WireError(type="rate_limit_error", code="queue_full", message=message, status=429)
 
 
+def output_too_large() -> WireError:
+    """The end of a request whose answer fits no frame."""
+    message = "The output is too large for one answer. Ask for less per request."
+    return WireError(
+        type="invalid_request_error", code="output_too_large", message=message, status=413
+    )
+
+
 def cancelled() -> WireError:
     """The end of a request that was cancelled before it produced anything."""
     message = "The request was cancelled."

@@ -30,6 +30,7 @@ from runtime.server.connection import (
     Connection,
     Server,
     cancelled,
+    output_too_large,
     queue_full,
     server_error,
     wire_error,
@@ -173,21 +174,28 @@ class DecoderServer(Server):
     # --- while it runs: `engine_thread.Listener` -----------------------------------------
 
     def deliver(self, outputs: list[SequenceOutput], finished: list[str]) -> None:
+        self._send_step(outputs)
         for request_id in finished:
             self._requests.pop(request_id, None)
-        self._send_step(outputs)
         if self._is_paused:
             self._num_held_credits += 1
         else:
             self._thread.give_credit()
 
     def _send_step(self, outputs: list[SequenceOutput]) -> None:
-        """In one frame, or in several when many choices echo a long prompt."""
+        """In one frame, or in several when many choices echo a long prompt. An output that fits
+        none ends its request."""
+        # Of one that has failed on this side, the engine still tells until it is aborted.
+        outputs = [output for output in outputs if output.request_id in self._requests]
+        if not outputs:
+            return
         try:
             self.connection.send(Step(outputs=outputs))
         except ValueError:
             if len(outputs) == 1:
-                raise  # no token has so much text; the stream is over
+                self._thread.abort(outputs[0].request_id)
+                self.end(outputs[0].request_id, output_too_large())
+                return
             half = len(outputs) // 2
             self._send_step(outputs[:half])
             self._send_step(outputs[half:])

@@ -21,6 +21,7 @@ from runtime.protocol import (
 from runtime.server.connection import (
     Server,
     cancelled,
+    output_too_large,
     queue_full,
     server_error,
     wire_error,
@@ -82,8 +83,11 @@ class TensorServer(Server):
             answer = Failed(request_id=request_id, error=failure.error)
         except Exception as error:  # noqa: BLE001 - only this request may suffer
             answer = Failed(request_id=request_id, error=wire_error(error))
+        try:
+            self.connection.send(answer)
+        except ValueError:  # names and shapes count too
+            self.refuse(request_id, output_too_large())
         del self._tasks[request_id]
-        self.connection.send(answer)
 
     def _cancel(self, request_id: str) -> None:
         if (task := self._tasks.pop(request_id, None)) is not None:

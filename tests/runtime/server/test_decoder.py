@@ -317,6 +317,25 @@ async def test_a_step_too_large_for_a_frame_is_sent_in_parts(
         assert choices == [0, 1, 2, 3]
 
 
+async def test_an_output_too_large_for_any_frame_fails_its_request_alone(
+    engine: FakeEngine, server: DecoderServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "MAX_FRAME_BYTES", 1000)
+    async with Stream(server) as peer:
+        engine.text = "x" * 2000
+        await start(peer, "a", 10_000, num_choices=2)
+        await peer.expect_failed("a", "output_too_large", 413)
+        assert server.num_requests == 0
+        engine.text = "x"
+        await start(peer, "b", 3)
+        step = await peer.expect(Step, lambda step: step.outputs[-1].finish_reason is not None)
+        assert step.outputs[-1].request_id == "b"
+        assert engine.aborted == []
+        assert "a" not in engine.left
+        failures = [each.request_id for each in peer.received if isinstance(each, Failed)]
+        assert failures == ["a"]  # once, whatever the number of choices
+
+
 async def test_a_request_that_cannot_be_added_fails_alone(
     engine: FakeEngine, server: DecoderServer
 ) -> None:

@@ -2,8 +2,10 @@
 
 import threading
 
+import pytest
 import torch
 
+from runtime import protocol
 from runtime.protocol import (
     Cancel,
     Drain,
@@ -111,6 +113,22 @@ async def test_more_than_may_wait_are_refused() -> None:
         program.may_run.set()
         for _ in range(2):
             await peer.expect(Predicted)
+
+
+async def test_an_answer_too_large_for_a_frame_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(protocol, "MAX_FRAME_BYTES", 500)
+    widths = iter([1000, 1])
+    server = TensorServer(
+        lambda inputs: [inputs[0].repeat(1, next(widths))], SCHEMA, Serve(artifact_dir="/")
+    )
+    async with Stream(server) as peer:
+        peer.send(predict("wide", 1, 1))
+        await peer.expect_failed("wide", "output_too_large", 413)
+        peer.send(predict("narrow", 1, 1))
+        assert (await peer.expect(Predicted)).request_id == "narrow"
+        assert server.num_requests == 0
 
 
 async def test_draining_answers_what_was_accepted() -> None:
