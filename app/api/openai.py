@@ -17,7 +17,7 @@ from app.api.dialect import Dialect, usage_of
 from app.api.openai_types import Model, ModelList
 from app.api.relay import Call, Relay
 from app.api.request_ids import exception_handlers, new_request_id
-from app.api.streaming import EventStream, cancelled_on_disconnect
+from app.api.streaming import CancelledOnDisconnect, EventStream
 from app.core.database import Database
 from app.core.errors import Forbidden, InvalidRequest, NotFound
 from app.core.security import derive_key
@@ -69,8 +69,9 @@ async def respond(request: AnyRequest, dialect_class: type[Dialect[Any]]) -> ASG
     )
     # A worker runs somebody's model: it learns a key of this version, not the tenant's own.
     cache_salt = derive_key(principal.cache_salt, "prefix cache", target.version_id)
-    execution = await relay.generate(call, dialect.generate(decoder, cache_salt))
-    async with cancelled_on_disconnect(request.receive, execution):
+    execution = relay.generate(call, dialect.generate(decoder, cache_salt))
+    with CancelledOnDisconnect(request.receive, execution):
+        await execution.started
         if dialect.is_stream:
             return EventStream(execution, dialect, await execution.next_outputs())
         outputs = await execution.all_outputs()

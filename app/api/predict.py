@@ -14,6 +14,7 @@ from app.api.auth import bearer_principal
 from app.api.bodies import decode
 from app.api.relay import Call, Relay
 from app.api.request_ids import exception_handlers, new_request_id
+from app.api.streaming import CancelledOnDisconnect
 from app.core.errors import InvalidRequest
 from app.metering.records import Usage
 from runtime.protocol import Predicted, Schema, Tensor
@@ -72,7 +73,9 @@ async def predict(request: AnyRequest, name: FromPath[str]) -> ASGIResponse:
         route="/models/predict",
         request_id=request_id,
     )
-    predicted, usage = await relay.predict(call, inputs)
+    prediction = relay.predict(call, inputs)
+    with CancelledOnDisconnect(request.receive, prediction):
+        predicted, usage = await prediction
     return await _answer(request, predicted, usage)
 
 

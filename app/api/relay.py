@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from app.api.execution import Execution
+from app.api.prediction import Answer, Prediction
 from app.billing.accounts import AccountWriter
 from app.billing.prices import PriceTable, Rates
 from app.billing.rating import decoder_worst_case, held_device_ms, rate, tensor_worst_case
@@ -112,15 +113,11 @@ class Relay:
 
     # --- decoders -------------------------------------------------------------------------
 
-    async def generate(self, call: Call, request: Generate) -> Execution:
-        """Returns once the request runs. Raises what its replica or its account has against it."""
+    def generate(self, call: Call, request: Generate) -> Execution:
+        """`started` of what is returned tells once the request runs, or raises what its replica
+        or its account has against it."""
         execution = Execution(call.request_id, call.target.link, is_stream=call.is_stream)
         self._own(self._generate(execution, call, request))
-        try:
-            await execution.started
-        except asyncio.CancelledError:
-            execution.cancel()
-            raise
         return execution
 
     async def _generate(self, execution: Execution, call: Call, request: Generate) -> None:
@@ -224,15 +221,19 @@ class Relay:
 
     # --- tensor programs ------------------------------------------------------------------
 
-    async def predict(self, call: Call, inputs: list[Tensor]) -> tuple[Predicted, Usage]:
-        """The outputs and what they cost in device time, durably recorded."""
-        task = self._own(self._predict(call, inputs))
-        return await asyncio.shield(task)
+    def predict(self, call: Call, inputs: list[Tensor]) -> Prediction:
+        """What is returned, awaited, gives the outputs and what they cost in device time."""
+        prediction = Prediction(call.request_id, call.target.link)
+        prediction.answer = self._own(self._predict(prediction, call, inputs))
+        return prediction
 
-    async def _predict(self, call: Call, inputs: list[Tensor]) -> tuple[Predicted, Usage]:
+    async def _predict(self, prediction: Prediction, call: Call, inputs: list[Tensor]) -> Answer:
         rates = self._prices.rates(call.target.endpoint_name, call.service_class)
         max_device_ms = _max_device_ms(call.target, inputs)
         await self._hold(call, tensor_worst_case(rates, max_device_ms))
+        if prediction.is_cancelled:
+            self._accounts.void(call.request_id)
+            raise _client_left()
         tally = Tally(call.admit_record(rates, max_device_ms=max_device_ms))
         self._journal.admit(tally.admitted)
         try:
@@ -244,7 +245,10 @@ class Relay:
             await self._journal.finish(record)
         except AppError as error:
             tally.device_ns = 0
-            self._settle(tally, rates, "failed", error.code)
+            if prediction.is_cancelled and error.code == "cancelled":
+                self._settle(tally, rates, "cancelled", "abort")
+            else:
+                self._settle(tally, rates, "failed", error.code)
             raise
         except Exception:
             self._settle(tally, rates, "failed", "internal_error")

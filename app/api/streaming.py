@@ -1,9 +1,9 @@
 """Answers that a client may leave: the event stream, and the watch for a disconnect."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 from litestar.response.base import ASGIResponse
@@ -17,26 +17,46 @@ from runtime.protocol import SequenceOutput
 if TYPE_CHECKING:
     from litestar.types import Receive, Scope, Send
 
+# Most answers are out by then, and a task for each of them would be wasted.
+WATCH_AFTER_SECONDS = 0.01
+
 _encoder = msgspec.json.Encoder()
 
 
-@asynccontextmanager
-async def cancelled_on_disconnect(receive: "Receive", execution: Execution) -> AsyncGenerator[None]:
-    """While the block runs, a client that goes away cancels the execution."""
-    watch = asyncio.create_task(_watch(receive, execution))
-    try:
-        yield
-    except asyncio.CancelledError:
-        execution.cancel()
-        raise
-    finally:
-        watch.cancel()
+class Cancellable(Protocol):
+    """What a client that leaves no longer wants."""
+
+    def cancel(self) -> None: ...
 
 
-async def _watch(receive: "Receive", execution: Execution) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    execution.cancel()
+class CancelledOnDisconnect:
+    """While the block runs, a client that goes away cancels `work`, and so does the end of the
+    handler's task. One that went before the block is noticed in it."""
+
+    def __init__(self, receive: "Receive", work: Cancellable) -> None:
+        self._receive = receive
+        self._work = work
+        self._watch: asyncio.Task[None] | None = None
+
+    def __enter__(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(WATCH_AFTER_SECONDS, self._begin)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None
+    ) -> None:
+        self._timer.cancel()
+        if self._watch is not None:
+            self._watch.cancel()
+        if kind is not None and issubclass(kind, asyncio.CancelledError):
+            self._work.cancel()
+
+    def _begin(self) -> None:
+        self._watch = asyncio.get_running_loop().create_task(self._wait())
+
+    async def _wait(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._work.cancel()
 
 
 class EventStream(ASGIResponse):
@@ -60,7 +80,7 @@ class EventStream(ASGIResponse):
         self._first = first
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
-        async with cancelled_on_disconnect(receive, self._execution):
+        with CancelledOnDisconnect(receive, self._execution):
             await self.start_response(send)
             outputs = self._first
             try:

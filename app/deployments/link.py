@@ -147,7 +147,8 @@ class ReplicaLink:
         try:
             async with asyncio.timeout(PREPARE_SECONDS):
                 await self.stream.writable()
-                self.stream.send_frame(frame)
+                if not generation.preparing.done():  # cancelled while it waited to be sent
+                    self.stream.send_frame(frame)
                 return await generation.preparing
         except TimeoutError:
             self.cancel(request.request_id)
@@ -175,9 +176,17 @@ class ReplicaLink:
             return  # its end is here already and waits for the journal alone
         self._send(Cancel(request_id=request_id))
         if generation is None or generation.started_ns is None:
-            error = worker_failure("The request was cancelled.", "cancelled", 499)
-            self._outstanding.fail(request_id, error)
+            self._outstanding.fail(request_id, _cancelled())
         self._loop.call_later(CANCEL_SECONDS, self._expect_end, request_id, self._num_received)
+
+    def withdraw(self, request_id: str) -> None:
+        """Has a tensor request dropped, unless it is running or done: what the worker answers,
+        either way, is its end."""
+        call = self._outstanding.calls.get(request_id)
+        if call is not None and call.is_sent:
+            self._send(Cancel(request_id=request_id))
+        elif call is not None:
+            self._outstanding.fail(request_id, _cancelled())
 
     def outputs(self, request_id: str) -> AsyncIterator[list[SequenceOutput]]:
         """What each step added, until every choice is finished. Raises `RuntimeFailure` when the
@@ -194,7 +203,9 @@ class ReplicaLink:
         self._outstanding.calls[request.request_id] = call
         try:
             await self.stream.writable()
-            self.stream.send_frame(frame)
+            if not call.answer.done():
+                call.is_sent = True
+                self.stream.send_frame(frame)
             return await call.answer
         except asyncio.CancelledError:
             self.cancel(request.request_id)
@@ -355,3 +366,7 @@ class ReplicaLink:
             )
         reason = self._closed.result() if self._closed.done() else "went away"
         return worker_failure(f"The model's worker {reason}. Try again.", "worker_lost")
+
+
+def _cancelled() -> AppError:
+    return worker_failure("The request was cancelled.", "cancelled", 499)

@@ -15,10 +15,11 @@ NUM_REMEMBERED = 8192
 class Call:
     """One tensor request under way."""
 
-    __slots__ = ("answer", "sent_ns")
+    __slots__ = ("answer", "is_sent", "sent_ns")
 
     def __init__(self, answer: "asyncio.Future[Predicted]") -> None:
         self.answer = answer
+        self.is_sent = False  # it waits while the worker does not read
         self.sent_ns = monotonic_ns()
 
     def fail(self, error: AppError) -> None:

@@ -1,6 +1,7 @@
 """A worker whose behaviour the prompt chooses, at the far end of a real stream of frames.
 
-Text prompts are counted by words and answered `w0 w1 w2 ...`, eight words unless `ignore_eos`.
+Text prompts are counted by words and answered `w0 w1 w2 ...`, eight words unless `ignore_eos`;
+one with `unready` is never prepared.
 A word such as `die@3` in the prompt makes something happen after so many tokens.
 """
 
@@ -82,6 +83,10 @@ def text_of(generate: Generate) -> str:
     return generate.text or ""
 
 
+def first_k(predict: Predict) -> int:
+    return int.from_bytes(predict.inputs[1].data[:8], "little")
+
+
 class ScriptedWorker:
     """Serves one connection on a unix socket. `received` holds every message in order."""
 
@@ -92,6 +97,7 @@ class ScriptedWorker:
         self._prepared: dict[str, Generate] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
         self._cancelled: set[str] = set()
+        self._waiting: dict[str, Predict] = {}
         self._seen: set[tuple[bytes, str]] = set()
 
     async def listen(self, path: Path) -> None:
@@ -129,6 +135,8 @@ class ScriptedWorker:
             self._running[message.request_id] = task
         elif isinstance(message, Cancel):
             self._cancelled.add(message.request_id)
+            if (predict := self._waiting.pop(message.request_id, None)) is not None:
+                self._end(predict)
         elif isinstance(message, Predict):
             self._predict(message)
 
@@ -140,6 +148,8 @@ class ScriptedWorker:
                 type="invalid_request_error", message="no", code="refused", param="prompt"
             )
             self.send(Failed(request_id=generate.request_id, error=error))
+            return
+        if "unready" in text_of(generate):
             return
         num_prompt_tokens = self._num_prompt_tokens(generate)
         self._prepared[generate.request_id] = generate
@@ -233,19 +243,33 @@ class ScriptedWorker:
     # --- tensor programs ------------------------------------------------------------------
 
     def _predict(self, predict: Predict) -> None:
-        """Gives its inputs back; a first `k` of 13 fails, 99 never answers."""
-        first = int.from_bytes(predict.inputs[1].data[:8], "little")
+        """Gives its inputs back; a first `k` of 13 fails, 99 waits and 98 runs until it is
+        cancelled."""
+        first = first_k(predict)
         if first == 13:
             error = WireError(type="server_error", message="bad luck", code="unlucky", status=500)
             self.send(Failed(request_id=predict.request_id, error=error))
-        elif first != 99:
-            outputs: list[Tensor] = predict.inputs
-            self.send(
-                Predicted(
-                    request_id=predict.request_id,
-                    outputs=outputs,
-                    device_ns=1_500_000,
-                    batch_rows=outputs[0].shape[0],
-                    queue_ns=10,
-                )
+        elif first in (98, 99):
+            self._waiting[predict.request_id] = predict
+        else:
+            self._answer(predict)
+
+    def _end(self, predict: Predict) -> None:
+        if first_k(predict) == 98:
+            return self._answer(predict)
+        error = WireError(
+            type="invalid_request_error", message="cancelled", code="cancelled", status=499
+        )
+        self.send(Failed(request_id=predict.request_id, error=error))
+
+    def _answer(self, predict: Predict) -> None:
+        outputs: list[Tensor] = predict.inputs
+        self.send(
+            Predicted(
+                request_id=predict.request_id,
+                outputs=outputs,
+                device_ns=1_500_000,
+                batch_rows=outputs[0].shape[0],
+                queue_ns=10,
             )
+        )

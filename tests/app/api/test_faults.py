@@ -4,6 +4,7 @@ import asyncio
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -17,7 +18,7 @@ from app.core.database import Database
 from app.metering.segments import Segment
 from app.metering.tables import UsageEvent
 from app.settings import Settings
-from runtime.protocol import Cancel, Generate
+from runtime.protocol import Cancel, Generate, Predict, Start
 from tests.app.api.conftest import Box
 
 
@@ -220,6 +221,79 @@ async def test_a_request_that_never_left_the_queue_pays_no_prompt(box: Box) -> N
 async def last_request_id(box: Box) -> str:
     (generate,) = [m for m in box.workers["tiny"].received if isinstance(m, Generate)]
     return generate.request_id
+
+
+async def leave(box: Box, path: str, body: dict[str, Any]) -> None:
+    """Asks, and hangs up before there is an answer."""
+    async with box.http() as http:
+        with pytest.raises(httpx.ReadTimeout):
+            await http.post(path, json=body, timeout=0.2)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+async def num_events(box: Box) -> int:
+    """Requests settled, once nothing is under way."""
+    await until(lambda: not box.relay._running)
+    await box.relay.settled()
+    async with box.database.read() as session:
+        return await session.scalar(select(func.count()).select_from(UsageEvent)) or 0
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_a_client_that_leaves_while_its_prompt_is_read_costs_nothing(
+    box: Box, is_stream: bool
+) -> None:
+    await leave(box, "/v1/completions", {"model": "tiny", "prompt": "unready", "stream": is_stream})
+    received = box.workers["tiny"].received
+    await until(lambda: isinstance(received[-1], Cancel))
+    assert (await num_events(box), await num_holds(box)) == (0, 0)
+    assert box.fleet.targets["tiny"].link.num_outstanding == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"model": "tiny", "prompt": "a"}),
+        ("/models/doubler/predict", {"inputs": {"x": [[1, 2]], "k": [1]}}),
+    ],
+)
+async def test_a_client_that_leaves_during_its_hold_costs_nothing(
+    box: Box, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+) -> None:
+    gate, hold = asyncio.Event(), box.accounts.hold
+
+    async def slow_hold(*args: Any) -> None:
+        await gate.wait()
+        await hold(*args)
+
+    monkeypatch.setattr(box.accounts, "hold", slow_hold)
+    await leave(box, path, body)
+    await asyncio.sleep(0.1)
+    gate.set()
+    assert (await num_events(box), await num_holds(box)) == (0, 0)
+    for worker in box.workers.values():
+        assert not any(isinstance(message, Start | Predict) for message in worker.received)
+
+
+@pytest.mark.parametrize(
+    ("k", "outcome", "amount_nano"), [(99, "cancelled", 100), (98, "completed", 656)]
+)
+async def test_a_client_that_leaves_a_prediction_pays_for_its_run_if_it_had_one(
+    box: Box, k: int, outcome: str, amount_nano: int
+) -> None:
+    await leave(box, "/models/doubler/predict", {"inputs": {"x": [[1, 2]], "k": [k]}})
+    received = box.workers["doubler"].received
+    await until(lambda: isinstance(received[-1], Cancel))
+    assert await num_events(box) == 1
+    (predict,) = [message for message in received if isinstance(message, Predict)]
+    receipt = await event_of(box, predict.request_id)
+    assert (receipt["outcome"], receipt["amount_nano"]) == (outcome, amount_nano)
+    assert await num_holds(box) == 0
 
 
 SERVER = """

@@ -648,6 +648,41 @@ async def test_a_worker_that_does_not_read_holds_requests_back(tensor_pair: Pair
     await asyncio.gather(*tasks, more)
 
 
+async def test_what_is_cancelled_while_it_waits_is_never_sent(tensor_pair: Pair) -> None:
+    stream = tensor_pair.link.stream
+    stream.pause_writing()
+    predicting = asyncio.create_task(tensor_pair.link.predict(predict()))
+    await asyncio.sleep(0)
+    tensor_pair.link.withdraw("p1")
+    preparing = asyncio.create_task(tensor_pair.link.prepare(generate()))
+    await asyncio.sleep(0)
+    tensor_pair.link.cancel("r1")
+    stream.resume_writing()
+    for waiting in (predicting, preparing):
+        with pytest.raises(RuntimeFailure, match="was cancelled"):
+            await waiting
+    assert tensor_pair.link.num_outstanding == 0
+    assert await tensor_pair.worker.receive() == Cancel(request_id="r1")
+    stream.send(Cancel(request_id="marker"))
+    assert await tensor_pair.worker.receive() == Cancel(request_id="marker")
+
+
+async def test_a_withdrawn_prediction_ends_as_its_worker_says(tensor_pair: Pair) -> None:
+    cancelled = WireError(type="x", message="dropped", code="cancelled", status=499)
+    dropped = asyncio.create_task(tensor_pair.link.predict(predict("p1")))
+    running = asyncio.create_task(tensor_pair.link.predict(predict("p2")))
+    for _ in range(2):
+        await tensor_pair.worker.receive()
+    for request_id in ("p1", "p2", "unknown"):
+        tensor_pair.link.withdraw(request_id)
+    for request_id in ("p1", "p2"):
+        assert await tensor_pair.worker.receive() == Cancel(request_id=request_id)
+    tensor_pair.worker.send(Failed(request_id="p1", error=cancelled), predicted("p2"))
+    with pytest.raises(RuntimeFailure, match="dropped"):
+        await dropped
+    assert await running == predicted("p2")
+
+
 async def test_a_slow_journal_holds_the_worker_back(pair: Pair, ledger: Ledger) -> None:
     outputs = await pair.started(generate(max_tokens=400))
     ledger.gate.clear()
