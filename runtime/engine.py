@@ -319,6 +319,8 @@ class DecoderEngine:
         sequence, stream = delivery.sequence, delivery.stream
         if stream is None:
             return "", sequence.finish_reason
+        if sequence.finish_reason == "stop":  # by its last token, which is no part of the text
+            token_ids = []
         try:
             text = stream.add(token_ids)
             if stream.is_stopped:

@@ -2,7 +2,7 @@
 
 import random
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -98,6 +98,7 @@ class Bench:
         max_sequences: int = 8,
         tokenizer: Tokenizer | None = TOKENIZER,
         max_context_tokens: int = 200,
+        eos_token_ids: Sequence[int] = (EOS,),
     ) -> None:
         self.runner = FakeRunner(num_blocks, block_size, next_token)
         self.engine = DecoderEngine(
@@ -115,7 +116,7 @@ class Bench:
                 has_chat_template=True,
             ),
             chat_template=ChatTemplate(TEMPLATE, {}),
-            eos_token_ids=[EOS],
+            eos_token_ids=eos_token_ids,
         )
         self.outputs: dict[tuple[str, int], list[SequenceOutput]] = defaultdict(list)
 
@@ -205,8 +206,19 @@ def test_text_held_back_for_a_stop_string_comes_out_at_the_end() -> None:
 
 
 def test_stop_token_ids() -> None:
+    bench = Bench(says("one, two"))
     comma = TOKENIZER.encode(",")[0]
-    assert Bench(says("one, two")).ask(stop_token_ids=[comma]) == ("one,", "stop")
+    assert bench.ask(stop_token_ids=[comma]) == ("one", "stop")
+    assert bench.token_ids()[-1] == comma  # it counts
+
+
+def test_an_end_of_sequence_that_is_not_special_adds_no_text() -> None:
+    dot = TOKENIZER.encode(".")[0]
+    bench = Bench(says("one. two"), eos_token_ids=[dot])
+    assert bench.ask() == ("one", "stop")
+    assert bench.token_ids()[-1] == dot
+    bench = Bench(says("one. two"), eos_token_ids=[dot])
+    assert bench.ask(ignore_eos=True, max_tokens=4) == ("one.", "length")  # as text, where it is
 
 
 def test_a_character_cut_off_by_the_length_limit_shows_as_one() -> None:
