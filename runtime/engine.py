@@ -260,11 +260,14 @@ class DecoderEngine:
             results = self._run(plan)
         except torch.AcceleratorError:  # the device is lost, for everyone
             raise
-        except Exception as error:  # noqa: BLE001 - someone else's model may raise anything
+        except Exception as error:  # someone else's model may raise anything
             if len(plan.items) > 1:
                 alone = (self._run_guarded(StepPlan([item])) for item in plan.items)
                 return {id_: token for each in alone for id_, token in each.items()}
-            results = {plan.items[0].sequence: SamplingFailure(f"the model failed: {error!r}")}
+            # As an exception, for the log of a worker shows its type and place, never its text.
+            log.exception("the model failed")
+            reason = f"the model failed: {type(error).__name__}"
+            results = {plan.items[0].sequence: SamplingFailure(reason)}
         sampled: dict[int, SampledToken] = {}
         for sequence, result in results.items():
             if isinstance(result, SampledToken):

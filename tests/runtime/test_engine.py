@@ -16,6 +16,7 @@ from runtime.protocol import ChatMessage, DecoderInfo, Generate, SamplingParams,
 from runtime.scheduling.scheduler import Scheduler
 from runtime.text.chat import ChatTemplate
 from runtime.text.tokenizer import Tokenizer
+from runtime.worker import ContentFreeFormatter
 
 EOS = 1
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
@@ -378,6 +379,25 @@ def test_a_sequence_that_fails_fails_alone(kind: str) -> None:
     bench.add("again", token_ids=[99, 3, 4, 5, 6, 7], max_tokens=1)
     bench.finish()
     assert bench.outputs["again", 0][0].num_cached_tokens == 0
+
+
+def test_what_a_model_says_as_it_fails_stays_out_of_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(prefix: list[int]) -> bool:
+        raise ValueError(f"cannot bear {prefix}")
+
+    bench = Bench()
+    bench.runner.is_broken = fail
+    bench.add(token_ids=[5, 6])
+    bench.finish()
+    formatter = ContentFreeFormatter()
+    for record in caplog.records:
+        record.exc_text = None  # what another formatter made of it
+    log = "\n".join(map(formatter.format, caplog.records))
+    assert "the model failed: ValueError" in log
+    assert "in fail" in log  # where it failed
+    assert "[5, 6]" not in log
 
 
 def test_a_lost_device_is_everyones_failure() -> None:
