@@ -1,12 +1,11 @@
-"""`/healthz`: the process answers. `/readyz`: it can serve, because its database answers too."""
+"""`/healthz`: the process answers. `/readyz`: it can serve, because what it needs works too."""
 
 from typing import Any
 
 from litestar import Request, Response, Router, get
+from litestar.datastructures import State
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
-
-from app.core.database import Database
 
 
 @get("/healthz", sync_to_thread=False, summary="Is the process alive")
@@ -18,13 +17,31 @@ def show_health() -> dict[str, str]:
 @get("/readyz", summary="Can it serve")
 async def show_readiness(request: Request[Any, Any, Any]) -> Response[dict[str, str]]:
     """200 when requests can be served, 503 with the reason when not."""
-    database: Database = request.app.state.database
+    state = request.app.state
+    problem = _stopped(state) or await _silent(state)
+    if problem:
+        return Response({"status": problem}, status_code=503)
+    return Response({"status": "ready"})
+
+
+def _stopped(state: State) -> str:
+    """Which part has ended while the process went on, or nothing."""
+    if not state.journal.is_alive:
+        return "the journal has stopped, see the log; restart the box"
+    if not state.accounts.is_alive:
+        return "the account writer has stopped, see the log; restart the box"
+    if not state.claim.is_held:
+        return "the claim on the database is lost, see the log"
+    return ""
+
+
+async def _silent(state: State) -> str:
     try:
-        async with database.read() as session:
+        async with state.database.read() as session:
             await session.execute(text("SELECT 1"))
     except SQLAlchemyError:
-        return Response({"status": "the database does not answer"}, status_code=503)
-    return Response({"status": "ready"})
+        return "the database does not answer"
+    return ""
 
 
 router = Router("", route_handlers=[show_health, show_readiness], tags=["Health"])

@@ -9,12 +9,12 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
 from sqlalchemy import Connection, Engine, event
-from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.billing import posting
@@ -52,6 +52,25 @@ class _Flush(NamedTuple):
 _Operation = _Hold | _Void | _Flush | Settlement | None
 
 
+class _Operations(queue.SimpleQueue[_Operation]):
+    """What the thread is to do, for as long as there is one."""
+
+    is_ended = False  # nobody takes any more
+
+    def ask(self, operation: _Hold | _Flush) -> bool:
+        """Whether somebody will answer its waiter."""
+        self.put(operation)
+        return not self.is_ended  # asked last: `end` finds whatever came before it
+
+    def end(self) -> list[Waiter]:
+        """Takes no more, and returns who still waits."""
+        self.is_ended = True
+        left: list[_Operation] = []
+        while not self.empty():
+            left.append(self.get())
+        return [item.waiter for item in left if isinstance(item, _Hold | _Flush)]
+
+
 class AccountWriter:
     """Start it once; then `hold`, `settle` and `void` may be called from the event loop.
 
@@ -68,7 +87,7 @@ class AccountWriter:
         self._url = url
         self._currency = currency
         self._on_settled = on_settled
-        self._operations: queue.SimpleQueue[_Operation] = queue.SimpleQueue()
+        self._operations = _Operations()
         self._thread: threading.Thread | None = None
         self._writer: _Writer | None = None
 
@@ -92,6 +111,11 @@ class AccountWriter:
             await asyncio.to_thread(self._thread.join)
             self._thread = None
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether money still moves."""
+        return self._thread is not None and not self._operations.is_ended
+
     async def hold(self, request_id: str, organization_id: str, amount_nano: int) -> None:
         """Sets money aside. Raises `PaymentRequired` naming the limit and the shortfall."""
         assert self._writer is not None, "start() has not run"
@@ -100,8 +124,7 @@ class AccountWriter:
         if amount_nano > MAX_HOLD_NANO:
             raise _too_dear(amount_nano, self._currency)
         waiter: Waiter = self._loop.create_future()
-        self._operations.put(_Hold(HoldRequest(request_id, organization_id, amount_nano), waiter))
-        await waiter
+        await self._ask(_Hold(HoldRequest(request_id, organization_id, amount_nano), waiter))
 
     def void(self, request_id: str) -> None:
         """Gives back the hold of a request that did not run, whether or not it was taken yet."""
@@ -113,9 +136,13 @@ class AccountWriter:
 
     async def flush(self) -> None:
         """Returns when everything queued before is durable (or was put off, see the log)."""
-        waiter: Waiter = self._loop.create_future()
-        self._operations.put(_Flush(waiter))
-        await waiter
+        await self._ask(_Flush(self._loop.create_future()))
+
+    async def _ask(self, operation: _Hold | _Flush) -> None:
+        if not self._operations.ask(operation):
+            operation.waiter.cancel()
+            raise _unavailable()
+        await operation.waiter
 
     async def release_orphans(self, known_request_ids: set[str]) -> int:
         """At start, before any request: frees holds of this journal's earlier processes whose
@@ -160,31 +187,51 @@ class _Writer:
         with self._durable.engine.begin() as connection:  # called from another thread
             return posting.orphaned_holds(connection, self._journal_id)
 
-    def run(self, operations: "queue.SimpleQueue[_Operation]") -> None:
-        is_closing = False
-        while not is_closing:
-            batch = self._collect(operations)
-            is_closing = bool(batch) and batch[-1] is None
-            holds = [item for item in batch if isinstance(item, _Hold)]
-            flushes = [item.waiter for item in batch if isinstance(item, _Flush)]
-            self._voids += [item.request_id for item in batch if isinstance(item, _Void)]
-            fresh = [item for item in batch if isinstance(item, Settlement)]
-            if fresh and not self._settlements:
-                self._settle_seconds = max(
-                    self._settle_seconds, time.monotonic() + SETTLE_DELAY_SECONDS
-                )
-            self._settlements += fresh
-            if holds:
-                self._take(holds)
-            if flushes or is_closing or self._is_due():
-                self._settle_all()
-            if flushes:
-                self._loop.call_soon_threadsafe(_resolve, dict.fromkeys(flushes))
-        for connection in (self._durable, self._atomic):
-            connection.close()
-            connection.engine.dispose()
+    def run(self, operations: _Operations) -> None:
+        """One turn after another. What goes wrong in a turn is told to those who wait for it and
+        does not end the thread: settlements stay queued until they are posted."""
+        try:
+            is_closing = False
+            while not is_closing:
+                batch = self._collect(operations)
+                is_closing = bool(batch) and batch[-1] is None
+                try:
+                    self._turn(batch, is_closing=is_closing)
+                except Exception:
+                    log.exception("a turn of the account writer failed")
+                    self._give_up(item.waiter for item in batch if isinstance(item, _Hold | _Flush))
+        except Exception:
+            log.exception("the account writer has stopped; restart the box")
+        finally:
+            self._give_up(operations.end())
+            for connection in (self._durable, self._atomic):
+                connection.close()
+                connection.engine.dispose()
 
-    def _collect(self, operations: "queue.SimpleQueue[_Operation]") -> list[_Operation]:
+    def _turn(self, batch: list[_Operation], *, is_closing: bool) -> None:
+        holds = [item for item in batch if isinstance(item, _Hold)]
+        flushes = [item.waiter for item in batch if isinstance(item, _Flush)]
+        self._voids += [item.request_id for item in batch if isinstance(item, _Void)]
+        fresh = [item for item in batch if isinstance(item, Settlement)]
+        if fresh and not self._settlements:
+            self._settle_seconds = max(
+                self._settle_seconds, time.monotonic() + SETTLE_DELAY_SECONDS
+            )
+        self._settlements += fresh
+        if holds:
+            self._take(holds)
+        if flushes or is_closing or self._is_due():
+            self._settle_all()
+        if flushes:
+            self._loop.call_soon_threadsafe(_resolve, dict.fromkeys(flushes))
+
+    def _give_up(self, waiters: Iterable[Waiter]) -> None:
+        """Whoever has an answer already keeps it."""
+        answers: dict[Waiter, AppError | None] = {waiter: _unavailable() for waiter in waiters}
+        if answers:
+            self._loop.call_soon_threadsafe(_resolve, answers)
+
+    def _collect(self, operations: _Operations) -> list[_Operation]:
         """Waits for work, or until what is put off is due; then takes all there is."""
         timeout = None
         if self._settlements or self._voids:
@@ -205,31 +252,32 @@ class _Writer:
         """Answers every hold. Where money is short, pending settlements may free some: a client
         that asks again right after an answer must not be refused for its own last request."""
         answers: dict[Waiter, AppError | None] = {}
-        refused = self._attempt(holds, answers)
-        if refused and (self._settlements or self._voids):
-            self._settle_all()
-            refused = self._attempt([hold for hold, _ in refused], answers)
-        for hold, standing in refused:
-            answers[hold.waiter] = _payment_required(hold.request, standing)
+        try:
+            refused = self._attempt(holds, answers)
+            if refused and (self._settlements or self._voids):
+                self._settle_all()
+                refused = self._attempt([hold for hold, _ in refused], answers)
+            for hold, standing in refused:
+                answers[hold.waiter] = _payment_required(hold.request, standing)
+        except Exception:
+            log.exception("holds could not be taken")
+            unanswered = [hold for hold in holds if hold.waiter not in answers]
+            # Some may have been: a connection can be lost after its commit has taken effect.
+            self._voids += [hold.request.request_id for hold in unanswered]
+            answers.update({hold.waiter: _unavailable() for hold in unanswered})
         self._loop.call_soon_threadsafe(_resolve, answers)
 
     def _attempt(
         self, holds: list[_Hold], answers: dict[Waiter, AppError | None]
     ) -> list[tuple[_Hold, Standing]]:
+        """Answers those whose money is set aside, and returns the others."""
         requests = [hold.request for hold in holds]
         try:
-            try:
-                refused = self._take_holds(requests)
-            except DBAPIError as error:
-                if not error.connection_invalidated:
-                    raise
-                refused = self._take_holds(requests)  # on a new connection
-        except (SQLAlchemyError, OverflowError):
-            log.exception("holds could not be taken")
-            # Some may have been: a connection can be lost after its commit has taken effect.
-            self._voids += [request.request_id for request in requests]
-            answers.update({hold.waiter: _unavailable() for hold in holds})
-            return []
+            refused = self._take_holds(requests)
+        except DBAPIError as error:
+            if not error.connection_invalidated:
+                raise
+            refused = self._take_holds(requests)  # on a new connection
         answers.update(
             {hold.waiter: None for hold in holds if hold.request.request_id not in refused}
         )
@@ -256,7 +304,7 @@ class _Writer:
                 self._settlements = self._settlements[MAX_BATCH:]
                 self._on_settled([settlement.request_id for settlement in settled])
             self._num_failures = 0
-        except (SQLAlchemyError, OverflowError):
+        except Exception:
             delay = RETRY_SECONDS[min(self._num_failures, len(RETRY_SECONDS) - 1)]
             self._num_failures += 1
             self._settle_seconds = time.monotonic() + delay
@@ -269,7 +317,7 @@ class _Writer:
         try:
             with _transaction(self._durable) as connection:
                 posting.post_settlements(connection, batch)
-        except (IntegrityError, DataError):
+        except (IntegrityError, DataError, OverflowError):
             return [settlement for settlement in batch if self._is_posted(settlement)]
         return batch
 
@@ -277,7 +325,7 @@ class _Writer:
         try:
             with _transaction(self._durable) as connection:
                 posting.post_settlements(connection, posting.unrecorded(connection, [settlement]))
-        except (IntegrityError, DataError):
+        except (IntegrityError, DataError, OverflowError):
             log.exception("%s cannot be settled and stays in the journal", settlement.event_id)
             return False
         return True

@@ -12,6 +12,7 @@ import queue
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,6 +58,23 @@ class _Entries:
     def __init__(self) -> None:
         self.urgent: queue.SimpleQueue[Entry | None] = queue.SimpleQueue()
         self.deferred: deque[Entry] = deque()
+        self.is_ended = False  # nobody takes any more
+
+    def put(self, entry: Entry) -> bool:
+        """Whether somebody will answer its waiter."""
+        self.urgent.put(entry)
+        return not self.is_ended  # asked last: `end` finds whatever came before it
+
+    def end(self) -> "list[asyncio.Future[None]]":
+        """Takes no more, and returns who still waits."""
+        self.is_ended = True
+        self.deferred.clear()
+        waiters: list[asyncio.Future[None]] = []
+        while not self.urgent.empty():
+            entry = self.urgent.get()
+            if entry is not None and entry.waiter is not None:
+                waiters.append(entry.waiter)
+        return waiters
 
     def take(self) -> tuple[list[Entry], bool]:
         """Waits, then returns everything, and whether the end was asked for."""
@@ -77,7 +95,8 @@ class Journal:
     """One directory of segments, used by one process at a time.
 
     `start` returns what earlier processes left unsettled. Afterwards every method may be called
-    from the event loop; `settled` from any thread.
+    from the event loop; `settled` from any thread. An error that nobody foresaw ends the writing
+    for good: whoever waits and whoever comes then gets `Unavailable`.
     """
 
     def __init__(self, directory: Path, *, segment_bytes: int = SEGMENT_BYTES) -> None:
@@ -117,6 +136,11 @@ class Journal:
             os.close(self._lock_descriptor)
             self._lock_descriptor = None
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether records are still written."""
+        return self._thread is not None and not self._entries.is_ended
+
     def admit(self, record: AdmitRecord) -> None:
         """Not awaited: the first commit of the request's own output covers it. It is written
         within `LAZY_SECONDS` even if no output comes."""
@@ -142,11 +166,15 @@ class Journal:
     def settled(self, request_ids: list[str]) -> None:
         """These are in the database for good. Any thread may call this; the mark only spares
         recovery work, so it is written with whatever comes next."""
-        payload = encode(SettledRecord(request_ids))
-        self._entries.deferred.append(Entry(payload, settled=tuple(request_ids)))
+        if not self._entries.is_ended:
+            payload = encode(SettledRecord(request_ids))
+            self._entries.deferred.append(Entry(payload, settled=tuple(request_ids)))
 
     def _defer(self, entry: Entry) -> None:
-        """Written with the next commit, which it must not wake the thread for."""
+        """Written with the next commit, which it must not wake the thread for. Once the thread
+        has ended, no output of the request can be delivered either."""
+        if self._entries.is_ended:
+            return
         self._entries.deferred.append(entry)
         if self._flush is None:
             self._flush = self._loop.call_later(LAZY_SECONDS, self._flush_deferred)
@@ -158,7 +186,9 @@ class Journal:
 
     async def _commit(self, payload: bytes) -> None:
         waiter = self._loop.create_future()
-        self._entries.urgent.put(Entry(payload, waiter))
+        if not self._entries.put(Entry(payload, waiter)):
+            waiter.cancel()
+            raise _unavailable()
         await waiter
 
 
@@ -175,17 +205,34 @@ class _Writer:
         self._carried: list[Entry] = []  # what of an unwritten batch still has to be kept
 
     def run(self, entries: _Entries, loop: asyncio.AbstractEventLoop) -> None:
-        is_closing = False
-        while not is_closing:
-            batch, is_closing = entries.take()
-            waiters = [entry.waiter for entry in batch if entry.waiter is not None]
-            error = self._write(batch, is_sync=bool(waiters) or is_closing)
+        try:
+            is_closing = False
+            while not is_closing:
+                is_closing = self._turn(entries, loop)
+        except Exception:
+            log.exception("the journal in %s has stopped; restart the box", self._directory)
+        finally:
+            waiters = entries.end()
+            self._drop_segment()
             if waiters:
-                loop.call_soon_threadsafe(_resolve, waiters, error)
-        if self._segment is not None:
-            self._segment.close()
+                loop.call_soon_threadsafe(_resolve, waiters, False)
 
-    def _write(self, batch: list[Entry], *, is_sync: bool) -> OSError | None:
+    def _turn(self, entries: _Entries, loop: asyncio.AbstractEventLoop) -> bool:
+        """Writes what there is and answers who waits for it; returns whether to end."""
+        batch, is_closing = entries.take()
+        waiters = [entry.waiter for entry in batch if entry.waiter is not None]
+        is_durable = False
+        try:
+            is_durable = self._write(batch, is_sync=bool(waiters) or is_closing)
+        except Exception:
+            waiters += entries.end()  # before anybody is told: who hears of it finds it ended
+            raise
+        finally:
+            if waiters:
+                loop.call_soon_threadsafe(_resolve, waiters, is_durable)
+        return is_closing
+
+    def _write(self, batch: list[Entry], *, is_sync: bool) -> bool:
         """After an error the segment's end is not to be trusted: the next batch opens another."""
         batch = self._carried + batch
         try:
@@ -193,13 +240,17 @@ class _Writer:
                 self._append(batch, is_sync=is_sync)
         except OSError as error:
             log.error("the journal in %s cannot be written: %s", self._directory, error)
-            if self._segment is not None:
-                self._segment.close()
-                self._segment = None
+            self._drop_segment()
             self._carried = [e._replace(waiter=None) for e in batch if e.admitted or e.settled]
-            return error
+            return False
         self._carried = []
-        return None
+        return True
+
+    def _drop_segment(self) -> None:
+        segment, self._segment = self._segment, None
+        if segment is not None:
+            with suppress(OSError):  # what was to be durable was synced before
+                segment.close()
 
     def _append(self, batch: list[Entry], *, is_sync: bool) -> None:
         if self._segment is None:
@@ -216,8 +267,8 @@ class _Writer:
                 self._open_segments.pop(request_id, None)
         if segment.size_bytes >= self._segment_bytes:
             segment.sync()
-            segment.close()
             self._segment = None
+            segment.close()
         if self._oldest_number < segment.number:
             self._delete_settled(segment.number)
 
@@ -230,20 +281,22 @@ class _Writer:
         self._oldest_number = max(self._oldest_number, min(oldest, newest))
 
 
-def _resolve(waiters: "list[asyncio.Future[None]]", error: OSError | None) -> None:
+def _resolve(waiters: "list[asyncio.Future[None]]", is_durable: bool) -> None:
     for waiter in waiters:
         if waiter.done():  # whoever waited was cancelled
             continue
-        if error is None:
+        if is_durable:
             waiter.set_result(None)
         else:
-            waiter.set_exception(
-                Unavailable(
-                    "The box cannot record usage at the moment, so it answers nothing.",
-                    code="journal_unavailable",
-                    retry_after_seconds=5,
-                )
-            )
+            waiter.set_exception(_unavailable())
+
+
+def _unavailable() -> Unavailable:
+    return Unavailable(
+        "The box cannot record usage at the moment, so it answers nothing.",
+        code="journal_unavailable",
+        retry_after_seconds=5,
+    )
 
 
 class Recovery(NamedTuple):

@@ -16,13 +16,14 @@ import uvicorn
 from litestar import Litestar
 from litestar.datastructures import State
 
+from app.api import health, predict, prices, receipts, usage
 from app.api import openai as openai_routes
-from app.api import predict, prices, receipts, usage
 from app.api.errors import EXCEPTION_HANDLERS
 from app.api.relay import Relay
 from app.billing.accounts import AccountWriter
 from app.billing.prices import PriceTable
 from app.core import clock
+from app.core.claim import DatabaseClaim
 from app.core.database import Database
 from app.core.errors import NotFound
 from app.core.storage import Storage
@@ -87,6 +88,8 @@ class Box:
         self.url = ""
 
     async def start(self) -> None:
+        self.claim = DatabaseClaim(self.settings.sync_database_url)
+        self.claim.take()
         self.journal = Journal(self.storage.journal_dir)
         unsettled = await self.journal.start()
         self.prices = PriceTable(self.database)
@@ -138,7 +141,14 @@ class Box:
 
     async def _serve(self) -> None:
         app = Litestar(
-            [openai_routes.router, predict.router, receipts.router, usage.router, prices.router],
+            [
+                health.router,
+                openai_routes.router,
+                predict.router,
+                receipts.router,
+                usage.router,
+                prices.router,
+            ],
             state=State(
                 {
                     "settings": self.settings,
@@ -149,6 +159,7 @@ class Box:
                     "prices": self.prices,
                     "accounts": self.accounts,
                     "relay": self.relay,
+                    "claim": self.claim,
                 }
             ),
             exception_handlers=EXCEPTION_HANDLERS,
@@ -172,6 +183,7 @@ class Box:
         await self.journal.close()
         await self.prices.close()
         await self.key_ring.close()
+        self.claim.release()
 
     async def crash_replicas(self) -> None:
         for name, worker in self.workers.items():

@@ -2,8 +2,10 @@
 
 import asyncio
 import sqlite3
+import time
 from collections.abc import Callable
 from contextlib import closing
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -328,3 +330,66 @@ async def test_a_hold_whose_commit_went_unheard_is_given_back(
             await accounts.hold("req_1", ORGANIZATION, 7)
     await accounts.flush()
     assert (await balance(database)).held_nano == 0
+
+
+async def test_an_unforeseen_error_is_told_and_ends_nothing(
+    accounts: AccountWriter,
+    database: Database,
+    settlement: MakeSettlement,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("nobody foresaw this")
+
+    await accounts.hold("req_0", ORGANIZATION, 10_000_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(posting, "take_holds", fail)
+        patch.setattr(posting, "post_settlements", fail)
+        with pytest.raises(Unavailable):
+            await accounts.hold("req_1", ORGANIZATION, 7)
+        accounts.settle(settlement("req_0"))
+        await accounts.flush()
+    with monkeypatch.context() as patch:
+        patch.setattr(accounts_module._Writer, "_settle_all", fail)
+        with pytest.raises(Unavailable):
+            await accounts.flush()
+    assert accounts.is_alive
+    await accounts.hold("req_2", ORGANIZATION, 5)
+    await accounts.flush()
+    assert accounts.settled_ids == ["req_0"]  # type: ignore[attr-defined]
+    assert (await balance(database)).held_nano == 5
+
+
+async def test_a_failing_turn_takes_back_no_answer(
+    accounts: AccountWriter, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hold was taken and told so before what failed."""
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("nobody foresaw this")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(accounts_module._Writer, "_is_due", fail)
+        await accounts.hold("req_1", ORGANIZATION, 5)
+    await accounts.flush()
+    assert (await balance(database)).held_nano == 5
+
+
+async def test_a_thread_that_ended_answers_nobody_with_silence(
+    accounts: AccountWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(writer: object, operations: SimpleQueue[object]) -> None:
+        while operations.qsize() < 3:
+            time.sleep(0.001)
+        raise RuntimeError("nobody foresaw this")
+
+    assert accounts.is_alive
+    monkeypatch.setattr(accounts_module._Writer, "_collect", fail)
+    await accounts.flush()  # lets the thread come to its last turn
+    waiting = (accounts.hold("req_1", ORGANIZATION, 5), accounts.flush(), accounts.flush())
+    answers = await asyncio.gather(*waiting, return_exceptions=True)
+    assert [type(answer) for answer in answers] == [Unavailable] * 3
+    assert not accounts.is_alive
+    for operation in (accounts.hold("req_2", ORGANIZATION, 5), accounts.flush()):
+        with pytest.raises(Unavailable):
+            await operation

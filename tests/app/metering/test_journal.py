@@ -208,6 +208,61 @@ async def test_a_disk_error_fails_the_step_and_a_later_one_succeeds(
     assert usage.output_tokens == 2  # the step that failed was never delivered
 
 
+@pytest.mark.parametrize("broken", ["append", "sync"])
+async def test_an_unforeseen_error_fails_every_step_from_then_on(
+    journal: Journal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    journal.admit(admitted("a"))
+    await journal.commit_step([output("a", 2)])
+    with monkeypatch.context() as patch:
+        patch.setattr(Segment, broken, lambda *_: 1 // 0)
+        answers = await asyncio.gather(
+            *(journal.commit_step([output("a")]) for _ in range(5)), return_exceptions=True
+        )
+        assert [type(answer) for answer in answers] == [Unavailable] * 5
+    assert not journal.is_alive
+    journal.admit(admitted("b"))
+    journal.settled(["a"])
+    for _ in range(2):  # although the disk would take it now
+        with pytest.raises(Unavailable):
+            await journal.commit_step([output("a")])
+    await journal.close()
+    usages = await recovered(tmp_path)
+    assert list(usages) == ["a"]
+    assert usages["a"].output_tokens >= 2
+
+
+async def test_a_segment_that_cannot_be_closed_does_not_end_the_journal(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close = Segment.close
+
+    def failing(self: Segment) -> None:
+        close(self)
+        raise OSError(5, "Input/output error")
+
+    await journal.commit_step([output("a")])
+    with monkeypatch.context() as patch:
+        patch.setattr(Segment, "close", failing)
+        patch.setattr(Segment, "append", lambda *_: failing_write())
+        with pytest.raises(Unavailable):
+            await journal.commit_step([output("a")])
+    await journal.commit_step([output("a")])
+    assert journal.is_alive
+
+
+def failing_write() -> None:
+    raise OSError(5, "Input/output error")
+
+
+async def test_nothing_waits_for_a_closed_journal(journal: Journal) -> None:
+    assert journal.is_alive
+    await journal.close()
+    assert not journal.is_alive
+    with pytest.raises(Unavailable):
+        await journal.commit_step([output("a")])
+
+
 async def test_two_processes_cannot_share_a_journal(journal: Journal, tmp_path: Path) -> None:
     with pytest.raises(Conflict, match="Another process"):
         await Journal(tmp_path).start()
