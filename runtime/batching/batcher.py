@@ -88,6 +88,7 @@ class Batcher:
         self._timer: asyncio.TimerHandle | None = None
         self._refusal: PredictFailure | None = None  # what every later request is told
         self._num_requests = 0
+        self._is_paused = False
 
     @property
     def num_waiting(self) -> int:
@@ -124,6 +125,14 @@ class Batcher:
             batch_rows=max(part.batch_rows for part in parts),
             queue_ns=sum(part.queue_ns for part in parts),
         )
+
+    def pause(self) -> None:
+        """Start no run until `resume`: nobody takes the answers."""
+        self._is_paused = True
+
+    def resume(self) -> None:
+        self._is_paused = False
+        self._wake()
 
     async def close(self) -> None:
         """Refuse what waits and end after the run in progress."""
@@ -168,7 +177,7 @@ class Batcher:
 
     def _wake(self) -> None:
         """Start the next run if nothing runs and the first request need not wait."""
-        if self._running is not None:
+        if self._running is not None or self._is_paused:
             return
         if self._timer is not None:
             self._timer.cancel()

@@ -36,6 +36,7 @@ from runtime.server.connection import (
     wire_error,
 )
 from runtime.server.engine_thread import Engine, EngineThread, PreparedRequest
+from runtime.server.memory import WaitingMemory, prompt_bytes, text_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +47,11 @@ DRAINING_START_SECONDS = 2.0  # and this long once the worker drains
 class _Request:
     """A request that is not answered yet: being prepared, prepared, or (without either) running."""
 
-    __slots__ = ("deadline", "is_running", "num_choices", "prepared")
+    __slots__ = ("deadline", "is_running", "num_choices", "prepared", "text_bytes")
 
-    def __init__(self, num_choices: int) -> None:
-        self.num_choices = num_choices
+    def __init__(self, message: Generate) -> None:
+        self.num_choices = message.num_choices
+        self.text_bytes = text_bytes(message)
         self.prepared: PreparedRequest | None = None
         self.deadline = 0.0  # for `Start`; means something while `prepared` is set
         self.is_running = False
@@ -62,6 +64,7 @@ class DecoderServer(Server):
         self._engine = engine
         self._max_requests = config.max_sequences + config.max_waiting
         self._requests: dict[str, _Request] = {}
+        self._memory = WaitingMemory()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="prepare")
         self._loop: asyncio.AbstractEventLoop
         self._thread: EngineThread
@@ -97,10 +100,15 @@ class DecoderServer(Server):
             raise FrameError("a request's id is already in use")
         if self.is_draining:
             self.refuse_draining(request_id)
-        elif len(self._requests) >= self._max_requests:
+            return
+        request = _Request(message)
+        # A text's ids and the choices' copies are counted once the request is prepared.
+        num_bytes = request.text_bytes + prompt_bytes(len(message.token_ids or ()), 0)
+        is_full = len(self._requests) >= self._max_requests
+        if is_full or not self._memory.hold(request_id, num_bytes):
             self.refuse(request_id, queue_full())
         else:
-            request = self._requests[request_id] = _Request(message.num_choices)
+            self._requests[request_id] = request
             self._executor.submit(self._prepare, message, request)
 
     def _prepare(self, message: Generate, request: _Request) -> None:
@@ -122,6 +130,10 @@ class DecoderServer(Server):
             return  # cancelled meanwhile
         if isinstance(result, WireError):
             self.end(request_id, result)
+            return
+        ids_bytes = prompt_bytes(result.num_prompt_tokens, request.num_choices)
+        if not self._memory.hold(request_id, request.text_bytes + ids_bytes):
+            self.end(request_id, queue_full())
             return
         request.prepared = result
         seconds = DRAINING_START_SECONDS if self.is_draining else START_SECONDS
@@ -176,7 +188,7 @@ class DecoderServer(Server):
     def deliver(self, outputs: list[SequenceOutput], finished: list[str]) -> None:
         self._send_step(outputs)
         for request_id in finished:
-            self._requests.pop(request_id, None)
+            self._forget(request_id)
         if self._is_paused:
             self._num_held_credits += 1
         else:
@@ -201,8 +213,13 @@ class DecoderServer(Server):
             self._send_step(outputs[half:])
 
     def end(self, request_id: str, error: WireError) -> None:
-        if self._requests.pop(request_id, None) is not None:
+        if self._forget(request_id):
             self.connection.send(Failed(request_id=request_id, error=error))
+
+    def _forget(self, request_id: str) -> bool:
+        """The request is answered; False if it was before."""
+        self._memory.release(request_id)
+        return self._requests.pop(request_id, None) is not None
 
     def fail(self, error: WireError) -> None:
         self.connection.fail(error)

@@ -26,6 +26,7 @@ from runtime.server.connection import (
     server_error,
     wire_error,
 )
+from runtime.server.memory import WaitingMemory, predict_bytes
 
 
 class TensorServer(Server):
@@ -43,6 +44,7 @@ class TensorServer(Server):
         )
         self._max_requests = config.max_waiting
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._memory = WaitingMemory()
 
     @property
     def num_requests(self) -> int:
@@ -63,7 +65,9 @@ class TensorServer(Server):
             raise FrameError("a request's id is already in use")
         if self.is_draining:
             self.refuse_draining(request_id)
-        elif len(self._tasks) >= self._max_requests:
+            return
+        is_full = len(self._tasks) >= self._max_requests
+        if is_full or not self._memory.hold(request_id, predict_bytes(message)):
             self.refuse(request_id, queue_full())
         else:
             self._tasks[request_id] = asyncio.create_task(self._predict(message))
@@ -88,11 +92,19 @@ class TensorServer(Server):
         except ValueError:  # names and shapes count too
             self.refuse(request_id, output_too_large())
         del self._tasks[request_id]
+        self._memory.release(request_id)
 
     def _cancel(self, request_id: str) -> None:
         if (task := self._tasks.pop(request_id, None)) is not None:
             task.cancel()  # before its first turn or within a run, it says nothing any more
+            self._memory.release(request_id)
             self.refuse(request_id, cancelled())
+
+    def pause(self) -> None:
+        self._batcher.pause()
+
+    def resume(self) -> None:
+        self._batcher.resume()
 
     def _lose_device(self) -> None:
         message = "The model's device failed; it is being restarted. Try again."

@@ -26,7 +26,7 @@ from runtime.protocol import (
     WireError,
     encode_frame,
 )
-from runtime.server import connection, decoder, engine_thread
+from runtime.server import connection, decoder, engine_thread, memory
 from runtime.server.decoder import DecoderServer
 from tests.runtime.server.stream import Stream
 
@@ -199,6 +199,28 @@ async def test_more_than_may_wait_are_refused(server: DecoderServer) -> None:
         assert failed.error.type == "rate_limit_error"
         peer.send(Cancel(request_id="r0"), request("again"))
         await peer.expect(Prepared, lambda each: each.request_id == "again")
+
+
+async def test_waiting_prompts_may_hold_so_much_memory_and_no_more(
+    server: DecoderServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "MAX_WAITING_BYTES", 2 * memory.prompt_bytes(3, 1))
+    async with Stream(server) as peer:
+        for request_id in ("a", "b"):
+            peer.send(request(request_id))
+            await peer.expect(Prepared)
+        peer.send(request("c"))
+        await peer.expect_failed("c", "queue_full", 429)
+        peer.send(Cancel(request_id="a"), Start(request_id="b"))
+        await peer.expect(Step, lambda step: step.outputs[0].finish_reason is not None)
+        assert server._memory.total_bytes == 0
+        peer.send(request("d", num_choices=30))  # it is alone
+        await peer.expect(Prepared)
+        peer.send(Cancel(request_id="d"), request("e", 1))
+        await peer.expect(Prepared)
+        # Known to be too many copies only once it is prepared.
+        peer.send(request("f", num_choices=30))
+        await peer.expect_failed("f", "queue_full", 429)
 
 
 async def test_cancel_before_and_during_preparation(

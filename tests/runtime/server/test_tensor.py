@@ -1,5 +1,6 @@
 """A tensor program's requests over a stream, with programs that do what each test needs."""
 
+import asyncio
 import threading
 
 import pytest
@@ -19,6 +20,7 @@ from runtime.protocol import (
     Tensor,
     TensorSpec,
 )
+from runtime.server import memory
 from runtime.server.tensor import TensorServer
 from tests.runtime.server.stream import Stream
 
@@ -113,6 +115,47 @@ async def test_more_than_may_wait_are_refused() -> None:
         program.may_run.set()
         for _ in range(2):
             await peer.expect(Predicted)
+
+
+async def test_waiting_inputs_may_hold_so_much_memory_and_no_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(memory, "MAX_WAITING_BYTES", 40)  # two of 8 bytes, each held twice
+    program = Program()
+    program.may_run.clear()
+    server = serve(program)
+    async with Stream(server) as peer:
+        peer.send(*(predict(f"r{i}", i, i) for i in range(3)))
+        await peer.expect_failed("r2", "queue_full", 429)
+        peer.send(Cancel(request_id="r0"), predict("r3", 3, 3))
+        await peer.expect_failed("r0", "cancelled", 499)
+        program.may_run.set()
+        answered = {(await peer.expect(Predicted)).request_id for _ in range(2)}
+        assert answered == {"r1", "r3"}
+        assert server._memory.total_bytes == 0
+        peer.send(predict("alone", *[1.0] * 100))
+        assert (await peer.expect(Predicted)).request_id == "alone"
+
+
+async def test_a_peer_that_does_not_read_stops_the_runs() -> None:
+    num_runs = 0
+
+    def run(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        nonlocal num_runs
+        num_runs += 1
+        return [inputs[0].repeat(1, 25_000)]  # 200 kB
+
+    server = TensorServer(run, SCHEMA, Serve(artifact_dir="/", max_batch_rows=1))
+    async with Stream(server) as peer:
+        peer.send(*(predict(f"r{i}", i, i) for i in range(100)))
+        num_before = -1
+        while num_runs != num_before:  # until it stands still
+            num_before = num_runs
+            await asyncio.sleep(0.2)
+        assert num_runs < 50
+        for _ in range(100):
+            await peer.expect(Predicted)
+        assert num_runs == 100
 
 
 async def test_an_answer_too_large_for_a_frame_is_a_failure(
