@@ -13,6 +13,7 @@ import msgspec
 import uvicorn
 
 import app.main
+from app.cli.connection import Connection
 from app.core import clock
 from app.core.database import Database
 from app.core.storage import Storage
@@ -75,6 +76,7 @@ def main() -> None:
     server = uvicorn.Server(
         uvicorn.Config(
             app.main.create_app(settings),
+            http=Connection,
             host="127.0.0.1",
             port=port,
             access_log=False,

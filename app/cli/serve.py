@@ -13,6 +13,7 @@ import click
 import uvicorn
 
 from app.cli.client import Refused
+from app.cli.connection import Connection
 from app.core.errors import AppError
 from app.settings import Settings, SettingsError, read_settings
 
@@ -47,6 +48,7 @@ def serve(data_dir: Path | None, host: str | None, port: int | None) -> None:
     server = Server(
         uvicorn.Config(
             app,
+            http=Connection,
             host=settings.host,
             port=settings.port,
             access_log=False,
