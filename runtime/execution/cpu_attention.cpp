@@ -121,9 +121,15 @@ void attend_as(const at::Tensor& query, const at::Tensor& keys, const at::Tensor
                const at::Tensor& block_tables, double scale, int64_t window, double soft_cap,
                at::Tensor& output) {
   const int64_t heads = query.size(1), kv_heads = keys.size(1), bs = keys.size(2);
+  TORCH_CHECK(context_lens.dim() == 1 && block_tables.dim() == 2 && query_start.dim() == 1 &&
+                  query_start.numel() == context_lens.size(0) + 1 &&
+                  block_tables.size(0) >= context_lens.size(0),
+              "query_start must be one longer than context_lens, and a block table be there for "
+              "each sequence");
   const int64_t num_sequences = context_lens.size(0), max_blocks = block_tables.size(1);
   const int32_t *tables = integers(block_tables), *contexts = integers(context_lens);
   const int32_t* starts = integers(query_start);
+  TORCH_CHECK(starts[0] >= 0, "query_start must not be negative");
   for (int64_t i = 0; i < num_sequences; ++i) {
     TORCH_CHECK(starts[i] < starts[i + 1] && starts[i + 1] <= query.size(0) &&
                     contexts[i] >= starts[i + 1] - starts[i] && contexts[i] <= max_blocks * bs,

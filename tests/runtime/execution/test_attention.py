@@ -1,5 +1,6 @@
 """Every backend against dense float64 attention, on ragged paged batches full of NaN."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -78,6 +79,25 @@ def test_compiled_op_refuses_what_would_leave_the_pool(backend: AttentionBackend
     inputs = make_inputs(Case(((1, 40),)))
     inputs.metadata.context_lens[0] = 1000
     with pytest.raises(RuntimeError, match="more than its blocks hold"):
+        inputs.attend(backend)
+
+
+@pytest.mark.parametrize("backend", variants(), ids=lambda v: v.name, indirect=True)
+def test_compiled_op_refuses_metadata_of_other_lengths(backend: AttentionBackend) -> None:
+    """It would read beyond their ends, or before the query."""
+    inputs = make_inputs(Case(((1, 40), (2, 40))))
+    good = inputs.metadata
+    bad = {
+        "query_start": good.query_start[:-1],
+        "block_tables": good.block_tables[:1].contiguous(),
+    }
+    for name, tensor in bad.items():
+        inputs.metadata = dataclasses.replace(good, **{name: tensor})
+        with pytest.raises(RuntimeError, match="one longer than context_lens"):
+            inputs.attend(backend)
+    inputs.metadata = dataclasses.replace(good, query_start=good.query_start.clone())
+    inputs.metadata.query_start[0] = -1
+    with pytest.raises(RuntimeError, match="must not be negative"):
         inputs.attend(backend)
 
 
