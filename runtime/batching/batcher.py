@@ -47,6 +47,7 @@ class _Piece(msgspec.Struct, kw_only=True):
 
     inputs: list[torch.Tensor]
     answer: "asyncio.Future[_Part]"
+    on_run: Callable[[], None]
 
 
 class _Part(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,9 +101,12 @@ class Batcher:
         """Requests taken but not answered, less those that wait."""
         return max(0, self._num_requests - len(self._queue))
 
-    async def predict(self, tensors: Sequence[Tensor]) -> Prediction:
+    async def predict(
+        self, tensors: Sequence[Tensor], on_run: Callable[[], None] = lambda: None
+    ) -> Prediction:
         """Raises `PredictFailure` for wrong inputs, a full queue, or a program that fails on
-        them. Cancelling it drops what has not started."""
+        them. Cancelling it drops what has not started. `on_run` is called when a run of its rows
+        begins."""
         if self._num_requests >= self._max_waiting:
             raise PredictFailure(
                 "queue_full", "The model has too many requests waiting. Try again.", status=429
@@ -110,7 +114,7 @@ class Batcher:
         inputs = decode_inputs(tensors, self.schema)
         self._num_requests += 1
         try:
-            parts = [await self._submit(piece) for piece in self._split(inputs)]
+            parts = [await self._submit(piece, on_run) for piece in self._split(inputs)]
         finally:
             self._num_requests -= 1
         outputs = parts[0].outputs
@@ -158,11 +162,11 @@ class Batcher:
     def _rows(self, inputs: list[torch.Tensor]) -> int:
         return inputs[0].shape[0] if self.schema.is_batched else 1
 
-    async def _submit(self, inputs: list[torch.Tensor]) -> _Part:
+    async def _submit(self, inputs: list[torch.Tensor], on_run: Callable[[], None]) -> _Part:
         if self._refusal is not None:
             raise self._refusal
         answer: asyncio.Future[_Part] = asyncio.get_running_loop().create_future()
-        piece = _Piece(inputs=inputs, answer=answer)
+        piece = _Piece(inputs=inputs, answer=answer, on_run=on_run)
         # Unbatched programs get a key that equals no other, hence a run each.
         key = tuple(t.shape[1:] for t in inputs) if self.schema.is_batched else object()
         rows = self._rows(inputs) if self.schema.is_batched else self.max_batch_rows
@@ -184,6 +188,8 @@ class Batcher:
             self._timer = None
         now_ns = time.monotonic_ns()
         if batch := self._queue.take(now_ns):
+            for pending in batch:
+                pending.item.on_run()
             self._running = asyncio.create_task(self._execute(batch))
         elif (due_ns := self._queue.due_ns()) is not None:
             loop = asyncio.get_running_loop()

@@ -44,6 +44,7 @@ class TensorServer(Server):
         )
         self._max_requests = config.max_waiting
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._begun: set[str] = set()  # of `_tasks`, those of whose rows some run or ran
         self._memory = WaitingMemory()
 
     @property
@@ -75,7 +76,9 @@ class TensorServer(Server):
     async def _predict(self, message: Predict) -> None:
         request_id = message.request_id
         try:
-            prediction = await self._batcher.predict(message.inputs)
+            prediction = await self._batcher.predict(
+                message.inputs, lambda: self._begun.add(request_id)
+            )
             answer = Predicted(
                 request_id=request_id,
                 outputs=prediction.outputs,
@@ -92,11 +95,16 @@ class TensorServer(Server):
         except ValueError:  # names and shapes count too
             self.refuse(request_id, output_too_large())
         del self._tasks[request_id]
+        self._begun.discard(request_id)
         self._memory.release(request_id)
 
     def _cancel(self, request_id: str) -> None:
+        """Drops a request that waits. One that has begun costs its device time whether or not
+        somebody wants it, and is answered, so that it can be charged."""
+        if request_id in self._begun:
+            return
         if (task := self._tasks.pop(request_id, None)) is not None:
-            task.cancel()  # before its first turn or within a run, it says nothing any more
+            task.cancel()  # before its first turn it says nothing any more
             self._memory.release(request_id)
             self.refuse(request_id, cancelled())
 
