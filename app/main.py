@@ -91,6 +91,7 @@ def create_app(settings: Settings, announce: Callable[[str], object] = log.info)
         exception_handlers=exception_handlers(),
         openapi_config=documentation.OPENAPI_CONFIG,
         request_max_body_size=settings.max_request_bytes,
+        logging_config=None,  # whoever runs the application decides about logs
     )
 
 
