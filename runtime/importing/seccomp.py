@@ -87,6 +87,21 @@ _NUMBERS: dict[str, tuple[int | None, int | None]] = {
     "fremovexattr": (199, 16),
     "removexattrat": (466, 466),
     "truncate": (76, 45),
+    # memory, semaphores and queues shared by number, which no file rule sees
+    "shmget": (29, 194),
+    "shmat": (30, 196),
+    "shmctl": (31, 195),
+    "shmdt": (67, 197),
+    "semget": (64, 190),
+    "semop": (65, 193),
+    "semctl": (66, 191),
+    "semtimedop": (220, 192),
+    "msgget": (68, 186),
+    "msgsnd": (69, 189),
+    "msgrcv": (70, 188),
+    "msgctl": (71, 187),
+    "mq_open": (240, 180),
+    "mq_unlink": (241, 181),
     # no way to reach another service's socket; both ends of a socketpair stay usable
     "connect": (42, 203),
     # handled by a rule of their own
@@ -107,6 +122,8 @@ _NUMBERS: dict[str, tuple[int | None, int | None]] = {
     "socketpair": (53, 199),
     "ioctl": (16, 29),
     "prlimit64": (302, 261),
+    "sched_setaffinity": (203, 122),
+    "setpriority": (141, 140),
     "kill": (62, 129),
     "tkill": (200, 130),
     "tgkill": (234, 131),
@@ -127,6 +144,7 @@ _DENIED_IN_SERVE = [
 _OTHER_SIGNALS = ["tkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo", "pidfd_send_signal"]
 
 _AF_UNIX, _SOCK_STREAM, _SOCK_TYPE_MASK = 1, 1, 0xF
+_PRIO_PROCESS = 0
 _CLONE_THREAD = 0x00010000
 # NEWTIME NEWNS NEWCGROUP NEWUTS NEWIPC NEWUSER NEWPID NEWNET
 _CLONE_NAMESPACES = 0x7E020080
@@ -190,6 +208,19 @@ def _rules(profile: Profile, signals_to: int | None) -> list[tuple[str, list[Ins
             ],
         ),
         ("prlimit64", [_argument(0), (_JUMP_EQUAL, 1, 0, 0), _deny(), allow]),
+        ("sched_setaffinity", [_argument(0), (_JUMP_EQUAL, 1, 0, 0), _deny(), allow]),
+        (
+            "setpriority",
+            [
+                _argument(0),  # 0 of a group or of a user is everyone in it
+                (_JUMP_EQUAL, 1, 0, _PRIO_PROCESS),
+                _deny(),
+                _argument(1),
+                (_JUMP_EQUAL, 1, 0, 0),
+                _deny(),
+                allow,
+            ],
+        ),
     ]
     if signals_to is not None:
         only: list[Instruction] = [_argument(0), (_JUMP_EQUAL, 1, 0, signals_to), _deny(), allow]

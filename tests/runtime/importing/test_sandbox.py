@@ -72,6 +72,17 @@ attempt("unshare", lambda: check(libc.unshare(0x10000000)))
 attempt("userfaultfd", lambda: check(libc.syscall({userfaultfd}, 0)))
 attempt("io_uring", lambda: check(libc.syscall(425, 1, 0)))
 attempt("bpf", lambda: check(libc.syscall({bpf}, 0, 0, 0)))
+attempt("shared memory", lambda: check(libc.shmget(0, 4096, 0o1600)))
+attempt("attach shared memory", lambda: check(-(libc.shmat(0, None, 0o10000) == -1)))
+attempt("semaphores", lambda: check(libc.semget(0, 1, 0o1600)))
+attempt("message queue", lambda: check(libc.msgget(0, 0o1600)))
+attempt("named message queue", lambda: check(libc.mq_open(b"/planted", 0o102, 0o600, None)))
+attempt("slow parent", lambda: os.setpriority(
+    os.PRIO_PROCESS, os.getppid(), os.getpriority(os.PRIO_PROCESS, os.getppid())))
+attempt("slow group", lambda: os.setpriority(
+    os.PRIO_PGRP, 0, os.getpriority(os.PRIO_PGRP, 0)))
+attempt("move parent", lambda: os.sched_setaffinity(
+    os.getppid(), os.sched_getaffinity(os.getppid())))
 attempt("core dump", lambda: check(-1) if __import__("resource").getrlimit(4)[1] else None)
 """
 
@@ -87,6 +98,8 @@ attempt("zone", lambda: __import__("zoneinfo").ZoneInfo("UTC"))
 attempt("null", lambda: open(os.devnull, "w").write("x"))
 attempt("urandom", lambda: open("/dev/urandom", "rb").read(1))
 attempt("import", lambda: __import__("sqlite3"))
+attempt("own priority", lambda: os.nice(1))
+attempt("own cpus", lambda: os.sched_setaffinity(0, os.sched_getaffinity(0)))
 attempt("signal itself", lambda: os.kill(os.getpid(), 0))
 """
 
