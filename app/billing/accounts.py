@@ -20,15 +20,15 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.billing import posting
 from app.billing.posting import HoldRequest, Standing
 from app.billing.rating import Settlement
+from app.billing.refusals import accounts_unavailable, payment_required, request_too_dear
 from app.billing.statements import open_statement
+from app.billing.tables import MAX_HOLD_NANO
 from app.core.database import create_writer_engine
-from app.core.errors import AppError, PaymentRequired, Unavailable
-from app.core.money import format_nano
+from app.core.errors import AppError
 
 MAX_BATCH = 512  # settlements in one transaction
 MAX_UNSETTLED = 100_000  # beyond this the database is too far behind to admit more
 SETTLE_DELAY_SECONDS = 0.05  # how long settlements may wait for company
-MAX_HOLD_NANO = 10**15  # of one request; thousands of them must add up within 64 bits
 RETRY_SECONDS = (0.05, 0.2, 1.0, 5.0)
 
 log = logging.getLogger(__name__)
@@ -120,9 +120,9 @@ class AccountWriter:
         """Sets money aside. Raises `PaymentRequired` naming the limit and the shortfall."""
         assert self._writer is not None, "start() has not run"
         if self._writer.num_unsettled + self._operations.qsize() > MAX_UNSETTLED:
-            raise _unavailable()
+            raise accounts_unavailable()
         if amount_nano > MAX_HOLD_NANO:
-            raise _too_dear(amount_nano, self._currency)
+            raise request_too_dear(amount_nano, self._currency)
         waiter: Waiter = self._loop.create_future()
         await self._ask(_Hold(HoldRequest(request_id, organization_id, amount_nano), waiter))
 
@@ -141,7 +141,7 @@ class AccountWriter:
     async def _ask(self, operation: _Hold | _Flush) -> None:
         if not self._operations.ask(operation):
             operation.waiter.cancel()
-            raise _unavailable()
+            raise accounts_unavailable()
         await operation.waiter
 
     async def release_orphans(self, known_request_ids: set[str]) -> int:
@@ -227,7 +227,9 @@ class _Writer:
 
     def _give_up(self, waiters: Iterable[Waiter]) -> None:
         """Whoever has an answer already keeps it."""
-        answers: dict[Waiter, AppError | None] = {waiter: _unavailable() for waiter in waiters}
+        answers: dict[Waiter, AppError | None] = {
+            waiter: accounts_unavailable() for waiter in waiters
+        }
         if answers:
             self._loop.call_soon_threadsafe(_resolve, answers)
 
@@ -258,13 +260,13 @@ class _Writer:
                 self._settle_all()
                 refused = self._attempt([hold for hold, _ in refused], answers)
             for hold, standing in refused:
-                answers[hold.waiter] = _payment_required(hold.request, standing)
+                answers[hold.waiter] = payment_required(hold.request, standing)
         except Exception:
             log.exception("holds could not be taken")
             unanswered = [hold for hold in holds if hold.waiter not in answers]
             # Some may have been: a connection can be lost after its commit has taken effect.
             self._voids += [hold.request.request_id for hold in unanswered]
-            answers.update({hold.waiter: _unavailable() for hold in unanswered})
+            answers.update({hold.waiter: accounts_unavailable() for hold in unanswered})
         self._loop.call_soon_threadsafe(_resolve, answers)
 
     def _attempt(
@@ -358,38 +360,6 @@ def _resolve(answers: dict[Waiter, AppError | None]) -> None:
             waiter.set_result(None)
         else:
             waiter.set_exception(error)
-
-
-def _payment_required(hold: HoldRequest, standing: Standing) -> PaymentRequired:
-    limit = standing.credit_limit_nano or 0
-    shortfall = hold.amount_nano - standing.available_nano
-
-    def shown(nano: int) -> str:
-        return format_nano(nano, standing.currency, places=9)
-
-    return PaymentRequired(
-        f"The organization's spending limit of {shown(limit)} does not cover this request: it may "
-        f"cost up to {shown(hold.amount_nano)}, {shown(standing.available_nano)} is left "
-        f"({shown(standing.held_nano)} is held for running requests), so "
-        f"{shown(shortfall)} is missing. Raise the limit, or ask for fewer tokens."
-    )
-
-
-def _too_dear(amount_nano: int, currency: str) -> PaymentRequired:
-    return PaymentRequired(
-        f"This request may cost up to {format_nano(amount_nano, currency, places=2)}; no request "
-        f"may cost more than {format_nano(MAX_HOLD_NANO, currency, places=2)}. Ask for fewer "
-        "tokens, or have the operator look at the prices.",
-        code="request_too_dear",
-    )
-
-
-def _unavailable() -> Unavailable:
-    return Unavailable(
-        "The box cannot reserve the money for this request at the moment.",
-        code="accounts_unavailable",
-        retry_after_seconds=5,
-    )
 
 
 async def open_account(session: AsyncSession, organization_id: str, currency: str) -> None:

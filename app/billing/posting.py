@@ -20,6 +20,7 @@ from app.billing.statements import (
     orphans_statement,
     statements_of,
 )
+from app.billing.tables import MAX_BALANCE_NANO
 from app.core import clock
 
 
@@ -42,6 +43,11 @@ class Standing(NamedTuple):
     @property
     def available_nano(self) -> int:
         return max(0, self.posted_nano - self.held_nano + (self.credit_limit_nano or 0))
+
+    @property
+    def room_nano(self) -> int:
+        """How much more can be held before the account could not be counted in 64 bits."""
+        return MAX_BALANCE_NANO + self.posted_nano - self.held_nano
 
 
 def take_holds(
@@ -85,6 +91,8 @@ def take_holds(
 
 
 def _take(connection: Connection, organization_id: str, amount_nano: int) -> bool:
+    if amount_nano > MAX_BALANCE_NANO:  # of many holds at once
+        return False
     row = {"organization": organization_id, "amount": amount_nano}
     return connection.exec_driver_sql(statements_of(connection).take, row).rowcount == 1
 

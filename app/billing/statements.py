@@ -14,13 +14,20 @@ from sqlalchemy import (
     Select,
     bindparam,
     insert,
+    literal_column,
     or_,
     select,
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
 
-from app.billing.tables import AccountBalance, Hold, LedgerEntry, LedgerTransaction
+from app.billing.tables import (
+    MAX_BALANCE_NANO,
+    AccountBalance,
+    Hold,
+    LedgerEntry,
+    LedgerTransaction,
+)
 from app.core.database import Base
 from app.metering.tables import UsageEvent, UsageLine
 
@@ -31,15 +38,18 @@ _line = Base.metadata.tables[UsageLine.__tablename__]
 _transaction = Base.metadata.tables[LedgerTransaction.__tablename__]
 _entry = Base.metadata.tables[LedgerEntry.__tablename__]
 
-# One statement decides and takes: whatever runs beside it, nobody gets past the limit.
+# One statement decides and takes: whatever runs beside it, nobody gets past the limit, nor past
+# what can be counted. No side of a comparison leaves 64 bits.
 _TAKE = (
     update(_balance)
     .where(
         _balance.c.organization_id == bindparam("organization"),
+        _balance.c.posted_nano - _balance.c.held_nano
+        >= bindparam("amount") - literal_column(str(MAX_BALANCE_NANO)),
         or_(
             _balance.c.credit_limit_nano.is_(None),
-            _balance.c.posted_nano - _balance.c.held_nano + _balance.c.credit_limit_nano
-            >= bindparam("amount"),
+            _balance.c.posted_nano - _balance.c.held_nano
+            >= bindparam("amount") - _balance.c.credit_limit_nano,
         ),
     )
     .values(held_nano=_balance.c.held_nano + bindparam("amount"))

@@ -8,6 +8,15 @@ from sqlalchemy.orm import Mapped, mapped_column
 from app.core.database import Base, one_of
 from app.metering.tables import DIMENSIONS
 
+MAX_HOLD_NANO = 10**15  # of one request
+# What an account may owe and hold together. Sums and differences of two such amounts stay within
+# 64 bits; beyond them SQLite would go on with a float and PostgreSQL would refuse.
+MAX_BALANCE_NANO = 4 * 10**18
+
+
+def _within(column: str, lowest: int) -> str:
+    return f"{column} BETWEEN {lowest} AND {MAX_BALANCE_NANO}"
+
 
 class PriceBook(Base):
     """An immutable set of prices in force from `effective_at` until the next book."""
@@ -48,7 +57,9 @@ class AccountBalance(Base):
 
     __tablename__ = "account_balance"
     __table_args__ = (
-        CheckConstraint("held_nano >= 0", name="held"),
+        CheckConstraint(_within("held_nano", 0), name="held"),
+        CheckConstraint(_within("posted_nano", -MAX_BALANCE_NANO), name="posted"),
+        CheckConstraint(_within("credit_limit_nano", -MAX_BALANCE_NANO), name="credit_limit"),
         CheckConstraint(
             "credit_limit_nano IS NULL OR held_nano = 0"
             " OR posted_nano - held_nano >= -credit_limit_nano",

@@ -21,10 +21,20 @@ def upgrade() -> None:
         sa.Column("held_nano", sa.BigInteger(), nullable=False),
         sa.Column("credit_limit_nano", sa.BigInteger(), nullable=True),
         sa.CheckConstraint(
+            "credit_limit_nano BETWEEN -4000000000000000000 AND 4000000000000000000",
+            name=op.f("ck_account_balance_credit_limit"),
+        ),
+        sa.CheckConstraint(
             "credit_limit_nano IS NULL OR held_nano = 0 OR posted_nano - held_nano >= -credit_limit_nano",
             name=op.f("ck_account_balance_limit"),
         ),
-        sa.CheckConstraint("held_nano >= 0", name=op.f("ck_account_balance_held")),
+        sa.CheckConstraint(
+            "held_nano BETWEEN 0 AND 4000000000000000000", name=op.f("ck_account_balance_held")
+        ),
+        sa.CheckConstraint(
+            "posted_nano BETWEEN -4000000000000000000 AND 4000000000000000000",
+            name=op.f("ck_account_balance_posted"),
+        ),
         sa.PrimaryKeyConstraint("organization_id", name=op.f("pk_account_balance")),
     )
     op.create_table(

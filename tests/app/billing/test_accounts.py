@@ -8,16 +8,24 @@ from contextlib import closing
 from queue import SimpleQueue
 from typing import Any
 
+import msgspec
 import pytest
-from sqlalchemy import Connection, func, select, text
-from sqlalchemy.exc import OperationalError
+from sqlalchemy import Connection, func, literal_column, select, text, update
+from sqlalchemy.exc import DataError, IntegrityError, OperationalError
 
 from app.billing import accounts as accounts_module
 from app.billing import posting
-from app.billing.accounts import MAX_HOLD_NANO, AccountWriter
+from app.billing.accounts import AccountWriter
 from app.billing.rating import Settlement
 from app.billing.service import read_account, set_spending_limit
-from app.billing.tables import AccountBalance, Hold, LedgerEntry, LedgerTransaction
+from app.billing.tables import (
+    MAX_BALANCE_NANO,
+    MAX_HOLD_NANO,
+    AccountBalance,
+    Hold,
+    LedgerEntry,
+    LedgerTransaction,
+)
 from app.core.database import Database
 from app.core.errors import Conflict, PaymentRequired, Unavailable
 from app.metering.tables import UsageEvent, UsageLine
@@ -393,3 +401,58 @@ async def test_a_thread_that_ended_answers_nobody_with_silence(
     for operation in (accounts.hold("req_2", ORGANIZATION, 5), accounts.flush()):
         with pytest.raises(Unavailable):
             await operation
+
+
+async def set_balance(database: Database, posted_nano: int, held_nano: int) -> None:
+    async with database.write() as session:
+        row = await session.get_one(AccountBalance, ORGANIZATION)
+        row.posted_nano, row.held_nano = posted_nano, held_nano
+
+
+@pytest.mark.parametrize("limit_nano", [None, MAX_BALANCE_NANO])
+@pytest.mark.parametrize("is_held", [True, False])
+async def test_an_account_stays_within_what_can_be_counted(
+    accounts: AccountWriter, database: Database, limit_nano: int | None, is_held: bool
+) -> None:
+    """Many requests at once, alone beyond 64 bits; some of them still fit."""
+    await limit(database, limit_nano)
+    taken_nano = MAX_BALANCE_NANO - 3 * MAX_HOLD_NANO
+    await set_balance(database, *((0, taken_nano) if is_held else (-taken_nano, 0)))
+    answers = await asyncio.gather(
+        *(accounts.hold(f"req_{i}", ORGANIZATION, MAX_HOLD_NANO) for i in range(10_000)),
+        return_exceptions=True,
+    )
+    assert answers.count(None) == 3
+    refused = [answer for answer in answers if answer is not None]
+    assert {type(answer) for answer in refused} == {PaymentRequired}
+    assert {answer.code for answer in refused} == {"account_full"}  # type: ignore[union-attr]
+    assert "$4,000,000,000.00" in str(refused[0])
+    row = await balance(database)
+    assert row.held_nano - row.posted_nano == MAX_BALANCE_NANO
+    assert isinstance(row.held_nano, int)
+
+
+async def test_a_settlement_beyond_what_can_be_counted_changes_nothing(
+    accounts: AccountWriter, database: Database, settlement: MakeSettlement
+) -> None:
+    await accounts.hold("req_1", ORGANIZATION, 5)
+    for i, spent_nano in enumerate((5 * 10**18, 9 * 10**18, 10**30)):
+        dear = msgspec.structs.replace(settlement("req_1"), amount_nano=spent_nano)
+        accounts.settle(dear)
+        accounts.settle(settlement(f"req_beside_{i}"))
+        await accounts.flush()
+    row = await balance(database)
+    assert row.held_nano == 5  # its hold stays until the journal is settled
+    assert row.posted_nano == -3 * settlement("req_1").amount_nano
+    assert len(accounts.settled_ids) == 3  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("column", ["posted_nano", "held_nano", "credit_limit_nano"])
+@pytest.mark.parametrize("nano", ["4000000000000000001", "-4000000000000000001", "1e19"])
+async def test_the_table_itself_refuses_what_cannot_be_counted(
+    accounts: AccountWriter, database: Database, column: str, nano: str
+) -> None:
+    await accounts.hold("req_1", ORGANIZATION, 5)
+    with pytest.raises((IntegrityError, DataError)):
+        async with database.write() as session:
+            await session.execute(update(AccountBalance).values({column: literal_column(nano)}))
