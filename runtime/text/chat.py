@@ -11,7 +11,8 @@ import jinja2
 
 from runtime.protocol import ChatMessage
 from runtime.text.printable import printable
-from runtime.text.template_environment import BoundedEnvironment, check_size
+from runtime.text.template_bounds import check_size
+from runtime.text.template_environment import BoundedEnvironment
 from runtime.text.tokenizer import Tokenizer, read_json
 
 

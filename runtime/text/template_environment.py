@@ -7,7 +7,7 @@ Does not own what a chat is (chat.py).
 import json
 import threading
 import time
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any, NoReturn, cast
 
@@ -21,12 +21,16 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-MAX_TEXT_CHARACTERS = 1024 * 1024
+from runtime.text.template_bounds import (
+    BoundExceededError,
+    bounded_filters,
+    check_format,
+    check_indent,
+    check_size,
+    size_of,
+)
+
 MAX_CPU_SECONDS = 2.0
-
-
-class BoundExceededError(jinja2.TemplateError):
-    """The template ran for too long, or made something too large."""
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
@@ -38,7 +42,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     the process.
     """
 
-    intercepted_binops = frozenset({"+", "*", "**"})
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
 
     def __init__(self) -> None:
         super().__init__(
@@ -48,6 +52,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         )
         self._render = threading.local()  # the deadline of what this thread renders
         self.concat = _join  # pyright: ignore[reportAttributeAccessIssue]
+        self.filters |= bounded_filters(self.filters)
         self.filters["tojson"] = _tojson
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = _strftime_now
@@ -69,11 +74,13 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "*" and isinstance(right, int) != isinstance(left, int):
             repeated, count = (left, right) if isinstance(right, int) else (right, left)
-            check_size(_size(repeated) * (count if isinstance(count, int) else 1))
+            check_size(size_of(repeated) * (count if isinstance(count, int) else 1))
         elif operator == "**" and isinstance(left, int) and isinstance(right, int):
             check_size(left.bit_length() * right)
+        elif operator == "%" and isinstance(left, str):
+            check_format(left, right)
         result = super().call_binop(context, operator, left, right)
-        check_size(_size(result))
+        check_size(size_of(result))
         return result
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
@@ -136,17 +143,6 @@ def _call(method: str, operands: list[nodes.Expr], line: int) -> nodes.Call:
     return nodes.Call(attribute, operands, [], None, None, lineno=line)
 
 
-def _size(value: Any) -> int:
-    if isinstance(value, int):
-        return value.bit_length()
-    return len(value) if isinstance(value, Sized) else 1
-
-
-def check_size(size: int) -> None:
-    if size > MAX_TEXT_CHARACTERS:
-        raise BoundExceededError(f"it makes a value larger than {MAX_TEXT_CHARACTERS} characters")
-
-
 def _join(parts: Iterable[Any]) -> str:
     pieces = [str(part) for part in parts]
     check_size(sum(map(len, pieces)))
@@ -161,6 +157,7 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """Without the HTML escapes of Jinja's own filter."""
+    check_indent(indent)
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

@@ -134,6 +134,18 @@ DOUBLING = "{% set n = namespace(x='x', i=2) %}{% for i in range(99) %}BODY{% en
             DOUBLING.replace("BODY", "{% set y %}{{ n.x }}{{ n.x }}{% endset %}{% set n.x = y %}"),
             "larger",
         ),
+        ("{{ ('a' * 1000000)|wordwrap(1) }}", "larger"),
+        ("{{ ('a ' * 500000)|urlize }}", "larger"),
+        ("{{ 'a'|center(10 ** 9) }}", "larger"),
+        ("{{ ('\n' * 1000000)|indent(width=65) }}", "indents by more"),
+        ("{{ [[1]]|tojson(indent=10 ** 6) }}", "indents by more"),
+        ("{{ 'abc'|list|slice(10 ** 9)|list }}", "larger"),
+        ("{{ [1]|batch(10 ** 9, 0)|list }}", "larger"),
+        ("{{ '%999999999d' % 1 }}", "larger"),
+        ("{{ '%.999999999f'|format(1.5) }}", "larger"),
+        ("{{ '%99999999999999999999d' % 1 }}", "larger"),
+        ("{{ '%*d' % (10 ** 9, 1) }}", "must be a number"),
+        ("{{ ('%(a)s' * 100000) % {'a': 'x' * 1000000} }}", "larger"),
         ("{{ range(10 ** 9) }}", "Range too big"),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
@@ -152,6 +164,26 @@ def test_a_bad_template_fails_typed_and_soon(
     template = ChatTemplate(source, {})
     with pytest.raises(ChatTemplateError, match=reason):
         template.render(CHAT)
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("{{ '%s: %5.1f 100%%' % ('a', 1.25) }}", "a:   1.2 100%"),
+        ("{{ '%(a)s-%(a)3d'|format(a=5) }}", "5-  5"),
+        ("{{ '<%s>'|format('a') }}", "<a>"),
+        ("{{ 7 % 4 }}", "3"),
+        ("{{ 'a\nb'|indent(2, first=true) }}", "  a\n  b"),
+        ("{{ 'ab'|center(6) }}", "  ab  "),
+        ("{{ 'a b c'|wordwrap(1) }}", "a\nb\nc"),
+        ("{{ [1, 2, 3]|batch(2)|list }}", "[[1, 2], [3]]"),
+        ("{{ [1, 2]|slice(2)|list }}", "[[1], [2]]"),
+        ("{{ 'no link'|urlize }}", "no link"),
+        ("{{ [1]|tojson(indent=1) }}", "[\n 1\n]"),
+    ],
+)
+def test_bounded_filters_do_what_jinjas_own_do(source: str, expected: str) -> None:
+    assert ChatTemplate(source, {}).render(CHAT) == expected
 
 
 def test_a_template_that_does_not_parse_is_refused() -> None:
