@@ -18,7 +18,7 @@ from app.core.database import Database
 from app.metering.segments import Segment
 from app.metering.tables import UsageEvent
 from app.settings import Settings
-from runtime.protocol import Cancel, Generate, Predict, Start
+from runtime.protocol import Cancel, Generate, Message, Predict, Start
 from tests.app.api.conftest import Box
 
 
@@ -75,18 +75,13 @@ async def test_a_client_that_leaves_a_stream_pays_until_the_cancel(box: Box) -> 
 
 
 async def test_a_client_that_leaves_before_the_answer_is_a_cancel_too(box: Box) -> None:
+    body = {"model": "tiny", "prompt": "slow@10", "max_tokens": 200, "ignore_eos": True}
     async with box.http() as http:
-        with pytest.raises(httpx.ReadTimeout):
-            await http.post(
-                "/v1/completions",
-                json={
-                    "model": "tiny",
-                    "prompt": "slow@10",
-                    "max_tokens": 200,
-                    "ignore_eos": True,
-                },
-                timeout=0.2,
-            )
+        call = asyncio.create_task(http.post("/v1/completions", json=body))
+        await until(worker_got(box, "tiny", Start))
+        await asyncio.sleep(0.2)  # of the 2 s that 200 slow tokens take
+        call.cancel()
+        await asyncio.wait([call])
     async with box.database.read() as session:
         for _ in range(200):
             event = await session.scalar(select(UsageEvent))
@@ -210,9 +205,7 @@ async def test_no_token_leaves_before_its_record_is_durable(
 
 async def test_a_request_that_never_left_the_queue_pays_no_prompt(box: Box) -> None:
     body = {"model": "tiny", "prompt": "hang@0 a b c d"}
-    async with box.http() as http:
-        with pytest.raises(httpx.ReadTimeout):
-            await http.post("/v1/completions", json=body, timeout=0.2)
+    await leave(box, "/v1/completions", body, once=worker_got(box, "tiny", Start))
     receipt = await event_of(box, await last_request_id(box))
     assert receipt["outcome"] == "cancelled"
     assert (quantity(receipt, "input"), receipt["amount_nano"]) == (0, 100)
@@ -223,11 +216,19 @@ async def last_request_id(box: Box) -> str:
     return generate.request_id
 
 
-async def leave(box: Box, path: str, body: dict[str, Any]) -> None:
-    """Asks, and hangs up before there is an answer."""
+async def leave(box: Box, path: str, body: dict[str, Any], once: Callable[[], bool]) -> None:
+    """Asks, and hangs up before there is an answer, as soon as `once` holds."""
     async with box.http() as http:
-        with pytest.raises(httpx.ReadTimeout):
-            await http.post(path, json=body, timeout=0.2)
+        call = asyncio.create_task(http.post(path, json=body))
+        await until(once)
+        assert not call.done()
+        call.cancel()
+        await asyncio.wait([call])
+
+
+def worker_got(box: Box, name: str, kind: type[Message]) -> Callable[[], bool]:
+    received = box.workers[name].received
+    return lambda: any(isinstance(message, kind) for message in received)
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -248,7 +249,8 @@ async def num_events(box: Box) -> int:
 async def test_a_client_that_leaves_while_its_prompt_is_read_costs_nothing(
     box: Box, is_stream: bool
 ) -> None:
-    await leave(box, "/v1/completions", {"model": "tiny", "prompt": "unready", "stream": is_stream})
+    body = {"model": "tiny", "prompt": "unready", "stream": is_stream}
+    await leave(box, "/v1/completions", body, once=worker_got(box, "tiny", Generate))
     received = box.workers["tiny"].received
     await until(lambda: isinstance(received[-1], Cancel))
     assert (await num_events(box), await num_holds(box)) == (0, 0)
@@ -265,14 +267,15 @@ async def test_a_client_that_leaves_while_its_prompt_is_read_costs_nothing(
 async def test_a_client_that_leaves_during_its_hold_costs_nothing(
     box: Box, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
 ) -> None:
-    gate, hold = asyncio.Event(), box.accounts.hold
+    asked, gate, hold = asyncio.Event(), asyncio.Event(), box.accounts.hold
 
     async def slow_hold(*args: Any) -> None:
+        asked.set()
         await gate.wait()
         await hold(*args)
 
     monkeypatch.setattr(box.accounts, "hold", slow_hold)
-    await leave(box, path, body)
+    await leave(box, path, body, once=asked.is_set)
     await asyncio.sleep(0.1)
     gate.set()
     assert (await num_events(box), await num_holds(box)) == (0, 0)
@@ -286,7 +289,8 @@ async def test_a_client_that_leaves_during_its_hold_costs_nothing(
 async def test_a_client_that_leaves_a_prediction_pays_for_its_run_if_it_had_one(
     box: Box, k: int, outcome: str, amount_nano: int
 ) -> None:
-    await leave(box, "/models/doubler/predict", {"inputs": {"x": [[1, 2]], "k": [k]}})
+    body = {"inputs": {"x": [[1, 2]], "k": [k]}}
+    await leave(box, "/models/doubler/predict", body, once=worker_got(box, "doubler", Predict))
     received = box.workers["doubler"].received
     await until(lambda: isinstance(received[-1], Cancel))
     assert await num_events(box) == 1
