@@ -317,10 +317,10 @@ async def test_a_lost_block_ends_it(
 ) -> None:
     monkeypatch.setattr(engine_thread, "INTEGRITY_SECONDS", 0.0)
     async with Stream(server) as peer:
-        await start(peer, "a", 1)
-        await peer.expect(Step)
+        peer.send(request("a", 1))
+        await peer.expect(Prepared)
         engine.is_leaking = True
-        await start(peer, "b", 1)
+        peer.send(Start(request_id="a"))
         await peer.expect(Step)  # what was done is still told
         await peer.expect(Fatal)
         assert await peer.end() == 1
