@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from contextlib import suppress
+from typing import Any
 
 import msgspec
 from sqlalchemy import update
@@ -153,11 +154,12 @@ class RunningReplica:
         self._process = process = await box.launcher.start(launch)
         self.link = link = ReplicaLink(box.commit, manifest=desired.manifest)
         await process.connect(lambda: link.stream, timing.connect)
+        serving: dict[str, Any] = {"kv_cache_bytes": settings.kv_cache_bytes, **desired.serving}
         serve = Serve(
             artifact_dir=process.path(artifact_dir),
             device=settings.device,
             num_threads=settings.threads_per_worker,
-            **{"kv_cache_bytes": settings.kv_cache_bytes, **desired.serving},
+            **serving,
         )
         load_seconds = desired.manifest.weight_bytes / timing.load_bytes
         ready = await link.serve(serve, timing.start + load_seconds)

@@ -19,12 +19,16 @@ class AttentionSpec:
     """How one layer attends, beside being causal.
 
     `sliding_window` w lets the token at position p see positions p-w+1 to p. `soft_cap` c turns a
-    scaled score s into `c * tanh(s / c)`.
+    scaled score s into `c * tanh(s / c)`. `alibi_slopes`, one per query head, then add
+    `slope * (key position - query position)` to the score (ALiBi, arXiv:2108.12409). `sinks`, one
+    logit per query head, take part in the softmax's sum without a value of their own.
     """
 
     scale: float
     sliding_window: int | None = None
     soft_cap: float | None = None
+    alibi_slopes: tuple[float, ...] | None = None
+    sinks: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)

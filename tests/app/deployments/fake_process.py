@@ -239,7 +239,9 @@ def build(path: str, script: dict[str, Any]) -> None:
         child = os.fork()
         if not child:
             time.sleep(600)
-        Path(script["child"]).write_text(str(child))
+        partial = Path(script["child"]).with_suffix(".partial")
+        partial.write_text(str(child))
+        partial.rename(script["child"])  # whoever waits for the file finds it whole
     time.sleep(script.get("seconds", 0))
     if script.get("refuse") or Path(message.upload_path).read_bytes() == b"refuse":
         error = WireError(type="invalid_request_error", message="Export it again.", code="stale")

@@ -1,0 +1,106 @@
+"""What a build makes: a program, how it is loaded, and the receipt of what was tried."""
+
+from typing import Literal
+
+from runtime.protocol.frames import Wire
+
+Kind = Literal["decoder", "embedder", "tensor"]
+Verdict = Literal["equal", "lossy", "different", "unproved"]
+
+
+class TensorSpec(Wire, frozen=True):
+    """One input or output of a tensor program. `None` in `shape` is a dynamic axis."""
+
+    name: str
+    dtype: str
+    shape: list[int | None]
+    min_shape: list[int] | None = None
+    max_shape: list[int | None] | None = None
+
+
+class Schema(Wire, frozen=True):
+    """What a tensor program takes and gives. `is_batched`: axis 0 of all of them is one dynamic
+    batch axis, so rows of different requests may share a run."""
+
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    is_batched: bool
+
+
+class DecoderInfo(Wire, frozen=True):
+    """What the gateway must know of a decoder to validate, bound and price its requests."""
+
+    architecture: str
+    vocab_size: int
+    max_context_tokens: int
+    num_layers: int
+    kv_bytes_per_token: int
+    dtype: str
+    has_tokenizer: bool
+    has_chat_template: bool
+    # Paged: keys and values are cached in shared blocks. Otherwise every token runs the whole
+    # sequence again, and `unpaged_reason` says why in one plain sentence.
+    is_paged: bool = True
+    unpaged_reason: str = ""
+    # The most tokens a chat template adds beyond its messages' own text, per request and per
+    # message, measured at build. With one token per byte it bounds what a worker may claim.
+    template_tokens: int = 0
+    template_tokens_per_message: int = 0
+
+
+class EmbedderInfo(Wire, frozen=True):
+    """What the gateway must know of an embedder to validate, bound and price its requests."""
+
+    architecture: str
+    dimensions: int
+    vocab_size: int
+    max_tokens: int  # of one text; longer ones are refused
+    dtype: str
+    pooling: str  # cls, mean, max, last: how token vectors become one
+    is_normalized: bool  # vectors have length 1
+    # The most special tokens the tokenizer adds to one text.
+    special_tokens: int = 0
+
+
+class Manifest(Wire, frozen=True):
+    """`program.json` of a built artifact: what the program is and how to load it."""
+
+    kind: Kind
+    format: Literal["huggingface", "pt2"]
+    num_parameters: int
+    weight_bytes: int
+    schema: Schema | None = None
+    decoder: DecoderInfo | None = None
+    embedder: EmbedderInfo | None = None
+
+
+class Check(Wire, frozen=True):
+    """One comparison of the proof. `error` and `tolerance` share a unit, named in `detail`."""
+
+    name: str
+    is_equal: bool
+    detail: str
+    error: float | None = None
+    tolerance: float | None = None
+
+
+class CandidateReport(Wire, frozen=True):
+    """One optimised form that was measured, and why it won or lost."""
+
+    name: str
+    is_chosen: bool
+    reason: str
+    p50_ms: dict[int, float] = {}  # batch size -> milliseconds
+    device_ms_max: float = 0.0  # the slowest full batch seen: bounds the hold of a request
+
+
+class BuildReceipt(Wire, frozen=True):
+    """`receipt.json`: what the build tried and found, kept with the version for good."""
+
+    verdict: Verdict
+    checks: list[Check]
+    candidates: list[CandidateReport]
+    phase_seconds: dict[str, float]
+    torch_version: str
+    device: str
+    notes: list[str] = []
