@@ -1,6 +1,6 @@
 """What a request may ask for: the refusals, each naming its field.
 
-Owns the bounds of `SamplingParams`. Does not own prompts (engine.py) nor prices.
+Owns the bounds of `SamplingParams`. Does not own prompts (runtime.engine) nor prices.
 """
 
 from runtime.protocol import SamplingParams, WireError

@@ -2,5 +2,5 @@
 
 `connection.py` frames and drains, `decoder.py` and `tensor.py` are what it may serve, and
 `engine_thread.py` runs a decoder's steps. What a request means to a model is the engine's
-(`runtime/engine.py`) or the batcher's (`runtime/batching/`).
+(`runtime/engine/`) or the batcher's (`runtime/batching/`).
 """

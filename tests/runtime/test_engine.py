@@ -428,7 +428,7 @@ def test_ten_thousand_steps_cost_what_ten_cost(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(bench.runner, "prefix", lambda batch, row: [])
     num_bytes: list[int] = []
     monkeypatch.setattr(
-        bench.engine._tokenizer,
+        bench.engine._deliverer._tokenizer,
         "token_bytes",
         lambda id_, original=TOKENIZER.token_bytes: num_bytes.append(id_) or original(id_),
     )
@@ -510,7 +510,9 @@ def test_an_id_in_use_is_refused() -> None:
 
 def test_a_template_that_refuses_names_the_messages() -> None:
     bench = Bench()
-    bench.engine._chat_template = ChatTemplate("{{ raise_exception('no system role') }}", {})
+    bench.engine._preparation._chat_template = ChatTemplate(
+        "{{ raise_exception('no system role') }}", {}
+    )
     with pytest.raises(RequestError, match="no system role") as refused:
         bench.prepare(messages=[ChatMessage(role="system", content="x")])
     assert refused.value.error.param == "messages"

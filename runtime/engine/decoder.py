@@ -1,8 +1,8 @@
-"""The decoder engine: requests in, a step at a time, token ids and text out.
+"""Steps a decoder: scheduler, runner, sampler and delivery, one after the other.
 
-Owns the life of a request between scheduler, runner, sampler and text. Does not own threads,
-sockets (server) or devices (runtime.execution). `prepare` may be called from any thread;
-everything else from the one that steps.
+Owns the life of a request while it runs, and what fails with it. Does not own threads, sockets
+(server) or devices (runtime.execution). `prepare` may be called from any thread; everything else
+from the one that steps.
 """
 
 import logging
@@ -15,31 +15,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from runtime.engine.delivery import Deliverer, Delivery
+from runtime.engine.preparation import Preparation, PreparedRequest
 from runtime.execution.batch import StepBatch
 from runtime.execution.sampler import SampledToken, Sampler, SamplingFailure
-from runtime.protocol import (
-    DecoderInfo,
-    FinishReason,
-    Generate,
-    SequenceOutput,
-    Stats,
-    TokenLogprob,
-)
+from runtime.protocol import DecoderInfo, Generate, SequenceOutput, Stats
 from runtime.scheduling.scheduler import Scheduler, StepPlan
 from runtime.scheduling.sequence import Sequence
-from runtime.scheduling.validation import (
-    RequestError,
-    check_sampling,
-    check_vocabulary,
-    refusal,
-)
-from runtime.text.chat import ChatTemplate, ChatTemplateError
-from runtime.text.stream import TextStream
+from runtime.scheduling.validation import refusal
+from runtime.text.chat import ChatTemplate
 from runtime.text.tokenizer import Tokenizer
-
-__all__ = ["DecoderEngine", "PreparedRequest", "RequestError", "StepRunner"]
-
-MAX_CHOICES = 128
 
 log = logging.getLogger(__name__)
 
@@ -49,35 +34,6 @@ class StepRunner(Protocol):
         """Write every token's K/V to its slot; float32 logits [sampled, vocab] in the order of
         `batch.sample_indices`, on any device. Running the same batch again must be harmless."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedRequest:
-    """A valid request, ready to run. `max_tokens` is per choice: the request's own limit or what
-    is left of the context, whichever is less."""
-
-    generate: Generate
-    token_ids: list[int]
-    max_tokens: int
-
-    @property
-    def request_id(self) -> str:
-        return self.generate.request_id
-
-    @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.token_ids)
-
-
-@dataclass(eq=False, slots=True)
-class Delivery:
-    """What is on its way to the caller of one sequence."""
-
-    sequence: Sequence
-    stream: TextStream | None  # None without a tokenizer
-    echo: str = ""
-    device_ns: int = 0
-    is_first: bool = True
 
 
 @dataclass(slots=True)
@@ -108,9 +64,13 @@ class DecoderEngine:
         self.max_sequence_tokens = min(info.max_context_tokens, scheduler.max_sequence_tokens)
         self._runner = runner
         self._sampler = Sampler()
-        self._tokenizer = tokenizer
-        self._chat_template = chat_template
-        self._vocab_size = info.vocab_size
+        self._preparation = Preparation(
+            tokenizer,
+            chat_template,
+            vocab_size=info.vocab_size,
+            max_sequence_tokens=self.max_sequence_tokens,
+        )
+        self._deliverer = Deliverer(tokenizer, scheduler.finish)
         self._eos_token_ids = frozenset(eos_token_ids)
         if tokenizer is not None and tokenizer.eos_token_id is not None:
             self._eos_token_ids |= {tokenizer.eos_token_id}
@@ -120,57 +80,9 @@ class DecoderEngine:
         self._aborted: list[Delivery] = []
         self._totals = Totals()
 
-    # --- before a request runs ----------------------------------------------------------
-
     def prepare(self, generate: Generate) -> PreparedRequest:
         """Tokenise and validate. Raises `RequestError`. Thread-safe."""
-        params = generate.sampling
-        check_sampling(params, self._vocab_size, has_tokenizer=self._tokenizer is not None)
-        if not 1 <= generate.num_choices <= MAX_CHOICES:
-            raise refusal(f"n must be 1 to {MAX_CHOICES}, not {generate.num_choices}", "n")
-        if generate.echo and params.logprobs is not None:
-            raise refusal("logprobs of an echoed prompt are not supported", "echo")
-        param = "prompt" if generate.messages is None else "messages"
-        token_ids = self._tokenise(generate)
-        if not token_ids:
-            raise refusal("the prompt is empty: it must have at least one token", param)
-        self._check_length(len(token_ids), param)
-        check_vocabulary(token_ids, self._vocab_size, param)
-        num_left = self.max_sequence_tokens - len(token_ids)
-        return PreparedRequest(generate, token_ids, min(params.max_tokens, num_left))
-
-    def _tokenise(self, generate: Generate) -> list[int]:
-        given = (generate.text, generate.token_ids, generate.messages)
-        if sum(each is not None for each in given) != 1:
-            raise refusal("give exactly one of text, token ids and messages", "prompt")
-        if generate.token_ids is not None:
-            return generate.token_ids
-        if self._tokenizer is None:
-            raise refusal("this model has no tokenizer; send the prompt as token ids", "prompt")
-        if generate.text is not None:
-            self._check_length(self._tokenizer.num_tokens_at_least(generate.text), "prompt")
-            return self._tokenizer.encode(generate.text)
-        assert generate.messages is not None
-        if self._chat_template is None:
-            raise refusal("this model has no chat template; use plain completions", "messages")
-        if not generate.messages:
-            raise refusal("messages must hold at least one message", "messages")
-        try:
-            text = self._chat_template.render(generate.messages)
-        except ChatTemplateError as error:
-            raise refusal(str(error), "messages") from error
-        return self._tokenizer.encode(text, is_templated=True)
-
-    def _check_length(self, num_tokens: int, param: str) -> None:
-        if num_tokens >= self.max_sequence_tokens:
-            raise refusal(
-                f"the prompt has {num_tokens} tokens or more; with at least one token to generate, "
-                f"it may have {self.max_sequence_tokens - 1}",
-                param,
-                code="context_length_exceeded",
-            )
-
-    # --- while it runs ------------------------------------------------------------------
+        return self._preparation.prepare(generate)
 
     def add(self, prepared: PreparedRequest) -> None:
         """Queue every choice of the request. Raises `RequestError` for an id that is in use."""
@@ -197,9 +109,7 @@ class DecoderEngine:
                 sequence.seed = params.seed
             if deliveries:  # hashing a long prompt again for every choice would hold up the others
                 sequence.block_keys = list(deliveries[0].sequence.block_keys)
-            delivery = Delivery(sequence, self._make_stream(prepared))
-            if generate.echo:
-                delivery.echo = self._echo(prepared)
+            delivery = self._deliverer.open(sequence, prepared)
             deliveries.append(delivery)
             self._deliveries[sequence.sequence_id] = delivery
             self.scheduler.add(sequence)
@@ -299,42 +209,9 @@ class DecoderEngine:
         return aborted
 
     def _deliver(self, delivery: Delivery, token: SampledToken | None) -> SequenceOutput:
-        """The sequence's output of this step: its new token, if any, and its end, if it ended."""
-        sequence = delivery.sequence
-        token_ids = [] if token is None else [token.token_id]
-        text, reason = self._read(delivery, token_ids)
-        output = SequenceOutput(
-            request_id=sequence.request_id,
-            choice=sequence.choice,
-            token_ids=token_ids,
-            text=delivery.echo + text,
-            num_cached_tokens=sequence.num_cached_tokens,
-            device_ns=delivery.device_ns,
-            logprobs=None if token is None else self._describe(sequence, token),
-            finish_reason=reason,
-        )
+        output = self._deliverer.deliver(delivery, token)
         self._count(delivery, output)
         return output
-
-    def _read(self, delivery: Delivery, token_ids: list[int]) -> tuple[str, FinishReason | None]:
-        """The new text, and why the sequence ended, if it did. A tokenizer that fails on its
-        tokens ends this sequence alone."""
-        sequence, stream = delivery.sequence, delivery.stream
-        if stream is None:
-            return "", sequence.finish_reason
-        if sequence.finish_reason == "stop":  # by its last token, which is no part of the text
-            token_ids = []
-        try:
-            text = stream.add(token_ids)
-            if stream.is_stopped:
-                self.scheduler.finish(sequence, "stop")
-            if sequence.is_finished:
-                text += stream.flush()
-        except Exception:  # someone else's tokenizer may raise anything
-            log.exception("request %s: its text cannot be read", sequence.request_id)
-            self.scheduler.finish(sequence, "error")
-            return "", "error"
-        return text, "stop" if stream.is_stopped else sequence.finish_reason
 
     def _count(self, delivery: Delivery, output: SequenceOutput) -> None:
         sequence = delivery.sequence
@@ -349,23 +226,3 @@ class DecoderEngine:
             alive.remove(delivery)
             if not alive:
                 del self._requests[sequence.request_id]
-
-    def _describe(self, sequence: Sequence, token: SampledToken) -> list[TokenLogprob] | None:
-        if token.logprob is None:
-            return None
-        top = [(id_, self._token_text(id_), logprob) for id_, logprob in token.top]
-        text = self._token_text(token.token_id)
-        return [TokenLogprob(token_id=token.token_id, text=text, logprob=token.logprob, top=top)]
-
-    def _token_text(self, token_id: int) -> str:
-        return "" if self._tokenizer is None else self._tokenizer.token_text(token_id)
-
-    def _make_stream(self, prepared: PreparedRequest) -> TextStream | None:
-        if self._tokenizer is None:
-            return None
-        return TextStream(self._tokenizer, prepared.token_ids, prepared.generate.sampling.stop)
-
-    def _echo(self, prepared: PreparedRequest) -> str:
-        if prepared.generate.text is not None or self._tokenizer is None:
-            return prepared.generate.text or ""
-        return self._tokenizer.decode(prepared.token_ids)
