@@ -6,6 +6,7 @@ Owns the interface and the choice of a backend. The backends are `reference.py` 
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -29,6 +30,12 @@ class AttentionSpec:
     soft_cap: float | None = None
     alibi_slopes: tuple[float, ...] | None = None
     sinks: tuple[float, ...] | None = None
+
+
+@lru_cache(maxsize=4096)  # a layer's numbers are the same in every step
+def per_head(numbers: tuple[float, ...] | None, device: torch.device) -> Tensor | None:
+    """A spec's slopes or sinks as a float32 tensor `[heads]` for a compiled backend."""
+    return None if numbers is None else torch.tensor(numbers, dtype=torch.float32, device=device)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.execution.attention import AttentionBackend, AttentionMetadata, AttentionSpec
+from runtime.execution.attention import (
+    AttentionBackend,
+    AttentionMetadata,
+    AttentionSpec,
+    per_head,
+)
 from runtime.execution.native import Variant, library_path, variants
 from runtime.execution.reference import ReferenceAttention
 
@@ -54,6 +59,8 @@ class CpuAttention(AttentionBackend):
             spec.scale,
             spec.sliding_window or 0,
             spec.soft_cap or 0.0,
+            per_head(spec.alibi_slopes, query.device),
+            per_head(spec.sinks, query.device),
         )
 
 

@@ -56,9 +56,11 @@ template <typename T>
 void merge(const Call<T>& call, const Item* first, const Item* last, Partials& partials) {
   const int64_t dim = call.head_dim;
   for (int64_t row = 0; row < first->num_tokens * call.group; ++row) {
-    float top = -kInfinity, sum = 0;
+    float top = call.sinks ? call.sinks[head_of(call, *first, row)] : -kInfinity;
+    const float sink = top;
     for (const Item* item = first; item < last; ++item)
       top = std::max(top, partials.row(item->partial, row)[0]);
+    float sum = sink == -kInfinity ? 0.0f : std::exp(sink - top);
     std::vector<float> out(dim, 0.0f);
     for (const Item* item = first; item < last; ++item) {
       const float* part = partials.row(item->partial, row);
@@ -115,10 +117,19 @@ const int32_t* integers(const at::Tensor& tensor) {
   return tensor.const_data_ptr<int32_t>();
 }
 
+// Of an optional argument with one number per query head.
+const float* per_head(const std::optional<at::Tensor>& numbers, int64_t num_heads) {
+  if (!numbers) return nullptr;
+  TORCH_CHECK(numbers->numel() == num_heads && numbers->is_contiguous(),
+              "slopes and sinks must hold one float per query head");
+  return numbers->const_data_ptr<float>();
+}
+
 template <typename T>
 void attend_as(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values,
                const at::Tensor& query_start, const at::Tensor& context_lens,
                const at::Tensor& block_tables, double scale, int64_t window, double soft_cap,
+               const std::optional<at::Tensor>& slopes, const std::optional<at::Tensor>& sinks,
                at::Tensor& output) {
   const int64_t heads = query.size(1), kv_heads = keys.size(1), bs = keys.size(2);
   TORCH_CHECK(context_lens.dim() == 1 && block_tables.dim() == 2 && query_start.dim() == 1 &&
@@ -143,20 +154,22 @@ void attend_as(const at::Tensor& query, const at::Tensor& keys, const at::Tensor
                      keys.stride(1), tables, max_blocks, bs, keys.size(3), heads, kv_heads,
                      heads / kv_heads, static_cast<float>(scale), static_cast<float>(soft_cap),
                      window > 0 ? window : std::numeric_limits<int32_t>::max(),
-                     output.mutable_data_ptr<T>()};
+                     per_head(slopes, heads), per_head(sinks, heads), output.mutable_data_ptr<T>()};
   run(call, plan(call, starts, contexts, num_sequences));
 }
 
 // `window` and `soft_cap` of 0 mean none.
 at::Tensor attend_rows(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values,
                   const at::Tensor& query_start, const at::Tensor& context_lens,
-                  const at::Tensor& block_tables, double scale, int64_t window, double soft_cap) {
+                  const at::Tensor& block_tables, double scale, int64_t window, double soft_cap,
+                  const std::optional<at::Tensor>& slopes,
+                  const std::optional<at::Tensor>& sinks) {
   check_caches(query, keys, values);
   TORCH_CHECK(query.size(1) % keys.size(1) == 0, "heads must be a multiple of kv heads");
   at::Tensor output = at::empty(query.sizes(), query.options());
   const auto as = [&](auto zero) {
     attend_as<decltype(zero)>(query, keys, values, query_start, context_lens, block_tables, scale,
-                              window, soft_cap, output);
+                              window, soft_cap, slopes, sinks, output);
   };
   switch (query.scalar_type()) {
     case at::kFloat: as(float{}); break;
@@ -203,8 +216,8 @@ void write_rows(const at::Tensor& keys, const at::Tensor& values, const at::Tens
         "Tensor slots) -> ()");                                                                   \
     library.def(                                                                                  \
         "attend(Tensor query, Tensor key_cache, Tensor value_cache, Tensor query_start, "         \
-        "Tensor context_lens, Tensor block_tables, float scale, int window, float soft_cap) "     \
-        "-> Tensor");                                                                             \
+        "Tensor context_lens, Tensor block_tables, float scale, int window, float soft_cap, "     \
+        "Tensor? slopes, Tensor? sinks) -> Tensor");                                              \
   }                                                                                               \
   TORCH_LIBRARY_IMPL(name, CPU, library) {                                                        \
     library.impl("write", write_rows);                                                                 \

@@ -30,6 +30,8 @@ struct Call {
   int64_t max_blocks, block_size, head_dim, num_heads, num_kv_heads, group;
   float scale, soft_cap;
   int64_t window;
+  const float* slopes;  // [heads] of ALiBi, or null
+  const float* sinks;   // [heads] logits without a value, or null
   T* output;  // [tokens, heads, head_dim], dense
 
   const T* block(const T* cache, int64_t sequence, int64_t index, int64_t kv_head) const {
@@ -62,15 +64,27 @@ float* scratch(int64_t size) {
 }
 
 template <typename T>
+int64_t head_of(const Call<T>& call, const Item& item, int64_t row) {
+  return item.kv_head * call.group + row % call.group;
+}
+
+// A row's maximum before its first key, to which its sum of 1 belongs: the sink. The parts of a
+// split item have none; theirs joins when they are merged.
+template <typename T>
+float first_top(const Call<T>& call, const Item& item, int64_t row) {
+  return call.sinks && item.partial < 0 ? call.sinks[head_of(call, item, row)] : -kInfinity;
+}
+
+template <typename T>
 int64_t row_offset(const Call<T>& call, const Item& item, int64_t row) {
-  const int64_t head = item.kv_head * call.group + row % call.group;
-  return ((item.token + row / call.group) * call.num_heads + head) * call.head_dim;
+  const int64_t token = item.token + row / call.group;
+  return (token * call.num_heads + head_of(call, item, row)) * call.head_dim;
 }
 
 template <typename T>
 const T* query_row(const Call<T>& call, const Item& item, int64_t row) {
   return call.query + (item.token + row / call.group) * call.query_token +
-         (item.kv_head * call.group + row % call.group) * call.query_head;
+         head_of(call, item, row) * call.query_head;
 }
 
 // What the narrow kernels read next, fetched ahead: blocks lie far apart, often a page each, and
@@ -143,10 +157,14 @@ void narrow_values(const T* values, const T* next, int64_t num_keys, int64_t dim
 // was summed before must shrink.
 template <typename T>
 float narrow_softmax(const Call<T>& call, float* scores, int64_t width, int64_t first_key,
-                     int64_t num_keys, int64_t position, float* maximum_so_far, float* sum) {
+                     int64_t num_keys, int64_t position, float slope, float* maximum_so_far,
+                     float* sum) {
   if (call.soft_cap > 0)
     for (int64_t j = 0; j < width; j += kLanes)
       store(scores + j, capped(load(scores + j), call.soft_cap));
+  if (call.slopes)
+    for (int64_t j = 0; j < width; ++j)
+      scores[j] += slope * static_cast<float>(first_key + j - position);
   const int64_t begin = std::clamp<int64_t>(position - call.window + 1 - first_key, 0, num_keys);
   const int64_t end = std::clamp<int64_t>(position + 1 - first_key, begin, num_keys);
   std::fill(scores, scores + begin, -kInfinity);
@@ -179,8 +197,8 @@ void run_narrow(const Call<T>& call, const Item& item, Partials& partials) {
   for (int r = 0; r < R; ++r) {
     const T* source = query_row(call, item, r);
     for (int64_t d = 0; d < dim; ++d) q[r * dim + d] = static_cast<float>(source[d]) * call.scale;
-    tops[r] = -kInfinity;
-    sums[r] = 0;
+    tops[r] = first_top(call, item, r);
+    sums[r] = tops[r] == -kInfinity ? 0.0f : 1.0f;
   }
   std::fill(out, out + R * dim, 0.0f);
   for (int64_t key = item.first_key; key < item.end_key;) {
@@ -200,7 +218,9 @@ void run_narrow(const Call<T>& call, const Item& item, Partials& partials) {
       narrow_scores<T, R - 4>(keys, nullptr, n, dim, q + 4 * dim, scores + 4 * width, width);
     for (int r = 0; r < R; ++r)
       alpha[r] = narrow_softmax(call, scores + r * width, width, key, n,
-                                item.position + r / call.group, &tops[r], &sums[r]);
+                                item.position + r / call.group,
+                                call.slopes ? call.slopes[head_of(call, item, r)] : 0.0f, &tops[r],
+                                &sums[r]);
     narrow_values<T, R>(values, next_values, n, dim, scores, width, alpha, out);
     key += n;
   }
@@ -233,15 +253,16 @@ const float* as_float(const T* source, int64_t size, float* target) {
 // The same online softmax for kLanes rows at once; `scores` is [num_keys, rows] at the first lane.
 template <typename T>
 void wide_softmax(const Call<T>& call, float* scores, int64_t rows, int64_t first_key,
-                  int64_t num_keys, IntVec position, bool is_masked, float* top, float* sum,
-                  float* alpha) {
+                  int64_t num_keys, IntVec position, bool is_masked, const float* slopes,
+                  float* top, float* sum, float* alpha) {
   const int32_t window = static_cast<int32_t>(call.window);
   Vec highest = load(top);
   for (int64_t j = 0; j < num_keys; ++j) {
     Vec s = load(scores + j * rows);
     if (call.soft_cap > 0) s = capped(s, call.soft_cap);
+    const IntVec behind = position - static_cast<int32_t>(first_key + j);
+    if (call.slopes) s -= load(slopes) * __builtin_convertvector(behind, Vec);
     if (is_masked) {
-      const IntVec behind = position - static_cast<int32_t>(first_key + j);
       s = (behind >= 0) & (behind < window) ? s : splat(-kInfinity);
     }
     store(scores + j * rows, s);
@@ -264,22 +285,24 @@ template <typename T>
 void run_wide(const Call<T>& call, const Item& item) {
   const int64_t dim = call.head_dim, bs = call.block_size, real = item.num_tokens * call.group;
   const int64_t rows = (real + kLanes - 1) / kLanes * kLanes;
-  float* q = scratch(rows * (2 * dim + bs + 4) + 2 * bs * dim);  // [dim, rows]
+  float* q = scratch(rows * (2 * dim + bs + 5) + 2 * bs * dim);  // [dim, rows]
   float* out = q + dim * rows;                                   // [dim, rows]
   float* scores = out + dim * rows;                              // [block_size, rows]
   float *top = scores + bs * rows, *sum = top + rows, *alpha = sum + rows;
-  int32_t* positions = reinterpret_cast<int32_t*>(alpha + rows);
-  float *key_floats = alpha + 2 * rows, *value_floats = key_floats + bs * dim;
+  float* slopes = alpha + rows;
+  int32_t* positions = reinterpret_cast<int32_t*>(slopes + rows);
+  float *key_floats = slopes + 2 * rows, *value_floats = key_floats + bs * dim;
   for (int64_t m = 0; m < rows; ++m) {
     // Rows that only fill a vector repeat the last one; nothing reads what they become.
     const int64_t row = std::min(m, real - 1);
     const T* source = query_row(call, item, row);
     for (int64_t d = 0; d < dim; ++d) q[d * rows + m] = static_cast<float>(source[d]) * call.scale;
     positions[m] = static_cast<int32_t>(item.position + row / call.group);
+    slopes[m] = call.slopes ? call.slopes[head_of(call, item, row)] : 0.0f;
+    top[m] = first_top(call, item, row);
+    sum[m] = top[m] == -kInfinity ? 0.0f : 1.0f;
   }
   std::fill(out, out + dim * rows, 0.0f);
-  std::fill(top, top + rows, -kInfinity);
-  std::fill(sum, sum + rows, 0.0f);
   const int64_t last_position = item.position + item.num_tokens - 1;
   for (int64_t key = item.first_key; key < item.end_key;) {
     const int64_t offset = key % bs, n = std::min(bs - offset, item.end_key - key);
@@ -292,8 +315,8 @@ void run_wide(const Call<T>& call, const Item& item) {
     for (int64_t m = 0; m < rows; m += kLanes) {
       IntVec position;
       std::memcpy(&position, positions + m, sizeof position);
-      wide_softmax(call, scores + m, rows, key, n, position, is_masked, top + m, sum + m,
-                   alpha + m);
+      wide_softmax(call, scores + m, rows, key, n, position, is_masked, slopes + m, top + m,
+                   sum + m, alpha + m);
     }
     multiply(values, 1, dim, scores, rows, out, dim, n, alpha);
     key += n;

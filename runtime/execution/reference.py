@@ -57,9 +57,21 @@ def attend_one(query: Tensor, keys: Tensor, values: Tensor, spec: AttentionSpec)
         scores = spec.soft_cap * torch.tanh(scores / spec.soft_cap)
     key_at = torch.arange(context_len, device=query.device)
     query_at = torch.arange(context_len - num_tokens, context_len, device=query.device)[:, None]
+    if spec.alibi_slopes is not None:
+        scores = scores + _per_group(spec.alibi_slopes, scores) * (key_at - query_at)
     visible = key_at <= query_at
     if spec.sliding_window is not None:
         visible &= key_at > query_at - spec.sliding_window
-    probabilities = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    if spec.sinks is not None:  # a column more, whose probability goes nowhere
+        sinks = _per_group(spec.sinks, scores).expand(-1, -1, num_tokens, 1)
+        scores = torch.cat([scores, sinks], dim=-1)
+    probabilities = scores.softmax(-1)[..., :context_len]
     attended = probabilities @ values.to(dtype).unsqueeze(1)
     return attended.permute(2, 0, 1, 3).reshape(num_tokens, num_heads, head_dim)
+
+
+def _per_group(numbers: tuple[float, ...], scores: Tensor) -> Tensor:
+    """One number per query head, shaped to meet scores `[kv_heads, group, tokens, keys]`."""
+    tensor = torch.tensor(numbers, dtype=scores.dtype, device=scores.device)
+    return tensor.view(*scores.shape[:2], 1, 1)

@@ -10,7 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from runtime.execution.attention import AttentionBackend, AttentionMetadata, AttentionSpec
+from runtime.execution.attention import (
+    AttentionBackend,
+    AttentionMetadata,
+    AttentionSpec,
+    per_head,
+)
 
 MIN_ROWS = 16  # tl.dot needs at least 16 rows
 PREFILL_ROWS = 64
@@ -56,6 +61,8 @@ def attend_kernel(
     query_start,
     context_lens,
     block_tables,
+    slopes,
+    sinks,
     scale,
     soft_cap,
     query_token,
@@ -74,6 +81,8 @@ def attend_kernel(
     tile_keys: tl.constexpr,
     has_window: tl.constexpr,
     has_soft_cap: tl.constexpr,
+    has_slopes: tl.constexpr,
+    has_sinks: tl.constexpr,
     precision: tl.constexpr,
 ):
     """One program attends for a tile of one sequence's tokens and the query heads of one kv head.
@@ -101,8 +110,15 @@ def attend_kernel(
     mask = is_real[:, None] & is_dim[None, :]
     q = tl.load(query + query_at, mask=mask, other=0.0)
 
-    top = tl.full([tile_rows], float("-inf"), tl.float32)
-    total = tl.zeros([tile_rows], tl.float32)
+    if has_sinks:  # a logit without a value: it is in the sum before any key
+        top = tl.load(sinks + head)
+        total = tl.full([tile_rows], 1.0, tl.float32)
+    else:
+        top = tl.full([tile_rows], float("-inf"), tl.float32)
+        total = tl.zeros([tile_rows], tl.float32)
+    slope = tl.zeros([tile_rows], tl.float32)
+    if has_slopes:
+        slope = tl.load(slopes + head)
     attended = tl.zeros([tile_rows, padded_dim], tl.float32)
     first_position = context_len - num_tokens + first_token
     end = tl.minimum(context_len, first_position + tile_tokens)
@@ -121,6 +137,8 @@ def attend_kernel(
         scores = tl.dot(q, tl.trans(key), input_precision=precision) * scale
         if has_soft_cap:
             scores = soft_cap * (2 * tl.sigmoid(2 * scores / soft_cap) - 1)  # tanh
+        if has_slopes:
+            scores += slope[:, None] * (key_at[None, :] - position[:, None]).to(tl.float32)
         is_visible = is_key[None, :] & (key_at[None, :] <= position[:, None])
         if has_window:
             is_visible = is_visible & (key_at[None, :] > position[:, None] - window)
@@ -190,6 +208,8 @@ class TritonAttention(AttentionBackend):
             metadata.query_start,
             metadata.context_lens,
             metadata.block_tables,
+            per_head(spec.alibi_slopes, query.device),
+            per_head(spec.sinks, query.device),
             spec.scale,
             spec.soft_cap or 0.0,
             *query.stride()[:2],
@@ -206,6 +226,8 @@ class TritonAttention(AttentionBackend):
             tile_keys=TILE_KEYS,
             has_window=spec.sliding_window is not None,
             has_soft_cap=spec.soft_cap is not None,
+            has_slopes=spec.alibi_slopes is not None,
+            has_sinks=spec.sinks is not None,
             # Without it float32 products lose 13 bits on tensor cores.
             precision="ieee" if query.dtype == torch.float32 else "tf32",
         )

@@ -22,6 +22,8 @@ class Case:
     dtype: torch.dtype = torch.float32
     sliding_window: int | None = None
     soft_cap: float | None = None
+    has_slopes: bool = False
+    has_sinks: bool = False
 
 
 @dataclass
@@ -82,6 +84,18 @@ class PagedInputs:
         return torch.cat(outputs)
 
 
+def make_spec(case: Case) -> AttentionSpec:
+    """ALiBi's slopes as for a power of two of heads; sinks from negligible to dominant."""
+    heads = range(case.num_heads)
+    return AttentionSpec(
+        case.head_dim**-0.5,
+        case.sliding_window,
+        case.soft_cap,
+        tuple(2.0 ** (-8 * (h + 1) / case.num_heads) for h in heads) if case.has_slopes else None,
+        tuple(3.0 * h - 7.0 for h in heads) if case.has_sinks else None,
+    )
+
+
 def make_inputs(case: Case, seed: int = 0) -> PagedInputs:
     generator = torch.Generator().manual_seed(seed)
 
@@ -127,7 +141,7 @@ def make_inputs(case: Case, seed: int = 0) -> PagedInputs:
         values=packed[1],
         pool=pool,
         metadata=metadata,
-        spec=AttentionSpec(case.head_dim**-0.5, case.sliding_window, case.soft_cap),
+        spec=make_spec(case),
         whole_keys=[whole[0] for whole in wholes],
         whole_values=[whole[1] for whole in wholes],
     )
@@ -151,6 +165,19 @@ CASES = {
     "only decoding": Case(((1, 40), (1, 7), (1, 65)), num_heads=9, num_kv_heads=3, head_dim=64),
     "bfloat16": Case(RAGGED, dtype=torch.bfloat16),
     "float16": Case(RAGGED, dtype=torch.float16, sliding_window=19),
+    "alibi": Case(RAGGED, has_slopes=True),
+    "alibi, one head per kv head": Case(RAGGED, num_heads=5, num_kv_heads=5, has_slopes=True),
+    "alibi, odd width, window": Case(RAGGED, head_dim=20, sliding_window=17, has_slopes=True),
+    "alibi after a soft cap": Case(RAGGED, soft_cap=2.0, has_slopes=True, block_size=5),
+    "sinks": Case(RAGGED, has_sinks=True),
+    "sinks, one kv head": Case(RAGGED, num_heads=8, num_kv_heads=1, has_sinks=True),
+    "sinks and window": Case(RAGGED, sliding_window=9, has_sinks=True, head_dim=64),
+    "everything": Case(
+        RAGGED, sliding_window=40, soft_cap=5.0, has_slopes=True, has_sinks=True, head_dim=24
+    ),
+    "everything, bfloat16": Case(
+        RAGGED, dtype=torch.bfloat16, soft_cap=5.0, has_slopes=True, has_sinks=True
+    ),
 }
 
 # Largest deviation from float64 that rounding explains, of outputs of magnitude about 1.

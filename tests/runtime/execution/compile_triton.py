@@ -19,12 +19,15 @@ ATTEND = {
     "tile_keys": 64,
     "has_window": True,
     "has_soft_cap": True,
+    "has_slopes": True,
+    "has_sinks": True,
     "precision": "tf32",
 }
 POINTERS = {"query", "keys", "values", "key_cache", "value_cache", "output"}
 TYPES = {
     **dict.fromkeys(POINTERS, "*bf16"),
     **dict.fromkeys(("query_start", "context_lens", "block_tables"), "*i32"),
+    **dict.fromkeys(("slopes", "sinks"), "*fp32"),
     "slots": "*i64",
     "scale": "fp32",
     "soft_cap": "fp32",

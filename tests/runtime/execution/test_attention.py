@@ -1,6 +1,7 @@
 """Every backend against dense float64 attention, on ragged paged batches full of NaN."""
 
 import dataclasses
+import math
 import os
 import subprocess
 import sys
@@ -101,6 +102,23 @@ def test_compiled_op_refuses_metadata_of_other_lengths(backend: AttentionBackend
         inputs.attend(backend)
 
 
+@pytest.mark.parametrize("backend", variants(), ids=lambda v: v.name, indirect=True)
+def test_compiled_op_refuses_slopes_of_other_heads(backend: AttentionBackend) -> None:
+    inputs = make_inputs(Case(((1, 40),), has_slopes=True))
+    inputs.spec = dataclasses.replace(inputs.spec, alibi_slopes=(0.5,))
+    with pytest.raises(RuntimeError, match="one float per query head"):
+        inputs.attend(backend)
+
+
+def test_a_missing_sink_is_told_from_one_of_little_weight(backend: AttentionBackend) -> None:
+    inputs = make_inputs(Case(RAGGED))
+    without = inputs.attend(backend)
+    inputs.spec = dataclasses.replace(inputs.spec, sinks=(-math.inf,) * 6)
+    assert torch.equal(inputs.attend(backend), without)
+    inputs.spec = dataclasses.replace(inputs.spec, sinks=(40.0,) * 6)
+    assert float(inputs.attend(backend).abs().max()) < 1e-6
+
+
 def test_choose_backend_takes_the_compiled_op_where_there_is_one() -> None:
     usable = [v for v in variants() if v.is_supported and library_path(v).is_file()]
     expected = f"cpu-{usable[0].name}" if usable else "reference"
@@ -110,7 +128,7 @@ def test_choose_backend_takes_the_compiled_op_where_there_is_one() -> None:
 
 TRITON_CASES = ["grouped", "odd width", "odd blocks", "soft cap and window", "only decoding"]
 # Not bfloat16: the interpreter keeps it as uint16 and multiplies it as such.
-TRITON_CASES += ["sharing one kv head", "float16"]
+TRITON_CASES += ["sharing one kv head", "float16", "alibi", "sinks and window", "everything"]
 
 
 @pytest.mark.gpu
