@@ -27,37 +27,19 @@ from runtime.protocol import (
     LENGTH,
     Fatal,
     FrameError,
-    Generate,
-    Manifest,
     Ready,
-    SamplingParams,
     Serve,
-    TensorSpec,
-    WireError,
     check_frame_length,
     encode_frame,
 )
+from runtime.starting.failures import LoadError, describe_failure
 
 if TYPE_CHECKING:
-    from runtime.engine import DecoderEngine
-    from runtime.execution.runner import Runner
-    from runtime.importing.program import Decoder
     from runtime.server.connection import Server
 
 logger = logging.getLogger("runtime.worker")
 
 CONNECT_SECONDS = 120.0
-WARM_UP_ID = "warm-up"
-# Their text is meant for people. By name: importing them here would start threads.
-PLAIN_ERRORS = ("ArtifactError", "TokenizerError", "ChatTemplateError", "SandboxError")
-
-
-class LoadError(Exception):
-    """The artifact cannot be served; `error` says why in plain words."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
-        self.error = WireError(type="server_error", code=code, message=message, status=503)
 
 
 def main() -> NoReturn:
@@ -176,135 +158,17 @@ def load(config: Serve) -> tuple["Server", Ready]:
     torch.set_num_interop_threads(1)
     manifest = read_manifest(Path(config.artifact_dir))
     if manifest.kind == "tensor":
+        from runtime.starting.tensor import load_tensor
+
         return load_tensor(config, manifest)
     if manifest.kind == "decoder":
+        from runtime.starting.decoder import load_decoder
+
         return load_decoder(config, manifest)
     raise LoadError("unsupported_kind", f"This release does not serve {manifest.kind} models.")
 
 
-def load_tensor(config: Serve, manifest: Manifest) -> tuple["Server", Ready]:
-    """A tensor program, after one run on zeros."""
-    import torch
-
-    from runtime.compiling.packaging import PROGRAM_NAME
-    from runtime.importing.exported import load_exported
-    from runtime.server.tensor import TensorServer
-
-    model = load_exported(Path(config.artifact_dir) / PROGRAM_NAME, config.device)
-    # The manifest's: the build may have found that rows must not share a run.
-    schema = manifest.schema or model.schema
-
-    def zeros(spec: TensorSpec) -> "torch.Tensor":
-        shape = spec.min_shape or [size or 1 for size in spec.shape]
-        return torch.zeros(shape, dtype=getattr(torch, spec.dtype))
-
-    try:
-        model.run([zeros(spec) for spec in schema.inputs])
-    except torch.AcceleratorError:
-        raise
-    except Exception:  # some graphs refuse zeros; the build has seen this one run
-        logger.warning("the warm-up run failed", exc_info=True)
-    return TensorServer(model.run, schema, config), Ready(
-        manifest=manifest, memory_bytes=resident_bytes()
-    )
-
-
-def load_decoder(config: Serve, manifest: Manifest) -> tuple["Server", Ready]:
-    """A decoder with its block pool, after one short request."""
-    from runtime.cache.pool import KvPool, num_blocks_within
-    from runtime.execution.attention import choose_backend
-    from runtime.execution.runner import Runner
-    from runtime.importing.huggingface import load_decoder as load_huggingface
-    from runtime.server.decoder import DecoderServer
-
-    model = load_huggingface(config.artifact_dir, config.device)
-    shapes = [layer.kv_shape for layer in model.layers]
-    num_blocks = num_blocks_within(config.kv_cache_bytes, shapes, config.block_size, model.dtype)
-    if num_blocks < 2:
-        raise LoadError(
-            "cache_too_small",
-            f"A KV cache of {config.kv_cache_bytes:,} bytes does not hold two blocks of "
-            f"{config.block_size} tokens of this model. Give it more, or use smaller blocks.",
-        )
-    pool = KvPool(
-        shapes,
-        num_blocks=num_blocks,
-        block_size=config.block_size,
-        dtype=model.dtype,
-        device=config.device,
-    )
-    backend = choose_backend(config.device)
-    engine = make_engine(config, manifest, model, Runner(model, pool, backend), num_blocks)
-    warm_up(engine)
-    ready = Ready(
-        manifest=manifest,
-        memory_bytes=resident_bytes(),
-        attention=backend.name,
-        num_blocks=num_blocks,
-        block_size=config.block_size,
-    )
-    return DecoderServer(engine, config), ready
-
-
-def make_engine(
-    config: Serve, manifest: Manifest, model: "Decoder", runner: "Runner", num_blocks: int
-) -> "DecoderEngine":
-    """The engine around a loaded model. Without a tokenizer it takes token ids only."""
-    from runtime.engine import DecoderEngine
-    from runtime.scheduling.scheduler import Scheduler
-    from runtime.text.chat import ChatTemplate
-    from runtime.text.tokenizer import Tokenizer
-
-    info = manifest.decoder or model.info
-    directory = Path(config.artifact_dir)
-    tokenizer = Tokenizer.load(directory) if info.has_tokenizer else None
-    template = None
-    if tokenizer is not None and info.has_chat_template:
-        template = ChatTemplate.load(directory, tokenizer)
-    return DecoderEngine(
-        runner,
-        Scheduler(num_blocks, config.block_size, config.max_batch_tokens, config.max_sequences),
-        tokenizer,
-        info=info,
-        chat_template=template,
-        eos_token_ids=model.eos_token_ids,
-    )
-
-
-def warm_up(engine: "DecoderEngine") -> None:
-    """Generate two tokens, so that the first caller does not wait for what happens only once.
-    Raises `LoadError` when the model cannot."""
-    sampling = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
-    request = Generate(
-        request_id=WARM_UP_ID, sampling=sampling, cache_salt=os.urandom(16), token_ids=[0]
-    )
-    engine.add(engine.prepare(request))
-    while engine.has_work:
-        if any(output.finish_reason == "error" for output in engine.step()):
-            raise LoadError("model_failed", "The model failed on its first token; see its log.")
-
-
-def resident_bytes() -> int:
-    """What this process holds in memory now."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
 # --- telling ----------------------------------------------------------------------------
-
-
-def describe_failure(error: Exception) -> WireError:
-    """What the operator and the model's owner are told; the log has the rest."""
-    typed = getattr(error, "error", None)
-    if isinstance(typed, WireError):
-        return typed
-    if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
-        message = "The model does not fit this machine's memory. Free some, or use a smaller dtype."
-        return LoadError("out_of_memory", message).error
-    if type(error).__name__ in PLAIN_ERRORS:
-        return LoadError("load_failed", f"The model could not be loaded: {error}.").error
-    message = f"The model could not be loaded ({type(error).__name__}). Its log says where."
-    return LoadError("load_failed", message).error
 
 
 class ContentFreeFormatter(logging.Formatter):
