@@ -5,6 +5,7 @@ Owns arguments, printing and exit codes; what it shows comes from the public int
 
 import click
 
+from app.cli.bench import bench as bench_command
 from app.cli.listings import keys, logs, models, prices, usage
 from app.cli.push import push as push_command
 from app.cli.serve import serve as serve_command
@@ -20,5 +21,5 @@ def main() -> None:
     """
 
 
-for command in (serve_command, push_command, models, logs, usage, keys, prices):
+for command in (serve_command, push_command, models, logs, usage, keys, prices, bench_command):
     main.add_command(command)
