@@ -5,8 +5,14 @@ import asyncio
 from collections import deque
 
 from app.core.errors import AppError
-from app.deployments.claims import MAX_TOKEN_CHARS, FalseClaim, check_device_time, copy_of
-from runtime.protocol import Generate, Prepared, SamplingParams, SequenceOutput
+from app.deployments.claims import (
+    MAX_TOKEN_CHARS,
+    FalseClaim,
+    check_device_time,
+    check_prepared,
+    copy_of,
+)
+from runtime.protocol import Generate, Manifest, Prepared, SamplingParams, SequenceOutput
 
 
 class Generation:
@@ -45,6 +51,13 @@ class Generation:
         self._waiter: asyncio.Future[None] | None = None
         self._error: AppError | None = None
         self._num_to_deliver = request.num_choices  # choices whose end has not been delivered
+
+    def check_prepared(self, prepared: Prepared, manifest: Manifest) -> None:
+        """Raises `RuntimeFailure` for a count that cannot be, `FalseClaim` for a program that
+        generates nothing."""
+        if manifest.decoder is None:
+            raise FalseClaim("prepared text for a program that generates none")
+        check_prepared(prepared, self.request, manifest.decoder)
 
     def check(self, output: SequenceOutput, now_ns: int, vocab_size: int, num_devices: int) -> None:
         """Raises `FalseClaim` when this output cannot follow what came before."""

@@ -17,11 +17,11 @@ from app.deployments.claims import (
     FalseClaim,
     check_device_time,
     check_predicted,
-    check_prepared,
     failure_of,
     worker_failure,
 )
 from app.deployments.delivery import Commit, Delivery
+from app.deployments.embedding import Embedding
 from app.deployments.generation import Generation, Outputs, lost_generation
 from app.deployments.launchers.base import LaunchError
 from app.deployments.outstanding import Call, Outstanding
@@ -29,6 +29,8 @@ from app.deployments.stream import FrameStream
 from runtime.protocol import (
     Cancel,
     Drain,
+    Embed,
+    Embedded,
     Failed,
     Fatal,
     FromWorker,
@@ -138,18 +140,21 @@ class ReplicaLink:
 
     # --- requests -------------------------------------------------------------------------
 
-    async def prepare(self, request: Generate) -> Prepared:
+    async def prepare(self, request: Generate | Embed) -> Prepared:
         """Has the worker tokenise and validate. Afterwards the request waits for `start` or
         `cancel`. Raises `RuntimeFailure`, `RateLimited` or `Unavailable`."""
         frame = self._admit(request.request_id, request)
-        generation = Generation(request, self._loop.create_future())
-        self._outstanding.generations[request.request_id] = generation
+        preparing: asyncio.Future[Prepared] = self._loop.create_future()
+        if isinstance(request, Embed):
+            self._outstanding.embeddings[request.request_id] = Embedding(request, preparing)
+        else:
+            self._outstanding.generations[request.request_id] = Generation(request, preparing)
         try:
             async with asyncio.timeout(PREPARE_SECONDS):
                 await self.stream.writable()
-                if not generation.preparing.done():  # cancelled while it waited to be sent
+                if not preparing.done():  # cancelled while it waited to be sent
                     self.stream.send_frame(frame)
-                return await generation.preparing
+                return await preparing
         except TimeoutError:
             self.cancel(request.request_id)
             raise worker_failure("The model did not prepare the request.", "worker_slow") from None
@@ -159,23 +164,25 @@ class ReplicaLink:
 
     def start(self, request_id: str) -> None:
         """Runs a prepared request: the money for it is held."""
-        generation = self._outstanding.generations.get(request_id)
-        if generation is None:  # its replica went in between; `outputs` says so
+        request = self._outstanding.prepared(request_id)
+        if request is None:  # its replica went in between; `outputs` and `embedded` say so
             return
-        assert generation.prepared is not None, "started before it was prepared"
-        generation.started_ns = monotonic_ns()
+        assert request.prepared is not None, "started before it was prepared"
+        request.started_ns = monotonic_ns()
         self._send(Start(request_id=request_id))
 
     def cancel(self, request_id: str) -> None:
-        """Stops a request; idempotent. One that runs still delivers what it had generated, and
-        ends with `abort`; one that does not is forgotten at once."""
+        """Stops a request; idempotent. One that runs still delivers what it had made, and tells
+        what it used; one that does not is forgotten at once."""
         if request_id not in self._outstanding:
             return
-        generation = self._outstanding.generations.get(request_id)
-        if generation is not None and generation.is_received:
+        request = self._outstanding.prepared(request_id)
+        if isinstance(request, Generation) and request.is_received:
             return  # its end is here already and waits for the journal alone
+        if isinstance(request, Embedding):
+            request.is_cancelled = True
         self._send(Cancel(request_id=request_id))
-        if generation is None or generation.started_ns is None:
+        if request is None or request.started_ns is None:
             self._outstanding.fail(request_id, _cancelled())
         self._loop.call_later(CANCEL_SECONDS, self._expect_end, request_id, self._num_received)
 
@@ -195,6 +202,14 @@ class ReplicaLink:
         if generation is None:
             generation = lost_generation(self._loop, request_id, self._lost())
         return Outputs(generation)
+
+    async def embedded(self, request_id: str) -> Embedded:
+        """The answer to a started request for embeddings; whoever waits may be cancelled. Raises
+        `RuntimeFailure` when it fails. To be called once, right after `start`."""
+        embedding = self._outstanding.embeddings.get(request_id)
+        if embedding is None:
+            raise self._lost()
+        return await asyncio.shield(embedding.answer)
 
     async def predict(self, request: Predict) -> Predicted:
         """Runs a tensor request. Raises like `prepare`."""
@@ -252,6 +267,8 @@ class ReplicaLink:
                     self._on_step(message)
                 case Predicted():
                     self._on_predicted(message)
+                case Embedded():
+                    self._on_embedded(message)
                 case Prepared():
                     self._on_prepared(message)
                 case Failed():
@@ -278,24 +295,21 @@ class ReplicaLink:
         self._ready.set_result(ready)
 
     def _on_prepared(self, prepared: Prepared) -> None:
-        generation = self._outstanding.generations.get(prepared.request_id)
-        if generation is None:
+        request = self._outstanding.prepared(prepared.request_id)
+        if request is None:
             return self._outstanding.expect_ended(prepared.request_id)
-        if generation.prepared is not None or self._manifest is None:
+        if request.prepared is not None or self._manifest is None:
             raise FalseClaim("prepared a request twice")
-        decoder = self._manifest.decoder
-        if decoder is None:
-            raise FalseClaim("prepared text for a tensor program")
         try:
-            check_prepared(prepared, generation.request, decoder)
+            request.check_prepared(prepared, self._manifest)
         except AppError as error:
             log.warning("refused a request: %s", error.message)
             self._send(Cancel(request_id=prepared.request_id))
             self._outstanding.fail(prepared.request_id, error)
             return
-        generation.prepared = prepared
-        if not generation.preparing.done():
-            generation.preparing.set_result(prepared)
+        request.prepared = prepared
+        if not request.preparing.done():
+            request.preparing.set_result(prepared)
 
     def _on_step(self, step: Step) -> None:
         now_ns = monotonic_ns()
@@ -305,20 +319,32 @@ class ReplicaLink:
                 self._outstanding.expect_ended(output.request_id)
                 continue
             generation.check(output, now_ns, self._vocab_size, self._num_devices)
-            self._device_ns += output.device_ns
-        check_device_time(self._device_ns, now_ns - self._ready_ns, self._num_devices)
+        self._count_device_time(sum(output.device_ns for output in step.outputs))
         self._delivery.add(step)
+
+    def _on_embedded(self, embedded: Embedded) -> None:
+        embedding = self._outstanding.embeddings.get(embedded.request_id)
+        if embedding is None:
+            return self._outstanding.expect_ended(embedded.request_id)
+        embedding.check(embedded, self._num_devices)
+        self._count_device_time(embedded.device_ns)
+        self._outstanding.forget(embedded.request_id)
+        embedding.finish(embedded)
+
+    def _count_device_time(self, device_ns: int) -> None:
+        self._device_ns += device_ns
+        elapsed_ns = monotonic_ns() - self._ready_ns
+        check_device_time(self._device_ns, elapsed_ns, self._num_devices)
 
     def _on_predicted(self, predicted: Predicted) -> None:
         call = self._outstanding.calls.get(predicted.request_id)
         if call is None:
             return self._outstanding.expect_ended(predicted.request_id)
         assert self._manifest is not None
-        now_ns = monotonic_ns()
         check_predicted(predicted, self._manifest)
-        check_device_time(predicted.device_ns, now_ns - call.sent_ns, self._num_devices)
-        self._device_ns += predicted.device_ns
-        check_device_time(self._device_ns, now_ns - self._ready_ns, self._num_devices)
+        elapsed_ns = monotonic_ns() - call.sent_ns
+        check_device_time(predicted.device_ns, elapsed_ns, self._num_devices)
+        self._count_device_time(predicted.device_ns)
         self._outstanding.forget(predicted.request_id)
         if not call.answer.done():
             call.answer.set_result(predicted)
@@ -350,7 +376,7 @@ class ReplicaLink:
         if not self._ready.done():
             self._ready.set_exception(LaunchError(self._fatal or f"The worker {reason}"))
             self._ready.exception()  # nobody may be waiting for it
-        for request_id in list(self._outstanding.calls):
+        for request_id in [*self._outstanding.calls, *self._outstanding.embeddings]:
             self._outstanding.fail(request_id, self._lost())
         for request_id, generation in list(self._outstanding.generations.items()):
             if generation.started_ns is None:

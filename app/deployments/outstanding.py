@@ -6,6 +6,7 @@ from collections import OrderedDict
 from app.core.clock import monotonic_ns
 from app.core.errors import AppError
 from app.deployments.claims import FalseClaim
+from app.deployments.embedding import Embedding
 from app.deployments.generation import Generation
 from runtime.protocol import Predicted
 
@@ -28,23 +29,29 @@ class Call:
 
 
 class Outstanding:
-    """Generations and calls by request id."""
+    """Generations, embeddings and calls by request id."""
 
     def __init__(self) -> None:
         self.generations: dict[str, Generation] = {}
+        self.embeddings: dict[str, Embedding] = {}
         self.calls: dict[str, Call] = {}
         self._ended: OrderedDict[str, None] = OrderedDict()
         self._idle = asyncio.Event()
 
     def __len__(self) -> int:
-        return len(self.generations) + len(self.calls)
+        return len(self.generations) + len(self.embeddings) + len(self.calls)
 
     def __contains__(self, request_id: str) -> bool:
-        return request_id in self.generations or request_id in self.calls
+        return any(request_id in kind for kind in (self.generations, self.embeddings, self.calls))
+
+    def prepared(self, request_id: str) -> Generation | Embedding | None:
+        """The request that is prepared first and started then."""
+        return self.generations.get(request_id) or self.embeddings.get(request_id)
 
     def forget(self, request_id: str) -> None:
         """The request is over; a late answer to it is expected, not a breach."""
         self.generations.pop(request_id, None)
+        self.embeddings.pop(request_id, None)
         self.calls.pop(request_id, None)
         self._ended[request_id] = None
         if len(self._ended) > NUM_REMEMBERED:
@@ -54,13 +61,10 @@ class Outstanding:
 
     def fail(self, request_id: str, error: AppError) -> None:
         """Ends a request with an error, if it is still under way."""
-        call, generation = self.calls.get(request_id), self.generations.get(request_id)
-        if call is not None:
+        request = self.calls.get(request_id) or self.prepared(request_id)
+        if request is not None:
             self.forget(request_id)
-            call.fail(error)
-        elif generation is not None:
-            self.forget(request_id)
-            generation.fail(error)
+            request.fail(error)
 
     def expect_ended(self, request_id: str) -> None:
         """Raises `FalseClaim` for a request that never was."""
