@@ -42,6 +42,7 @@ class DecoderInfo(Wire, frozen=True):
     # sequence again, and `unpaged_reason` says why in one plain sentence.
     is_paged: bool = True
     unpaged_reason: str = ""
+    eos_token_ids: list[int] = []  # end a sequence, beside the tokenizer's own end token
     # The most tokens a chat template adds beyond its messages' own text, per request and per
     # message, measured at build. With one token per byte it bounds what a worker may claim.
     template_tokens: int = 0
@@ -69,19 +70,27 @@ class Manifest(Wire, frozen=True):
     format: Literal["huggingface", "pt2"]
     num_parameters: int
     weight_bytes: int
+    # The candidate that is served: "eager", "fused", or, of an unpaged decoder whose rows must not
+    # share a run, "alone".
+    form: str = "eager"
     schema: Schema | None = None
     decoder: DecoderInfo | None = None
     embedder: EmbedderInfo | None = None
 
 
 class Check(Wire, frozen=True):
-    """One comparison of the proof. `error` and `tolerance` share a unit, named in `detail`."""
+    """One comparison of the proof. `error` and `tolerance` share a unit, named in `detail`.
+    `num_same` of `num_judged` tokens were those of the original; None where none were judged."""
 
     name: str
     is_equal: bool
     detail: str
     error: float | None = None
     tolerance: float | None = None
+    form: str = ""  # what was compared, where several were: "eager, float32"
+    num_judged: int | None = None
+    num_same: int | None = None
+    seconds: float | None = None
 
 
 class CandidateReport(Wire, frozen=True):
@@ -91,11 +100,13 @@ class CandidateReport(Wire, frozen=True):
     is_chosen: bool
     reason: str
     p50_ms: dict[int, float] = {}  # batch size -> milliseconds
+    prefill_ms: float | None = None  # decoders: one full step of a prompt
     device_ms_max: float = 0.0  # the slowest full batch seen: bounds the hold of a request
 
 
 class BuildReceipt(Wire, frozen=True):
-    """`receipt.json`: what the build tried and found, kept with the version for good."""
+    """`receipt.json`: what the build tried and found, kept with the version for good. `route`
+    says how a decoder's attention was reached, in one plain sentence."""
 
     verdict: Verdict
     checks: list[Check]
@@ -103,4 +114,5 @@ class BuildReceipt(Wire, frozen=True):
     phase_seconds: dict[str, float]
     torch_version: str
     device: str
+    route: str = ""
     notes: list[str] = []
