@@ -13,7 +13,21 @@ SAVE_AGAIN = (
 
 
 def check_directory(directory: Path) -> dict[str, Any]:
-    """The parsed `config.json`. Raises `ImportFailure` if the directory cannot be served."""
+    """The parsed `config.json` of a decoder. Raises `ImportFailure` if the directory cannot be
+    served as one."""
+    config = check_files(directory)
+    if config.get("is_encoder_decoder"):
+        raise ImportFailure(
+            "not_a_decoder",
+            "This is an encoder-decoder model. Only decoders (causal language models) are served.",
+        )
+    _require_causal(config)
+    return config
+
+
+def check_files(directory: Path) -> dict[str, Any]:
+    """The parsed `config.json` of any model. Raises `ImportFailure` for code, pickles, adapters,
+    quantised weights and what is missing."""
     if not (directory / "config.json").is_file():
         raise ImportFailure(
             "config_missing",
@@ -24,12 +38,6 @@ def check_directory(directory: Path) -> dict[str, Any]:
     _refuse_adapters(directory)
     _refuse_quantized(config)
     _require_safetensors(directory)
-    if config.get("is_encoder_decoder"):
-        raise ImportFailure(
-            "not_a_decoder",
-            "This is an encoder-decoder model. Only decoders (causal language models) are served.",
-        )
-    _require_causal(config)
     return config
 
 

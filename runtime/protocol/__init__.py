@@ -40,6 +40,7 @@ from runtime.protocol.messages import (
     ToWorker,
 )
 from runtime.protocol.programs import (
+    Batching,
     BuildReceipt,
     CandidateReport,
     Check,
@@ -66,6 +67,7 @@ from runtime.protocol.requests import (
 __all__ = [
     "LENGTH",
     "MAX_FRAME_BYTES",
+    "Batching",
     "Build",
     "BuildFailed",
     "BuildReceipt",

@@ -161,7 +161,8 @@ class Predicted(Message, frozen=True):
 
 class Embedded(Message, frozen=True):
     """`data` is float32, little-endian, one row of `dimensions` per text. `device_ns` is this
-    request's share (by tokens) of the runs it was part of."""
+    request's share (by tokens) of the runs it was part of. Of a request that was cancelled after
+    some of its texts ran, `data` is empty and `num_tokens` counts those alone."""
 
     request_id: str
     dimensions: int

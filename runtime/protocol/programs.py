@@ -5,6 +5,7 @@ from typing import Literal
 from runtime.protocol.frames import Wire
 
 Kind = Literal["decoder", "embedder", "tensor"]
+Batching = Literal["padded", "equal_lengths", "alone"]
 Verdict = Literal["equal", "lossy", "different", "unproved"]
 
 
@@ -57,10 +58,17 @@ class EmbedderInfo(Wire, frozen=True):
     vocab_size: int
     max_tokens: int  # of one text; longer ones are refused
     dtype: str
-    pooling: str  # cls, mean, max, last: how token vectors become one
+    pooling: str  # how token vectors become one: cls, mean, max, last ..., joined by "+"
     is_normalized: bool  # vectors have length 1
-    # The most special tokens the tokenizer adds to one text.
+    # The most tokens the tokenizer adds to one text, those of the model's own prompt included.
     special_tokens: int = 0
+    has_tokenizer: bool = True
+    # Which texts may share a run, as the proof found: of any lengths (padded), of equal lengths,
+    # or none (alone).
+    batching: Batching = "equal_lengths"
+    # The model declares that its vectors may be cut to these many leading numbers, an empty list
+    # meaning any; None when it declares nothing.
+    matryoshka_dimensions: list[int] | None = None
 
 
 class Manifest(Wire, frozen=True):
