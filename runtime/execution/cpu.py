@@ -1,10 +1,7 @@
 """Paged attention on CPUs by the compiled C++ op (`cpu_attention.cpp`, compiled by `native.py`)."""
 
-import logging
 from functools import cache
-from typing import Any
 
-import torch
 from torch import Tensor
 
 from runtime.execution.attention import (
@@ -13,12 +10,9 @@ from runtime.execution.attention import (
     AttentionSpec,
     per_head,
 )
-from runtime.execution.native import Variant, library_path, variants
+from runtime.execution.kernels import NATIVE_DTYPES, fastest_variant, load_variant
+from runtime.execution.native import Variant
 from runtime.execution.reference import ReferenceAttention
-
-logger = logging.getLogger(__name__)
-
-NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class CpuAttention(AttentionBackend):
@@ -27,8 +21,7 @@ class CpuAttention(AttentionBackend):
     def __init__(self, variant: Variant) -> None:
         """Raises `OSError` if the library is missing or does not load."""
         self.name = f"cpu-{variant.name}"
-        torch.ops.load_library(str(library_path(variant)))
-        self._ops: Any = getattr(torch.ops, variant.namespace)
+        self._ops = load_variant(variant)
         self._reference = ReferenceAttention()
 
     def write(
@@ -66,12 +59,6 @@ class CpuAttention(AttentionBackend):
 
 @cache
 def load_cpu_attention() -> CpuAttention | None:
-    """The fastest compiled variant that this CPU runs, or None if there is none."""
-    for variant in variants():
-        if not variant.is_supported or not library_path(variant).is_file():
-            continue
-        try:
-            return CpuAttention(variant)
-        except OSError as error:
-            logger.warning("C++ attention %s does not load: %s", variant.name, error)
-    return None
+    """With the fastest compiled variant that this CPU runs, or None if there is none."""
+    variant = fastest_variant()
+    return CpuAttention(variant) if variant else None

@@ -61,6 +61,45 @@ inline Vec load(const c10::Half* p) {
 
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
+inline void store(c10::BFloat16* p, Vec v) {  // rounds to nearest even; NaN stays NaN
+#if defined(__AVX512BF16__)
+  const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+#else
+  const WordVec bits = (WordVec)v, rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const HalfWordVec h = __builtin_convertvector(v != v ? (rounded | 0x7fc0u) : rounded, HalfWordVec);
+#endif
+  std::memcpy(p, &h, sizeof h);
+}
+
+inline void store(c10::Half* p, Vec v) {
+#if defined(__AVX512F__)
+  const __m256i h = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
+  std::memcpy(p, &h, sizeof h);
+#elif defined(__F16C__)
+  const __m128i h = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+  std::memcpy(p, &h, sizeof h);
+#else
+  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<c10::Half>(v[i]);
+#endif
+}
+
+// The first `count` lanes alone; the others are 0, and not written.
+template <typename T>
+inline Vec load(const T* p, int64_t count) {
+  if (count >= kLanes) return load(p);
+  T lanes[kLanes] = {};
+  std::memcpy(static_cast<void*>(lanes), p, count * sizeof(T));
+  return load(lanes);
+}
+
+template <typename T>
+inline void store(T* p, Vec v, int64_t count) {
+  if (count >= kLanes) return store(p, v);
+  T lanes[kLanes];
+  store(lanes, v);
+  std::memcpy(static_cast<void*>(p), lanes, count * sizeof(T));
+}
+
 inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
 
 inline float sum_lanes(Vec v) {
@@ -161,7 +200,7 @@ void multiply_panel(const float* a, int64_t a_i, int64_t a_k, const float* b, in
 }
 
 // B is [depth, rows] and C [num_i, rows]; rows is a multiple of kLanes.
-void multiply(const float* a, int64_t a_i, int64_t a_k, const float* b, int64_t rows, float* c,
+inline void multiply(const float* a, int64_t a_i, int64_t a_k, const float* b, int64_t rows, float* c,
               int64_t num_i, int64_t depth, const float* alpha) {
   int64_t m = 0;
   for (; m + kPanel * kLanes <= rows; m += kPanel * kLanes)

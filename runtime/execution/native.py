@@ -1,7 +1,7 @@
-"""Compiles the C++ attention for every instruction set of this machine's architecture.
+"""Compiles the C++ operators for every instruction set of this machine's architecture.
 
 `python -m runtime.execution.native` runs at install or image build; workers only load the result,
-since their sandbox has no compiler. Does not load anything itself: see `cpu.py`.
+since their sandbox has no compiler. Does not load anything itself: see `kernels.py`.
 """
 
 import hashlib
@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 SOURCE_DIR = Path(__file__).parent
-SOURCES = ("cpu_attention.cpp", "cpu_kernels.h", "cpu_vectors.h")
+SOURCES = ("cpu_attention.cpp", "cpu_linear.cpp", "cpu_rows.cpp")
+HEADERS = ("cpu_kernels.h", "cpu_linear.h", "cpu_vectors.h")
 FLAGS = ("-std=gnu++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared")
 FLAGS += ("-fopenmp", "-fvisibility=hidden", "-DNDEBUG")
 COMPILE_TIMEOUT_SECONDS = 600
@@ -31,6 +32,7 @@ class Variant:
     name: str
     flags: tuple[str, ...]
     capability: str | None
+    needs_bfloat16: bool = False  # instructions that multiply bfloat16
 
     @property
     def namespace(self) -> str:
@@ -42,14 +44,18 @@ class Variant:
         """Whether this CPU can run it (`ATEN_CPU_CAPABILITY` lowers what torch reports)."""
         if self.capability is None:
             return True
+        if self.needs_bfloat16 and not torch.cpu._is_avx512_bf16_supported():
+            return False
         levels = ("DEFAULT", "AVX2", "AVX512")
         found = torch.backends.cpu.get_cpu_capability()
         return found in levels and levels.index(found) >= levels.index(self.capability)
 
 
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c")
+AVX512 += ("-mprefer-vector-width=512",)
 X86_VARIANTS = (
-    Variant("avx512", (*AVX512, "-mprefer-vector-width=512"), "AVX512"),
+    Variant("avx512_bf16", (*AVX512, "-mavx512bf16"), "AVX512", needs_bfloat16=True),
+    Variant("avx512", AVX512, "AVX512"),
     Variant("avx2", ("-mavx2", "-mfma", "-mf16c"), "AVX2"),
 )
 OTHER_VARIANTS = (Variant("generic", (), None),)
@@ -65,10 +71,10 @@ def library_path(variant: Variant) -> Path:
     """Where a variant lies. The name holds the torch version and a digest of source and flags, so
     that a library made for something else is never loaded."""
     digest = hashlib.sha256(repr((FLAGS, variant.flags)).encode())
-    for name in SOURCES:
+    for name in (*SOURCES, *HEADERS):
         digest.update((SOURCE_DIR / name).read_bytes())
     version = torch.__version__.replace("+", "-")
-    file_name = f"attention-{variant.name}-torch{version}-{digest.hexdigest()[:12]}.so"
+    file_name = f"kernels-{variant.name}-torch{version}-{digest.hexdigest()[:12]}.so"
     return native_dir() / file_name
 
 
@@ -97,7 +103,7 @@ def compile_variant(variant: Variant, compiler: str) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as directory:
-            made = Path(directory) / "attention.so"
+            made = Path(directory) / "kernels.so"
             _run(compile_command(variant, compiler, made))
             made.replace(target)
     except OSError as error:
@@ -114,7 +120,8 @@ def compile_command(variant: Variant, compiler: str, output: Path) -> list[str]:
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
         f"-DTAPEOUT_LIBRARY={variant.namespace}",
         *("-isystem", str(include), "-isystem", str(include / "torch/csrc/api/include")),
-        *(str(SOURCE_DIR / SOURCES[0]), "-o", str(output)),
+        *(str(SOURCE_DIR / name) for name in SOURCES),
+        *("-o", str(output)),
         *(f"-L{library}", "-ltorch", "-ltorch_cpu", "-lc10"),
     ]
 
@@ -132,10 +139,10 @@ def _run(command: Sequence[str]) -> None:
 
 
 def main() -> int:
-    """Compile every variant. Always 0: without the C++ op, the reference op serves."""
+    """Compile every variant. Always 0: without the C++ operators, torch's serve."""
     compiler = find_compiler()
     if compiler is None:
-        _say("no C++ compiler was found. The slower reference op will serve on this CPU.")
+        _say("no C++ compiler was found. Slower operators will serve on this CPU.")
         return 0
     made = []
     for variant in variants():
@@ -145,15 +152,15 @@ def main() -> int:
         except CompileError as error:
             _say(f"{variant.name} was not compiled: {error}.")
     if not made:
-        _say("none could be compiled. The slower reference op will serve on this CPU.")
+        _say("none could be compiled. Slower operators will serve on this CPU.")
         return 0
-    for stale in set(native_dir().glob("attention-*.so")) - set(made):
+    for stale in set(native_dir().glob("*.so")) - set(made):
         stale.unlink(missing_ok=True)
     return 0
 
 
 def _say(text: str) -> None:
-    sys.stdout.write(f"C++ attention: {text}\n")
+    sys.stdout.write(f"C++ operators: {text}\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Compiling the op at install time: what is found, refused and said."""
+"""Compiling the operators at install time: what is found, refused and said."""
 
 import shutil
 import subprocess
@@ -20,9 +20,7 @@ def test_without_a_compiler_it_says_so_and_succeeds(
 ) -> None:
     monkeypatch.setattr(native, "find_compiler", lambda: None)
     assert native.main() == 0
-    assert (
-        "no C++ compiler was found. The slower reference op will serve" in capsys.readouterr().out
-    )
+    assert "no C++ compiler was found. Slower operators will serve" in capsys.readouterr().out
 
 
 def test_a_failing_compiler_is_quoted_and_leaves_nothing(
@@ -30,7 +28,7 @@ def test_a_failing_compiler_is_quoted_and_leaves_nothing(
 ) -> None:
     monkeypatch.setattr(native, "find_compiler", lambda: shutil.which("false"))
     assert native.main() == 0
-    assert "The slower reference op will serve" in capsys.readouterr().out
+    assert "Slower operators will serve" in capsys.readouterr().out
     assert list(empty_directory.iterdir()) == []
 
 

@@ -1,0 +1,34 @@
+"""Loads the compiled C++ operators: the fastest variant that this CPU runs, once per process."""
+
+import logging
+from functools import cache
+from typing import Any
+
+import torch
+
+from runtime.execution.native import Variant, library_path, variants
+
+logger = logging.getLogger(__name__)
+
+NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def load_variant(variant: Variant) -> Any:
+    """Its operators. Raises `OSError` if the library is missing or does not load."""
+    torch.ops.load_library(str(library_path(variant)))
+    return getattr(torch.ops, variant.namespace)
+
+
+@cache
+def fastest_variant() -> Variant | None:
+    """The fastest that is compiled, runs on this CPU and loads; None if there is none."""
+    for variant in variants():
+        if not variant.is_supported or not library_path(variant).is_file():
+            continue
+        try:
+            load_variant(variant)
+        except OSError as error:
+            logger.warning("C++ operators %s do not load: %s", variant.name, error)
+        else:
+            return variant
+    return None
