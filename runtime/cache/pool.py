@@ -40,7 +40,9 @@ class KvPool:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        is_pinned: bool = False,
     ) -> None:
+        """`is_pinned`: host memory that a CUDA device reads and writes by itself."""
         assert shapes, "a pool needs at least one layer"
         assert num_blocks > 0, f"num_blocks is {num_blocks}"
         assert block_size > 0, f"block_size is {block_size}"
@@ -49,7 +51,11 @@ class KvPool:
         self.block_size = block_size
         self.dtype = dtype
         elements = elements_per_block(shapes, block_size)
-        self.storage = zeros((num_blocks, elements), dtype, torch.device(device))
+        shape = (num_blocks, elements)
+        if is_pinned:
+            self.storage = torch.zeros(shape, dtype=dtype, pin_memory=True)
+        else:
+            self.storage = zeros(shape, dtype, torch.device(device))
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
         offset = 0
@@ -88,6 +94,13 @@ class KvPool:
         sources, destinations = (list(ids) for ids in zip(*pairs, strict=True))
         assert len(set(destinations)) == len(destinations), "a block is written twice"
         self.storage[destinations] = self.storage[sources]
+
+    def copy_blocks_to(self, other: "KvPool", pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks into another pool of the same layout, as (own, other's) ids. Between
+        a device and pinned memory nobody waits: later work of the device comes after."""
+        assert other.storage.shape[1] == self.storage.shape[1], "the pools differ in layout"
+        for own, others in pairs:
+            other.storage[others].copy_(self.storage[own], non_blocking=True)
 
     def poison(self, block_ids: Sequence[int]) -> None:
         """Fill freed blocks with NaN, so that whoever still reads them shows it."""

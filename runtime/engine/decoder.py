@@ -19,8 +19,8 @@ from runtime.engine.delivery import Deliverer, Delivery
 from runtime.engine.preparation import Preparation, PreparedRequest
 from runtime.execution.batch import StepBatch
 from runtime.execution.sampler import SampledToken, Sampler, SamplingFailure
-from runtime.protocol import DecoderInfo, Generate, SequenceOutput, Stats
-from runtime.scheduling.scheduler import Scheduler, StepPlan
+from runtime.protocol import DecoderInfo, FinishReason, Generate, SequenceOutput, Stats
+from runtime.scheduling.plan import BlockMoves, CacheStats, StepPlan
 from runtime.scheduling.sequence import Sequence
 from runtime.scheduling.validation import refusal
 from runtime.text.chat import ChatTemplate
@@ -30,10 +30,36 @@ log = logging.getLogger(__name__)
 
 
 class StepRunner(Protocol):
+    def move(self, moves: BlockMoves) -> None:
+        """Move blocks, before `run`, and once. What fails here is lost for everyone."""
+        ...
+
     def run(self, batch: StepBatch) -> Tensor:
         """Write every token's K/V to its slot; float32 logits [sampled, vocab] in the order of
         `batch.sample_indices`, on any device. Running the same batch again must be harmless."""
         ...
+
+
+class StepScheduler(Protocol):
+    """`Scheduler`, or `WholeScheduler` for a model without a cache; see there."""
+
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def max_sequence_tokens(self) -> int: ...
+    @property
+    def num_running(self) -> int: ...
+    @property
+    def num_waiting(self) -> int: ...
+    @property
+    def has_work(self) -> bool: ...
+    def cache_stats(self) -> CacheStats: ...
+    def add(self, sequence: Sequence) -> None: ...
+    def abort(self, sequence: Sequence) -> None: ...
+    def finish(self, sequence: Sequence, reason: FinishReason) -> None: ...
+    def schedule(self) -> StepPlan | None: ...
+    def commit(self, plan: StepPlan, sampled_token_ids: dict[int, int]) -> None: ...
+    def check_integrity(self) -> None: ...
 
 
 @dataclass(slots=True)
@@ -52,7 +78,7 @@ class DecoderEngine:
     def __init__(
         self,
         runner: StepRunner,
-        scheduler: Scheduler,
+        scheduler: StepScheduler,
         tokenizer: Tokenizer | None,
         *,
         info: DecoderInfo,
@@ -129,6 +155,8 @@ class DecoderEngine:
         if plan is None:
             return outputs
         started_ns = time.perf_counter_ns()
+        if plan.moves:
+            self._runner.move(plan.moves)
         sampled = self._run_guarded(plan)
         self.scheduler.commit(plan, {id_: token.token_id for id_, token in sampled.items()})
         self._share_time(plan, time.perf_counter_ns() - started_ns)
@@ -143,13 +171,10 @@ class DecoderEngine:
         return bool(self._aborted) or self.scheduler.has_work
 
     def stats(self) -> Stats:
-        pool = self.scheduler.pool
         return Stats(
             num_running=self.scheduler.num_running,
             num_waiting=self.scheduler.num_waiting,
-            free_blocks=pool.num_free,
-            cached_blocks=pool.num_cached,
-            used_blocks=pool.num_used,
+            **asdict(self.scheduler.cache_stats()),
             **asdict(self._totals),
         )
 

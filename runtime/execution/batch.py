@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from runtime.scheduling.scheduler import StepPlan
+from runtime.scheduling.plan import StepPlan
 
 
 @dataclass(frozen=True, slots=True)

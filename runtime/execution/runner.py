@@ -12,6 +12,7 @@ from torch import Tensor
 
 from runtime.cache.pool import KvPool
 from runtime.execution.attention import AttentionBackend, AttentionMetadata, Batch, LayerSpec
+from runtime.scheduling.plan import BlockMoves
 
 # (layer index, query, keys, values) -> attended, all [tokens, heads or kv_heads, head_dim].
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -45,14 +46,33 @@ class PackedBatch(Batch, Protocol):
 
 
 class Runner:
-    """Holds a model, the pool its keys and values live in, and the backend that attends."""
+    """Holds a model, the pools its keys and values live in, and the backend that attends."""
 
-    def __init__(self, model: PagedModel, pool: KvPool, backend: AttentionBackend) -> None:
+    def __init__(
+        self,
+        model: PagedModel,
+        pool: KvPool,
+        backend: AttentionBackend,
+        swap: KvPool | None = None,
+    ) -> None:
+        """`swap` holds the blocks of preempted sequences, in host memory."""
         shapes = tuple(layer.kv_shape for layer in model.layers)
         assert shapes == pool.shapes, "the pool was made for other layers"
         self.model = model
         self.pool = pool
         self.backend = backend
+        self.swap = swap
+
+    @torch.inference_mode()
+    def move(self, moves: BlockMoves) -> None:
+        """Move whole blocks, in the order that `BlockMoves` gives."""
+        if moves.swap_outs or moves.swap_ins:
+            assert self.swap is not None, "there is nowhere to swap to"
+            self.pool.copy_blocks_to(self.swap, moves.swap_outs)
+        self.pool.poison(moves.poisons)
+        if self.swap is not None:
+            self.swap.copy_blocks_to(self.pool, moves.swap_ins)
+        self.pool.copy_blocks(moves.copies)
 
     @torch.inference_mode()
     def run(self, batch: PackedBatch) -> Tensor:

@@ -21,10 +21,22 @@ class SequenceStatus(Enum):
 
 class BlockKey(NamedTuple):
     """Names the contents of a full block: `digest` covers the salt and every token up to the
-    block's end, `tokens` are the block's own ids as bytes, so that a hit can be compared."""
+    block's end, `parent` up to its beginning; `tokens` are the block's own ids as bytes, so that
+    a hit can be compared."""
 
+    parent: bytes
     digest: bytes
     tokens: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Swapped:
+    """A preempted sequence's K/V in host memory: `host_blocks` hold what its blocks from
+    `first_block` on held, up to the token `num_tokens`."""
+
+    first_block: int
+    host_blocks: list[int]
+    num_tokens: int
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
@@ -57,6 +69,10 @@ class Sequence:
     num_cached_tokens: int = 0
     block_table: list[int] = field(default_factory=list[int])
     block_keys: list[BlockKey] = field(default_factory=list[BlockKey])  # of the full blocks
+    num_settled_blocks: int = 0  # of its full blocks, those that were offered to others
+    copied_from: int | None = None  # the block whose beginning was copied at admission
+    swapped: Swapped | None = None  # while it is preempted
+    num_charged_tokens: int = 0  # of its tokens, those that its flow has paid for or found
 
     @property
     def num_generated_tokens(self) -> int:

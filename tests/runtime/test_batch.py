@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from runtime.execution.batch import StepBatch
 from runtime.protocol import SamplingParams
-from runtime.scheduling.scheduler import ScheduledSequence, StepPlan
+from runtime.scheduling.plan import ScheduledSequence, StepPlan
 from runtime.scheduling.sequence import Sequence
 
 

@@ -13,6 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from runtime.engine import DecoderEngine, PreparedRequest, RequestError
 from runtime.execution.batch import StepBatch
 from runtime.protocol import ChatMessage, DecoderInfo, Generate, SamplingParams, SequenceOutput
+from runtime.scheduling.plan import BlockMoves
 from runtime.scheduling.scheduler import Scheduler
 from runtime.text.chat import ChatTemplate
 from runtime.text.tokenizer import Tokenizer
@@ -60,6 +61,7 @@ class FakeRunner:
     def __init__(self, num_blocks: int, block_size: int, next_token: NextToken) -> None:
         self.block_size = block_size
         self.slots = torch.full((num_blocks * block_size,), -1)
+        self.host = torch.full((num_blocks * block_size,), -1)
         self.next_token = next_token
         self.num_tokens = 0
         self.is_broken: Callable[[list[int]], bool] = lambda prefix: False
@@ -69,6 +71,16 @@ class FakeRunner:
         positions = torch.arange(int(batch.context_lens[row]))
         blocks = batch.block_tables[row][positions // self.block_size].long()
         return self.slots[blocks * self.block_size + positions % self.block_size].tolist()
+
+    def move(self, moves: BlockMoves) -> None:
+        blocks, host = self.slots.view(-1, self.block_size), self.host.view(-1, self.block_size)
+        for block, at in moves.swap_outs:
+            host[at] = blocks[block]
+        blocks[moves.poisons] = -1
+        for at, block in moves.swap_ins:
+            blocks[block] = host[at]
+        for source, block in moves.copies:
+            blocks[block] = blocks[source]
 
     def run(self, batch: StepBatch) -> torch.Tensor:
         self.num_tokens += len(batch.token_ids)

@@ -6,7 +6,8 @@ from itertools import count
 import pytest
 
 from runtime.protocol import SamplingParams, ServiceClass
-from runtime.scheduling.scheduler import Scheduler, StepPlan
+from runtime.scheduling.plan import BlockMoves, StepPlan
+from runtime.scheduling.scheduler import Scheduler
 from runtime.scheduling.sequence import Sequence
 
 MakeSequence = Callable[..., Sequence]
@@ -42,36 +43,61 @@ def make_sequence() -> MakeSequence:
 class CacheModel:
     """What a device would hold: each slot remembers the salt and all tokens up to its own.
 
-    `run` plays a step the way a runner does (all writes, then all reads), fails when a sequence
-    would attend to anything but its own prefix, and counts what was computed.
+    `run` plays a step the way a runner does (moves, then all writes, then all reads), fails when
+    a sequence would attend to anything but its own prefix, and counts what was computed.
     """
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
         self.num_computed_tokens = 0
-        self._slots: dict[int, tuple[bytes, tuple[int, ...]]] = {}
+        self.num_copied_blocks = 0
+        self.num_swapped_in_blocks = 0
+        self._blocks: dict[int, dict[int, int]] = {}  # block -> offset -> content
+        self._host: dict[int, dict[int, int]] = {}
+        self._contents: dict[int, list[int]] = {}  # sequence id -> content at each position
 
-    def _slot(self, sequence: Sequence, position: int) -> int:
-        size = self.scheduler.block_size
-        return sequence.block_table[position // size] * size + position % size
+    def contents(self, sequence: Sequence) -> list[int]:
+        """What belongs into the slot of each of its tokens: a number for salt and prefix."""
+        known = self._contents.setdefault(sequence.sequence_id, [hash(sequence.cache_salt)])
+        for token in sequence.token_ids[len(known) - 1 :]:
+            known.append(hash((known[-1], token)))
+        return known[1:]
+
+    def move(self, moves: BlockMoves) -> None:
+        for block, host in moves.swap_outs:
+            self._host[host] = dict(self._blocks.get(block, {}))
+        for block in moves.poisons:
+            self._blocks[block] = {}
+        for host, block in moves.swap_ins:
+            self._blocks[block] = dict(self._host[host])
+        sources = {source for source, _ in moves.copies}
+        written = [block for _, block in (*moves.swap_ins, *moves.copies)]
+        assert len(set(written)) == len(written), "a block is written twice"
+        assert not sources & {*written, *moves.poisons}, "a block is written before it is copied"
+        for source, block in moves.copies:
+            self._blocks[block] = dict(self._blocks[source])
+        self.num_copied_blocks += len(moves.copies)
+        self.num_swapped_in_blocks += len(moves.swap_ins)
 
     def run(self, plan: StepPlan) -> None:
-        written: set[int] = set()
+        self.move(plan.moves)
+        size = self.scheduler.block_size
+        written: dict[tuple[int, int], int] = {}
         for item in plan.items:
             sequence, start = item.sequence, item.sequence.num_computed_tokens
+            contents = self.contents(sequence)
             for position in range(start, start + item.num_tokens):
-                slot = self._slot(sequence, position)
-                content = (sequence.cache_salt, tuple(sequence.token_ids[: position + 1]))
-                # Two sequences may only write one slot in a step if both write the same.
-                assert slot not in written or self._slots[slot] == content
-                written.add(slot)
-                self._slots[slot] = content
+                block, offset = sequence.block_table[position // size], position % size
+                assert (block, offset) not in written, "two sequences write one slot"
+                written[block, offset] = contents[position]
+                self._blocks.setdefault(block, {})[offset] = contents[position]
             self.num_computed_tokens += item.num_tokens
         for item in plan.items:
             sequence = item.sequence
+            contents = self.contents(sequence)
             for position in range(sequence.num_computed_tokens + item.num_tokens):
-                expected = (sequence.cache_salt, tuple(sequence.token_ids[: position + 1]))
-                assert self._slots[self._slot(sequence, position)] == expected
+                block = self._blocks[sequence.block_table[position // size]]
+                assert block.get(position % size) == contents[position], "read what is not its own"
 
     def step(self, next_token: Callable[[Sequence], int]) -> StepPlan | None:
         """Schedule, run and commit one step, checking every invariant on the way."""

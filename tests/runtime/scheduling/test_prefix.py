@@ -1,7 +1,7 @@
 """What the index may and may not find, and which block goes first when room is needed."""
 
 from runtime.scheduling.blocks import BlockPool
-from runtime.scheduling.prefix import PrefixIndex
+from runtime.scheduling.prefix import PrefixIndex, token_bytes
 from runtime.scheduling.scheduler import Scheduler
 from runtime.scheduling.sequence import BlockKey
 
@@ -9,13 +9,14 @@ from .conftest import CacheModel, MakeSequence
 
 
 def test_equal_digests_of_unequal_tokens_are_not_a_hit() -> None:
-    index = PrefixIndex(block_size=4)
-    assert index.publish(BlockKey(b"digest", b"tokens"), 1)
-    assert index.find(BlockKey(b"digest", b"tokens")) == 1
-    assert index.find(BlockKey(b"digest", b"others")) is None
-    assert not index.publish(BlockKey(b"digest", b"others"), 2)
+    index = PrefixIndex(block_size=2)
+    key, other = (BlockKey(b"parent", b"digest", token_bytes(ids)) for ids in ([1, 2], [3, 4]))
+    assert index.publish(key, 1) is None
+    assert index.find(key) == 1
+    assert index.find(other) is None
+    assert index.publish(other, 2) == 2
     index.forget(1)
-    assert index.find(BlockKey(b"digest", b"tokens")) is None
+    assert index.find(key) is None
 
 
 def test_keys_name_the_whole_prefix_and_the_salt(make_sequence: MakeSequence) -> None:
@@ -47,8 +48,8 @@ def test_the_end_of_a_chain_is_evicted_before_its_beginning(make_sequence: MakeS
     cache = CacheModel(scheduler)
     scheduler.add(make_sequence(list(range(9)), max_tokens=1))
     cache.finish_all()
-    assert scheduler.pool.num_cached == 4
-    scheduler.add(make_sequence([50, 51, 52], max_tokens=1))
+    assert scheduler.pool.num_cached == 5
+    scheduler.add(make_sequence([50, 51, 52, 53], max_tokens=1))
     cache.finish_all()
     again = make_sequence(list(range(9)), max_tokens=1)
     scheduler.add(again)
@@ -67,4 +68,4 @@ def test_free_blocks_are_used_before_anything_is_evicted() -> None:
     assert pool.allocate() == block
     assert evicted == [block]
     pool.release([block, *others])
-    pool.check_integrity({})
+    pool.check_integrity({}, {})
