@@ -140,7 +140,7 @@ def tapeout_command(work_dir: Path) -> tuple[list[str], dict[str, str]]:
     command = [TAPEOUT, "serve", "--data-dir", data_dir, "--port", port]
     environment = {
         "TAPEOUT_ADMIN_KEY": KEY,
-        "TAPEOUT_KV_CACHE_BYTES": str(2 * 1024**3),
+        "TAPEOUT_KV_CACHE": "2G",
         "TAPEOUT_LOG_LEVEL": "WARNING",
         "OMP_WAIT_POLICY": "PASSIVE",
     }
@@ -187,7 +187,7 @@ async def run_rounds(servers: list[Server], num_rounds: int) -> dict[str, dict[s
     for number in range(-1, num_rounds):  # the first round warms up and does not count
         runs = {
             server.name: Workloads(
-                Endpoint(server.url, KEY, NAME, VOCAB_SIZE), Shape(), seed=number
+                Endpoint(server.url, KEY, NAME, VOCAB_SIZE), Shape(), seed=1000 + number
             ).all
             for server in servers
         }
