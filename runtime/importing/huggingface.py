@@ -1,23 +1,19 @@
 """Loads a Hugging Face directory as a paged decoder, through transformers' attention registry.
 
-Owns the load and its refusals. Every attention layer is found by one probe forward, in which
-masks are classified by evaluating them; what is not understood is refused, never guessed.
-Whether the paged form equals the original is `runtime.proving`'s question.
+Every attention layer is found by one probe forward, in which masks are classified by evaluating
+them; what is not understood is refused, never guessed. Whether the paged form equals the original
+is `runtime.proving`'s question.
 """
 
 import inspect
-import os
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read once, when transformers is imported
-
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -29,22 +25,51 @@ from runtime.importing.huggingface_directory import (
     has_chat_template,
     read_json,
 )
-from runtime.importing.huggingface_probe import Probe, attention_not_found
+from runtime.importing.huggingface_loading import (
+    check_sizes,
+    first_line,
+    load_module,
+    load_original,
+    max_context_tokens_of,
+    vocab_size_of,
+)
+from runtime.importing.huggingface_probe import Probe, attend_padded, attention_not_found
+from runtime.importing.locality import affordable_tokens, check_locality, differ
 from runtime.importing.program import ImportFailure
 from runtime.protocol import DecoderInfo
 
+__all__ = ["PAGE_ANOTHER_WAY", "HuggingFaceDecoder", "load_decoder", "load_original"]
+
+# Codes of failures that speak of this way of paging alone: another may serve the model.
+PAGE_ANOTHER_WAY = frozenset(
+    {
+        "attention_not_found",
+        "attention_unsupported",
+        "forward_failed",
+        "mask_unsupported",
+        "mixes_tokens",
+        "positions_unsupported",
+    }
+)
 PAGED = "tapeout_paged"  # serves: no mask function is registered, so transformers builds no mask
 PROBE = "tapeout_probe"  # loads: records every layer and classifies its mask
-PROBE_TOKENS = 8
-DEFAULT_MAX_CONTEXT_TOKENS = 32768  # where the configuration sets no limit
 
 
 @dataclass(frozen=True)
 class _PagedPass:
     """One forward of one model: where its layers send their queries, keys and values."""
 
-    layer_of: dict[nn.Module, int]
+    decoder: "HuggingFaceDecoder"
     attend: Attend
+    num_calls: dict[nn.Module, int] = field(default_factory=dict)
+
+    def next_layer(self, module: nn.Module) -> int:
+        layers = self.decoder.layers_of[module]
+        if len(layers) == 1:
+            return layers[0]
+        call = self.num_calls.get(module, 0)
+        self.num_calls[module] = call + 1
+        return layers[call]
 
 
 # Attention functions are registered once per process, but models and threads are many: what a
@@ -58,11 +83,13 @@ def _paged_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention signature; tensors are `[1, heads, tokens, head_dim]`."""
     current = _paged_pass.get()
-    layer = current.layer_of[module]
-    attended = current.attend(
-        layer, query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
-    )
-    return attended.unsqueeze(0), None
+    layer = current.next_layer(module)
+    head_dim = current.decoder.layers[layer].head_dim
+
+    def attend(rows: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return current.attend(layer, rows, keys, values)
+
+    return attend_padded(attend, head_dim, query, key, value), None
 
 
 def _probe_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
@@ -79,23 +106,26 @@ ALL_MASK_ATTENTION_FUNCTIONS.register(PROBE, _probe_mask)
 
 
 class HuggingFaceDecoder:
-    """A `PagedModel` around a transformers model whose attention goes to the caller."""
+    """A `PagedModel` around a transformers model whose attention goes to the caller.
+
+    `layers_of` a module are the layers that its attention calls are, in their order.
+    """
 
     def __init__(
         self,
         module: PreTrainedModel,
         layers: list[LayerSpec],
-        layer_of: dict[nn.Module, int],
+        layers_of: dict[nn.Module, list[int]],
         info: DecoderInfo,
         eos_ids: tuple[int, ...],
         notes: list[str],
     ) -> None:
         self.module = module
         self.layers = layers
+        self.layers_of = layers_of
         self.info = info
         self.eos_token_ids = eos_ids
         self.notes = notes
-        self._layer_of = layer_of
         # Without it the output layer runs over every token; rows are then picked afterwards.
         self._picks_rows = "logits_to_keep" in inspect.signature(module.forward).parameters
 
@@ -115,7 +145,7 @@ class HuggingFaceDecoder:
     ) -> Tensor:
         """Logits `[sampled, vocab]` in the model's dtype; see `PagedModel.forward`."""
         options = {"logits_to_keep": sample_indices} if self._picks_rows else {}
-        token = _paged_pass.set(_PagedPass(self._layer_of, attend))
+        token = _paged_pass.set(_PagedPass(self, attend))
         try:
             output = self.module(
                 input_ids=token_ids[None], position_ids=positions[None], use_cache=False, **options
@@ -127,26 +157,33 @@ class HuggingFaceDecoder:
 
 
 def load_decoder(
-    directory: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    directory: Path | str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    *,
+    is_checked: bool = False,
 ) -> HuggingFaceDecoder:
     """Load a decoder from safetensors, memory-mapped, in `dtype` or else the dtype it was saved in.
 
-    Raises `ImportFailure` with what to do about it when the directory cannot be served.
+    Raises `ImportFailure` with what to do about it when the directory cannot be served; those
+    with a code in `PAGE_ANOTHER_WAY` only say that it cannot be so. `is_checked` leaves out what
+    an earlier load of the same files found out about sizes and about mixing tokens.
     """
     directory = Path(directory)
     config_json = check_directory(directory)
+    if not is_checked:
+        check_sizes(directory, config_json)
     notes: list[str] = []
-    module = _load_module(directory, dtype, notes)
+    module = load_module(directory, PROBE, dtype, notes)
     module.to(torch.device(device)).eval().requires_grad_(False)  # pyright: ignore[reportArgumentType]
-    config = module.config.get_text_config(decoder=True)
-    max_context_tokens = _max_context_tokens(config, notes)
-    probe = _run_probe(module, max_context_tokens)
-    probe.check_complete(getattr(config, "num_hidden_layers", None))
+    max_context_tokens = max_context_tokens_of(module.config.get_text_config(decoder=True), notes)
+    num_tokens = affordable_tokens(module, max_context_tokens)
+    probe = _run_probe(module, max_context_tokens, num_tokens)
     module.set_attn_implementation(PAGED)
     kv_elements = sum(layer.kv_shape.elements_per_token for layer in probe.layers)
     info = DecoderInfo(
         architecture=type(module).__name__,
-        vocab_size=_vocab_size(module),
+        vocab_size=vocab_size_of(module),
         max_context_tokens=max_context_tokens,
         num_layers=len(probe.layers),
         kv_bytes_per_token=kv_elements * probe.dtype.itemsize,
@@ -155,123 +192,54 @@ def load_decoder(
         has_chat_template=has_chat_template(directory),
     )
     eos_ids = eos_token_ids(config_json, read_json(directory / "generation_config.json"))
-    return HuggingFaceDecoder(module, probe.layers, probe.layer_of, info, eos_ids, notes)
+    decoder = HuggingFaceDecoder(module, probe.layers, probe.layers_of, info, eos_ids, notes)
+    if not is_checked:
+        check_locality(decoder, info, num_tokens, decoder.device)
+    return decoder
 
 
-def load_original(directory: Path | str, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The untouched transformers model, attention eager, on the CPU: what a proof compares to."""
-    check_directory(Path(directory))
-    module = _from_pretrained(Path(directory), "eager", dtype)[0]
-    if module._can_set_experts_implementation():
-        module.set_experts_implementation("eager")
-    return module.eval().requires_grad_(False)
-
-
-def _load_module(directory: Path, dtype: torch.dtype | None, notes: list[str]) -> PreTrainedModel:
-    module, loading = _from_pretrained(directory, PROBE, dtype)
-    missing = sorted(loading["missing_keys"])
-    if missing or loading["mismatched_keys"]:
-        wrong = missing or sorted(str(key) for key in loading["mismatched_keys"])
-        raise ImportFailure(
-            "incomplete_weights",
-            f"{len(wrong)} weights of {type(module).__name__} are missing or have the wrong shape "
-            f"({', '.join(wrong[:3])}). Save the model again with "
-            "model.save_pretrained(directory) and upload the whole directory.",
-        )
-    unused = sorted(loading["unexpected_keys"])
-    if unused:
-        notes.append(f"{len(unused)} weights in the upload are not used ({', '.join(unused[:3])}).")
-    return module
-
-
-def _from_pretrained(
-    directory: Path, attention: str, dtype: torch.dtype | None
-) -> tuple[PreTrainedModel, dict[str, Any]]:
-    transformers.logging.disable_progress_bar()
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory,
-            dtype=dtype or "auto",
-            attn_implementation=attention,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except KeyError as error:
-        if error.args != (attention,):
-            raise _load_failure(error) from error
-        raise attention_not_found() from error  # an old-style class with its own attention table
-    # transformers raises whatever a malformed configuration makes it stumble over.
-    except Exception as error:
-        raise _load_failure(error) from error
-    return loaded
-
-
-def _load_failure(error: Exception) -> ImportFailure:
-    return ImportFailure(
-        "load_failed",
-        f"transformers {transformers.__version__} cannot load this model: {_first_line(error)}. "
-        "Check that AutoModelForCausalLM.from_pretrained(directory) works with that version.",
-    )
-
-
-def _run_probe(module: PreTrainedModel, max_context_tokens: int) -> Probe:
-    probe = Probe(max_context_tokens)
+def _run_probe(module: PreTrainedModel, max_context_tokens: int, num_tokens: int) -> Probe:
     device = next(module.parameters()).device
-    positions = torch.arange(min(PROBE_TOKENS, max_context_tokens), device=device)[None]
+    positions = torch.arange(num_tokens, device=device)[None]
+    probes = Probe(max_context_tokens), Probe(max_context_tokens)
+    given = _probe_forward(module, probes[0], positions, position_ids=positions)
+    if not probes[0].layers:
+        raise attention_not_found()
+    own = _probe_forward(module, probes[1], positions)
+    if differ(given[0], own[0]):
+        raise ImportFailure(
+            "positions_unsupported",
+            f"{type(module).__name__} numbers its tokens otherwise than from 0, so that those of "
+            "several sequences cannot be told apart.",
+        )
+    return probes[0]
+
+
+@torch.inference_mode()
+def _probe_forward(
+    module: PreTrainedModel, probe: Probe, like: Tensor, **positions: Tensor
+) -> Tensor:
+    # Not 0 alone: it often is the padding token, which some models leave out.
+    tokens = (like + 3) % vocab_size_of(module)
     token = _probe.set(probe)
     try:
-        with torch.inference_mode():
-            module(input_ids=torch.zeros_like(positions), position_ids=positions, use_cache=False)
+        return module(input_ids=tokens, use_cache=False, **positions).logits
     except ImportFailure:
         raise
+    except KeyError as error:
+        if error.args == (PROBE,):  # an old-style class with its own attention table
+            raise attention_not_found() from error
+        raise _forward_failed(module, error) from error
     # The model's own code runs here, on a configuration its owner wrote.
     except Exception as error:
-        raise ImportFailure(
-            "forward_failed",
-            f"{type(module).__name__} does not run on packed tokens without a cache: "
-            f"{_first_line(error)}. This kind of model cannot be served yet.",
-        ) from error
+        raise _forward_failed(module, error) from error
     finally:
         _probe.reset(token)
-    return probe
 
 
-def _vocab_size(module: PreTrainedModel) -> int:
-    head = module.get_output_embeddings()
-    if head is None:
-        raise ImportFailure(
-            "not_a_decoder", f"{type(module).__name__} has no output layer over its vocabulary."
-        )
-    return int(head.weight.shape[0])
-
-
-def _max_context_tokens(config: PreTrainedConfig, notes: list[str]) -> int:
-    """The longest context whose positions are exact.
-
-    Rotary embeddings of types `dynamic` and `longrope` change every position's angle once a
-    sequence outgrows the trained length. Cached keys would then be wrong, and so would the shorter
-    neighbours in a batch, so the context ends where that starts.
-    """
-    limit = getattr(config, "max_position_embeddings", None)
-    if not isinstance(limit, int) or limit <= 0:
-        limit = DEFAULT_MAX_CONTEXT_TOKENS
-        notes.append(f"The configuration sets no context limit; {limit} tokens are served.")
-    rope = getattr(config, "rope_parameters", None) or {}
-    for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
-        kind = parameters.get("rope_type")
-        trained = parameters.get("original_max_position_embeddings")
-        trained = trained or getattr(config, "original_max_position_embeddings", None) or limit
-        if kind in ("dynamic", "longrope"):
-            limit = min(limit, int(trained))
-            notes.append(
-                f"Rotary scaling of type {kind} is length-dependent beyond {trained} tokens; the "
-                f"context is limited to {limit} tokens, where cached keys are exact."
-            )
-    return limit
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300].rstrip(".")
+def _forward_failed(module: PreTrainedModel, error: Exception) -> ImportFailure:
+    return ImportFailure(
+        "forward_failed",
+        f"{type(module).__name__} does not run on packed tokens without a cache: "
+        f"{first_line(error)}.",
+    )

@@ -1,7 +1,7 @@
 """Finds out how a transformers model attends, by watching one forward pass.
 
-Owns what is understood of an attention layer: shapes, scale, window, cap. Anything else that a
-layer asks for is refused by name.
+Owns what is understood of an attention layer: shapes, scale, window, cap, sinks. Anything else
+that a layer asks for is refused by name.
 """
 
 from collections.abc import Callable
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from runtime.execution.attention import AttentionSpec, LayerSpec
 from runtime.execution.reference import attend_one
@@ -29,14 +30,19 @@ NEUTRAL_ARGUMENTS = frozenset(
         "use_cache",
     }
 )
+MASK_COLUMNS = 1 << 18  # keys that a mask is evaluated over at once
 
 
 class Probe:
-    """Stands in for attention and mask building during one forward, and keeps what it saw."""
+    """Stands in for attention and mask building during one forward, and keeps what it saw.
+
+    A module that attends several times in a forward (two softmaxes of one layer, a layer that is
+    looped over) has several entries in `layers`, in the order of its calls.
+    """
 
     def __init__(self, max_context_tokens: int) -> None:
         self.layers: list[LayerSpec] = []
-        self.layer_of: dict[nn.Module, int] = {}
+        self.layers_of: dict[nn.Module, list[int]] = {}
         self.dtype = torch.float32
         self._max_context_tokens = max_context_tokens
         self._masks: list[tuple[Tensor, int | None]] = []  # (mask handed out, its window)
@@ -60,41 +66,37 @@ class Probe:
         dropout: float | None = None,
         softcap: float | None = None,
         is_causal: bool | None = None,
+        s_aux: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """Record the layer, then attend as it will be. Tensors are `[1, heads, tokens, width]`."""
         _refuse_arguments(module, kwargs)
         if dropout or is_causal is False:
             raise _unsupported(module, "attends with dropout or to later tokens")
-        if key.shape != value.shape or key.shape[-1] != query.shape[-1]:
-            raise _unsupported(module, "has keys and values of different widths")
-        if module in self.layer_of:
-            raise _unsupported(module, "attends more than once per layer")
         if self.layers and key.dtype != self.dtype:
             raise _unsupported(module, f"mixes {key.dtype} and {self.dtype}")
         self.dtype = key.dtype
         spec = AttentionSpec(
             scale=float(scaling if scaling is not None else query.shape[-1] ** -0.5),
-            sliding_window=self._window_of(module, attention_mask),
-            soft_cap=None if softcap is None else float(softcap),
+            sliding_window=self._window_of(module, attention_mask, is_causal),
+            soft_cap=float(softcap) if softcap else None,
+            sinks=_sinks(module, s_aux, query.shape[1]),
         )
-        self.layer_of[module] = len(self.layers)
-        self.layers.append(LayerSpec(query.shape[1], key.shape[1], key.shape[3], spec))
-        attended = attend_one(query[0].transpose(0, 1), key[0], value[0], spec)
-        return attended.to(query.dtype).unsqueeze(0), None
+        layer = _layer_spec(module, query, key, value, spec)
+        self.layers_of.setdefault(module, []).append(len(self.layers))
+        self.layers.append(layer)
 
-    def check_complete(self, num_hidden_layers: int | None) -> None:
-        """Raise `ImportFailure` if any layer mixes tokens by something else than this attention."""
-        if not self.layers:
-            raise attention_not_found()
-        if num_hidden_layers is not None and num_hidden_layers != len(self.layers):
-            raise ImportFailure(
-                "attention_not_found",
-                f"Only {len(self.layers)} of the model's {num_hidden_layers} layers are attention; "
-                "recurrent, linear or shared layers cannot be served yet.",
-            )
+        def attend(rows: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            return attend_one(rows, keys.transpose(0, 1), values.transpose(0, 1), spec)
 
-    def _window_of(self, module: nn.Module, attention_mask: Tensor | None) -> int | None:
+        attended = attend_padded(attend, layer.head_dim, query, key, value)
+        return attended.to(query.dtype), None
+
+    def _window_of(
+        self, module: nn.Module, attention_mask: Tensor | None, is_causal: bool | None
+    ) -> int | None:
+        if attention_mask is None and is_causal:
+            return None
         for mask, window in self._masks:
             if (
                 isinstance(attention_mask, Tensor)
@@ -105,11 +107,31 @@ class Probe:
         raise _unsupported(module, "builds an attention mask of its own, or none")
 
 
+def attend_padded(
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    head_dim: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+) -> Tensor:
+    """transformers' `[1, heads, tokens, width]` to `[tokens, heads, head_dim]`, which `attend`
+    takes, and back to `[1, tokens, heads, value width]`.
+
+    Where keys and values differ in width, zeros fill the narrower: they add nothing to a score,
+    and what they become in the output is cut off.
+    """
+    rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+    if all(row.shape[-1] == head_dim for row in rows):
+        return attend(*rows).contiguous().unsqueeze(0)
+    padded = [functional.pad(row, (0, head_dim - row.shape[-1])) for row in rows]
+    return attend(*padded)[..., : value.shape[-1]].contiguous().unsqueeze(0)
+
+
 def attention_not_found() -> ImportFailure:
     return ImportFailure(
         "attention_not_found",
-        "None of the model's layers uses transformers' attention interface, so its keys and "
-        "values cannot be cached. This kind of model cannot be served yet.",
+        "None of the model's layers uses transformers' attention interface, through which keys "
+        "and values would be cached.",
     )
 
 
@@ -122,29 +144,67 @@ def classify_mask(
     end. Raises `ImportFailure` if what it shows is neither.
     """
     last = max_context_tokens - 1
-    zero = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
-    key_at = torch.arange(max_context_tokens, device=device).view(1, 1, 1, -1)
-    query_at = torch.tensor(sorted({0, last // 7, last // 3, last // 2, last}), device=device)
-    query_at = query_at.view(1, 1, -1, 1)
+    near = (0, min(1, last), min(7, last), min(100, last))
+    queries = sorted({*near, last // 7, last // 3, last // 2, last})
+    query_at = torch.tensor(queries, device=device).view(1, 1, -1, 1)
+    window = sum(
+        int(_evaluate(mask_function, query_at, key_at)[0, 0, -1].sum())
+        for key_at in _columns(max_context_tokens, device)
+    )
+    for key_at in _columns(max_context_tokens, device):
+        expected = (key_at <= query_at) & (key_at > query_at - window)
+        if not torch.equal(_evaluate(mask_function, query_at, key_at), expected):
+            raise ImportFailure(
+                "mask_unsupported",
+                "An attention mask of the model is neither causal nor a sliding window.",
+            )
+    return None if window == max_context_tokens else window
+
+
+def _columns(num_keys: int, device: torch.device) -> list[Tensor]:
+    starts = range(0, num_keys, MASK_COLUMNS)
+    return [
+        torch.arange(at, min(at + MASK_COLUMNS, num_keys), device=device).view(1, 1, 1, -1)
+        for at in starts
+    ]
+
+
+def _evaluate(mask_function: Callable[..., Any], query_at: Tensor, key_at: Tensor) -> Tensor:
+    zero = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=key_at.device)
     try:
         visible = torch.as_tensor(mask_function(zero, zero, query_at, key_at))
-        visible = visible.expand(1, 1, query_at.numel(), max_context_tokens).bool()
+        return visible.expand(1, 1, query_at.numel(), key_at.numel()).bool()
     # A mask may index tensors made for the probe's tokens alone, or not broadcast.
     except (RuntimeError, IndexError, TypeError, ValueError) as error:
         raise ImportFailure(
             "mask_unsupported",
             f"An attention mask of the model cannot be evaluated ({error}); it depends on more "
-            "than positions. This kind of model cannot be served yet.",
+            "than positions.",
         ) from error
-    window = int(visible[0, 0, -1].sum())
-    expected = (key_at <= query_at) & (key_at > query_at - window)
-    if not torch.equal(visible, expected):
-        raise ImportFailure(
-            "mask_unsupported",
-            "An attention mask of the model is neither causal nor a sliding window. This kind of "
-            "model cannot be served yet.",
-        )
-    return None if window == max_context_tokens else window
+
+
+def _layer_spec(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec
+) -> LayerSpec:
+    """Raises `ImportFailure` for tensors that are not one sequence attending to itself."""
+    num_heads, num_kv_heads = query.shape[1], key.shape[1]
+    if query.shape[-1] != key.shape[-1] or num_kv_heads != value.shape[1]:
+        raise _unsupported(module, "has keys that fit neither its queries nor its values")
+    if num_heads % num_kv_heads:
+        raise _unsupported(module, f"shares {num_kv_heads} key heads among {num_heads} unevenly")
+    if not query.shape[0] == key.shape[0] == value.shape[0] == 1 or not (
+        query.shape[2] == key.shape[2] == value.shape[2]
+    ):
+        raise _unsupported(module, "attends to other tokens than those of its own sequence")
+    return LayerSpec(num_heads, num_kv_heads, max(key.shape[-1], value.shape[-1]), spec)
+
+
+def _sinks(module: nn.Module, sinks: Tensor | None, num_heads: int) -> tuple[float, ...] | None:
+    if sinks is None:
+        return None
+    if not isinstance(sinks, Tensor) or sinks.numel() != num_heads:
+        raise _unsupported(module, "has sinks that are not one number per head")
+    return tuple(sinks.detach().flatten().tolist())
 
 
 def _refuse_arguments(module: nn.Module, arguments: dict[str, Any]) -> None:
@@ -160,6 +220,5 @@ def _refuse_arguments(module: nn.Module, arguments: dict[str, Any]) -> None:
 def _unsupported(module: nn.Module, reason: str) -> ImportFailure:
     return ImportFailure(
         "attention_unsupported",
-        f"{type(module).__name__} {reason}, which is not supported yet, so this model would not "
-        "compute what it was trained to.",
+        f"{type(module).__name__} {reason}, which the shared attention does not compute.",
     )

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from runtime.importing.huggingface import load_decoder
+from runtime.importing.huggingface import PAGE_ANOTHER_WAY, load_decoder
 from runtime.importing.huggingface_probe import classify_mask
 from runtime.importing.program import ImportFailure
 from tests.runtime.decoders import WINDOW, save_decoder
@@ -193,25 +193,24 @@ def test_refused_with_what_to_do(directory: Path, name: str) -> None:
     ("family", "overrides", "code"),
     [
         ("bloom", {}, "attention_not_found"),  # adds its own positional bias
-        ("gpt_oss", {}, "attention_unsupported"),  # sinks
-        (
-            "deepseek_v3",
-            {"qk_rope_head_dim": 16},
-            "attention_unsupported",
-        ),  # keys wider than values
+        ("mamba", {}, "attention_not_found"),  # no attention at all
         ("bert", {"is_decoder": False}, "mask_unsupported"),  # looks ahead
         (
             "llama4_text",
             {"layer_types": ["chunked_attention"] * 3, "attention_chunk_size": 16},
             "mask_unsupported",
         ),
+        ("falcon_h1", {}, "mixes_tokens"),  # a state-space layer beside attention
+        ("roberta", {"is_decoder": True}, "positions_unsupported"),  # counts from the padding id
+        ("doge", {}, "attention_unsupported"),  # masks by what the values are
     ],
 )
-def test_families_that_attend_otherwise_are_refused(
+def test_families_that_attend_otherwise_are_paged_another_way(
     tmp_path: Path, family: str, overrides: dict[str, Any], code: str
 ) -> None:
     save_decoder(family, tmp_path, **overrides)
     assert refusal(tmp_path)[0] == code
+    assert code in PAGE_ANOTHER_WAY
 
 
 # --- masks ------------------------------------------------------------------------------
