@@ -10,8 +10,10 @@ from runtime.importing.huggingface import load_decoder
 from runtime.importing.program import ImportFailure
 from runtime.importing.text_support import check_text
 from runtime.protocol import Check, Manifest, Verdict
-from runtime.proving.decoder import prove_decoder
-from runtime.proving.speed import measure_decoder
+from runtime.proving.decoder import DecoderProver
+from runtime.proving.forms import paged_form
+from runtime.proving.huggingface_original import HuggingFaceOriginal
+from runtime.proving.speed import measure_decoders
 
 
 def build_decoder(upload: UnpackedUpload, reporter: Reporter) -> Outcome:
@@ -28,13 +30,13 @@ def build_decoder(upload: UnpackedUpload, reporter: Reporter) -> Outcome:
             f"{info.num_layers} layers, {info.max_context_tokens:,} tokens of context",
         )
     with reporter.phase("prove") as report:
-        proof = prove_decoder(
-            upload.path, decoder, on_progress=lambda label, fraction: report(fraction, label)
-        )
+        form = paged_form(decoder, lambda dtype: load_decoder(upload.path, dtype=dtype))
+        prover = DecoderProver(HuggingFaceOriginal(upload.path))
+        proof = prover.prove(form, lambda label, fraction: report(fraction, label))
         _require_proof(proof.verdict, proof.checks)
         report(1.0, f"{proof.verdict}: {len(proof.checks)} checks")
     with reporter.phase("measure") as report:
-        candidates = measure_decoder(decoder, report)
+        candidates = measure_decoders({"eager": decoder}, report)
     manifest = Manifest(
         kind="decoder",
         format="huggingface",

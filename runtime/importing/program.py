@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+import torch
 from torch import nn
 
 from runtime.execution.runner import PagedModel
@@ -29,6 +30,16 @@ class Decoder(PagedModel, Protocol):
     @property
     def module(self) -> nn.Module:
         """What holds the weights."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What keys and values are stored in."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie, and so the pool must."""
         ...
 
     @property

@@ -5,7 +5,7 @@ of cutting, mixing and sharing sequences can be asked for by name.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -42,30 +42,60 @@ class Replay:
     def __init__(self, runner: Runner, seed: int = 0) -> None:
         self.runner = runner
         self._sequences: dict[str, _Sequence] = {}
+        self._swapped: dict[str, tuple[int, Tensor]] = {}  # tokens, and their blocks on the host
         self._num_users = [0] * runner.pool.num_blocks
         shuffled = torch.Generator().manual_seed(seed)
         self._free: list[int] = torch.randperm(runner.pool.num_blocks, generator=shuffled).tolist()
         runner.pool.poison(self._free)
 
-    def step(self, work: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    @property
+    def block_size(self) -> int:
+        """In tokens."""
+        return self.runner.pool.block_size
+
+    def step(
+        self, work: Mapping[str, Sequence[int]], *, is_last_only: bool = False
+    ) -> dict[str, Tensor]:
         """Append tokens to sequences in one step; a new name starts a new sequence.
 
-        Returns float32 logits `[tokens, vocab]` of each sequence's new tokens.
+        Returns float32 logits `[tokens, vocab]` of each sequence's new tokens, or with
+        `is_last_only` of the last of them.
         """
         batch = self.pack(work)
-        logits = self.runner.run(batch)
         lengths = [len(tokens) for tokens in work.values()]
+        if is_last_only:
+            batch = replace(batch, sample_indices=batch.query_start[1:].long() - 1)
+            lengths = [1] * len(work)
+        logits = self.runner.run(batch)
         return dict(zip(work, logits.split(lengths), strict=True))
 
-    def share(self, source: str, target: str) -> int:
-        """Start `target` with all of `source`'s full blocks; returns the tokens it now has."""
-        block_size = self.runner.pool.block_size
-        num_blocks = self._sequences[source].num_tokens // block_size
-        blocks = self._sequences[source].blocks[:num_blocks]
-        for block in blocks:
+    def share(self, source: str, target: str, num_tokens: int) -> None:
+        """Start `target` with the first `num_tokens` of `source`: full blocks are shared, the
+        rest of them copied into a block of its own."""
+        num_full, num_partial = divmod(num_tokens, self.block_size)
+        blocks = self._sequences[source].blocks
+        for block in blocks[:num_full]:
             self._num_users[block] += 1
-        self._sequences[target] = _Sequence(num_blocks * block_size, list(blocks))
-        return num_blocks * block_size
+        self._sequences[target] = sequence = _Sequence(num_tokens, blocks[:num_full])
+        if num_partial:
+            self._take_block(sequence)
+            self.runner.pool.copy_blocks([(blocks[num_full], sequence.blocks[-1])])
+
+    def swap_out(self, name: str) -> None:
+        """Move a sequence's blocks to host memory; its device blocks are given back."""
+        sequence = self._sequences[name]
+        host = self.runner.pool.storage[sequence.blocks].to("cpu", copy=True)
+        num_tokens = sequence.num_tokens
+        self.release(name)
+        self._swapped[name] = (num_tokens, host)
+
+    def swap_in(self, name: str) -> None:
+        """Move a swapped sequence's blocks back, to whatever blocks are free."""
+        num_tokens, host = self._swapped.pop(name)
+        self._sequences[name] = sequence = _Sequence(num_tokens)
+        for _ in host:
+            self._take_block(sequence)
+        self.runner.pool.storage[sequence.blocks] = host.to(self.runner.pool.device)
 
     def release(self, name: str) -> None:
         """Give a sequence's blocks back; those nobody else uses are poisoned."""
@@ -77,7 +107,7 @@ class Replay:
 
     def pack(self, work: Mapping[str, Sequence[int]]) -> PackedTokens:
         """The batch of one step, its tokens already counted as cached; `step` also runs it."""
-        block_size = self.runner.pool.block_size
+        block_size = self.block_size
         positions: list[int] = []
         slots: list[int] = []
         starts = [0]

@@ -8,15 +8,20 @@ import pytest
 import torch
 from torch import Tensor
 
+from runtime.cache.pool import KvPool
 from runtime.execution.attention import AttentionBackend, AttentionMetadata, AttentionSpec
 from runtime.execution.reference import ReferenceAttention
 from runtime.execution.runner import Attend
 from runtime.importing.huggingface import HuggingFaceDecoder, load_decoder
 from runtime.proving import decoder as proving
-from runtime.proving.decoder import DecoderProof, prove_decoder
+from runtime.proving.decoder import DecoderProof, DecoderProver
+from runtime.proving.forms import paged_form
+from runtime.proving.huggingface_original import HuggingFaceOriginal
+from runtime.proving.replay import Replay
 from tests.runtime.decoders import WINDOW, save_decoder
 
 BLOCK_SIZE = 16
+ALL = ["paged", "chunked", "batched", "prefix", "partial", "preempted", "swapped"]
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +33,23 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def prove(
-    directory: Path, decoder: HuggingFaceDecoder, backend: AttentionBackend | None = None
+    directory: Path,
+    decoder: HuggingFaceDecoder,
+    backend: AttentionBackend | None = None,
+    block_size: int = BLOCK_SIZE,
+    budget_seconds: float = 30.0,
 ) -> DecoderProof:
-    return prove_decoder(directory, decoder, backend=backend, block_size=BLOCK_SIZE)
+    def load(dtype: torch.dtype) -> HuggingFaceDecoder:
+        return load_decoder(directory, dtype=dtype)
+
+    form = paged_form(decoder, load, block_size=block_size, backend=backend)
+    original = HuggingFaceOriginal(directory)
+    prover = DecoderProver(original, block_size=block_size, budget_seconds=budget_seconds)
+    return prover.prove(form)
 
 
 def failed(proof: DecoderProof) -> set[str]:
-    return {check.name.split()[0] for check in proof.checks if not check.is_equal}
+    return {check.name for check in proof.checks if not check.is_equal}
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma2", "mixtral"])
@@ -42,13 +57,11 @@ def test_a_right_decoder_is_equal(tmp_path: Path, family: str) -> None:
     save_decoder(family, tmp_path)
     proof = prove(tmp_path, load_decoder(tmp_path))
     assert proof.verdict == "equal"
-    assert [check.name for check in proof.checks] == [
-        "paged (float32)",
-        "chunked (float32)",
-        "batched (float32)",
-        "prefix (float32)",
-    ]
+    assert [check.name for check in proof.checks] == ALL
     for check in proof.checks:
+        assert check.form == "eager, float32"
+        assert check.num_judged == check.num_same > 50
+        assert check.seconds is not None
         assert check.error is not None
         assert check.tolerance is not None
         assert 0 < check.error <= check.tolerance
@@ -63,9 +76,11 @@ def test_half_precision_is_judged_on_logits_and_its_form_in_float32(
     proof = prove(tmp_path, load_decoder(tmp_path))
     assert proof.verdict == "equal"
     name = str(dtype).removeprefix("torch.")
-    assert {check.name for check in proof.checks} >= {"paged (float32)", f"paged ({name})"}
-    wide = {check.name: check.tolerance or 0 for check in proof.checks}
-    assert wide[f"paged ({name})"] > 50 * wide["paged (float32)"]
+    wide = {check.form: check.tolerance or 0 for check in proof.checks}
+    assert set(wide) == {"eager, float32", f"eager, {name}"}
+    assert wide[f"eager, {name}"] > 50 * wide["eager, float32"]
+    judged = {check.form: check.num_judged for check in proof.checks}
+    assert judged[f"eager, {name}"] is None
 
 
 # --- planted faults ---------------------------------------------------------------------
@@ -149,12 +164,40 @@ class MixesNeighbours(ReferenceAttention):
         return super().attend(query, key_cache, value_cache, metadata, spec)
 
 
+class ScalesWrong(ReferenceAttention):
+    """Scores are scaled as if heads were a little narrower."""
+
+    def attend(
+        self,
+        query: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        metadata: AttentionMetadata,
+        spec: AttentionSpec,
+    ) -> Tensor:
+        spec = replace(spec, scale=spec.scale * 1.01)
+        return super().attend(query, key_cache, value_cache, metadata, spec)
+
+
+class WritesToWrongSlot(ReferenceAttention):
+    """The first key of each step lands one slot further, where the next one overwrites it."""
+
+    def write(
+        self, keys: Tensor, values: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor
+    ) -> None:
+        slots = slots.clone()
+        slots[0] += -1 if slots[0] % BLOCK_SIZE == BLOCK_SIZE - 1 else 1
+        super().write(keys, values, key_cache, value_cache, slots)
+
+
 FAULTS: list[tuple[type[AttentionBackend], set[str]]] = [
-    (ForgetsOldest, {"paged", "chunked", "batched", "prefix"}),
-    (LooksAhead, {"paged", "chunked", "batched", "prefix"}),
-    (LosesLastToken, {"paged", "chunked", "batched", "prefix"}),
-    (ReadsStaleBlock, {"paged", "chunked", "batched", "prefix"}),
-    (MixesNeighbours, {"batched"}),
+    (ForgetsOldest, set(ALL)),
+    (LooksAhead, set(ALL)),
+    (LosesLastToken, set(ALL)),
+    (ReadsStaleBlock, set(ALL)),
+    (ScalesWrong, set(ALL)),
+    (WritesToWrongSlot, set(ALL)),
+    (MixesNeighbours, {"batched", "preempted", "swapped"}),
 ]
 
 
@@ -198,7 +241,43 @@ def test_a_faulty_model_is_caught(directory: Path, fault: type[HuggingFaceDecode
     decoder.__class__ = fault
     proof = prove(directory, decoder)
     assert proof.verdict == "different"
-    assert failed(proof) == {"paged", "chunked", "batched", "prefix"}
+    assert failed(proof) == set(ALL)
+
+
+def test_a_missing_copy_of_a_partial_block_is_caught(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(KvPool, "copy_blocks", lambda *_: None)
+    proof = prove(directory, load_decoder(directory))
+    assert proof.verdict == "different"
+    assert failed(proof) == {"partial"}
+
+
+def test_a_shared_partial_block_that_both_write_to_is_caught(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def share_all(self: Replay, source: str, target: str, num_tokens: int) -> None:
+        num_blocks = -(-num_tokens // self.block_size)
+        share(self, source, target, num_blocks * self.block_size)
+        self._sequences[target].num_tokens = num_tokens
+
+    share = Replay.share
+    monkeypatch.setattr(Replay, "share", share_all)
+    proof = prove(directory, load_decoder(directory))
+    assert failed(proof) == {"partial"}
+
+
+def test_blocks_that_come_back_in_the_wrong_order_are_caught(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def swap_in(self: Replay, name: str) -> None:
+        right(self, name)
+        self._sequences[name].blocks.reverse()
+
+    right = Replay.swap_in
+    monkeypatch.setattr(Replay, "swap_in", swap_in)
+    proof = prove(directory, load_decoder(directory))
+    assert failed(proof) == {"swapped"}
 
 
 def test_a_changed_weight_is_caught(directory: Path) -> None:
@@ -213,14 +292,14 @@ def test_a_changed_weight_is_caught(directory: Path) -> None:
 
 def test_a_window_too_long_to_exercise_is_noted(tmp_path: Path) -> None:
     save_decoder("mistral", tmp_path, sliding_window=200)
-    proof = prove_decoder(tmp_path, load_decoder(tmp_path), block_size=16, budget_seconds=0.0)
+    proof = prove(tmp_path, load_decoder(tmp_path), budget_seconds=0.0)
     assert proof.verdict == "equal"
     assert "sliding window of 200 tokens" in proof.notes[0]
 
 
 def test_a_tiny_context_is_proved_within_it(tmp_path: Path) -> None:
     save_decoder("llama", tmp_path, max_position_embeddings=6)
-    assert prove_decoder(tmp_path, load_decoder(tmp_path)).verdict == "equal"
+    assert prove(tmp_path, load_decoder(tmp_path), block_size=32).verdict == "equal"
 
 
 def test_too_little_memory_leaves_it_unproved(
@@ -245,11 +324,8 @@ def test_without_float64_the_floor_is_the_tolerance(
 
 def test_progress_never_falls(directory: Path) -> None:
     seen: list[float] = []
-    prove_decoder(
-        directory,
-        load_decoder(directory),
-        block_size=BLOCK_SIZE,
-        on_progress=lambda _, fraction: seen.append(fraction),
-    )
+    form = paged_form(load_decoder(directory), lambda dtype: load_decoder(directory, dtype=dtype))
+    prover = DecoderProver(HuggingFaceOriginal(directory))
+    prover.prove(form, lambda _, fraction: seen.append(fraction))
     assert seen == sorted(seen)
     assert WINDOW > BLOCK_SIZE  # the window test above crosses a block
