@@ -165,6 +165,10 @@ def load(config: Serve) -> tuple["Server", Ready]:
         from runtime.starting.decoder import load_decoder
 
         return load_decoder(config, manifest)
+    if manifest.kind == "embedder":
+        from runtime.starting.embedder import load_embedder
+
+        return load_embedder(config, manifest)
     raise LoadError("unsupported_kind", f"This release does not serve {manifest.kind} models.")
 
 

@@ -15,6 +15,12 @@ def build_program(upload: UnpackedUpload, reporter: Reporter) -> Outcome:
         from runtime.building.tensor import build_tensor
 
         return build_tensor(upload, reporter)
+    from runtime.importing.embedder_layout import is_embedder
+
+    if is_embedder(upload.path):
+        from runtime.building.embedder import build_embedder
+
+        return build_embedder(upload, reporter)
     from runtime.building.decoder import build_decoder
 
     return build_decoder(upload, reporter)

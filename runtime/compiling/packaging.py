@@ -38,6 +38,9 @@ SERVED_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+    "modules.json",
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
     "LICENSE*",
 )
 
@@ -61,6 +64,16 @@ def add_directory(source: Path, artifact_dir: Path) -> list[str]:
         else:
             left.append(path.name)
     return left
+
+
+def add_module_directories(source: Path, artifact_dir: Path, modules: list[Path]) -> None:
+    """Move the served files of a sentence-transformers directory's `modules`, which lie in
+    `source`, to where they lay."""
+    for module in modules:
+        target = artifact_dir / module.relative_to(source)
+        target.mkdir(parents=True, exist_ok=True)
+        if module.is_dir():  # a module without settings has none
+            add_directory(module, target)
 
 
 def write_manifest(artifact_dir: Path, manifest: Manifest, receipt: BuildReceipt) -> None:

@@ -283,7 +283,7 @@ def _check_program(path: Path) -> None:
 
 def _check_huggingface(names: list[str]) -> None:
     """What is inside is the loader's to judge; this only tells a model from something else."""
-    if "config.json" in names:
+    if "config.json" in names or "modules.json" in names:
         return
     if "adapter_config.json" in names:
         raise ImportFailure(

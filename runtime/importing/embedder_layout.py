@@ -52,6 +52,7 @@ class EmbedderLayout:
     max_tokens: int | None = None
     matryoshka_dimensions: list[int] | None = None
     notes: list[str] = field(default_factory=list)
+    modules: list[Path] = field(default_factory=list)  # directories beside the root
 
     @property
     def is_normalized(self) -> bool:
@@ -98,8 +99,8 @@ def read_layout(directory: Path) -> EmbedderLayout:
             matryoshka_dimensions=_matryoshka(directory),
             notes=[note],
         )
-    (kind, transformer), (_, pooling_path), *rest = _modules(directory)
-    assert kind == "Transformer", kind
+    modules = _modules(directory)
+    (_, transformer), (_, pooling_path), *rest = modules
     settings = read_json(transformer / "sentence_bert_config.json")
     pooling = read_json(pooling_path / "config.json")
     prompt = _prompt(directory)
@@ -114,6 +115,7 @@ def read_layout(directory: Path) -> EmbedderLayout:
         max_tokens=_max_tokens(transformer),
         matryoshka_dimensions=_matryoshka(transformer),
         notes=[f"Every text is preceded by the model's own prompt, {prompt!r}."] if prompt else [],
+        modules=[path for _, path in modules if path != directory],
     )
 
 
