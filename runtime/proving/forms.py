@@ -74,15 +74,19 @@ class PagedForm:
         self, way: Way, seed: int, model: Decoder, dtype: torch.dtype, traces: list[Trace]
     ) -> list[Pair]:
         num_tokens = sum(len(trace.tokens) for trace in traces)
-        pool = KvPool(
-            [layer.kv_shape for layer in model.layers],
-            num_blocks=2 * (num_tokens // self.block_size + len(traces)) + 1,
-            block_size=self.block_size,
-            dtype=dtype,
-            device=model.device,
+        num_blocks = 2 * (num_tokens // self.block_size + len(traces)) + 1
+        pool, swap = (
+            KvPool(
+                [layer.kv_shape for layer in model.layers],
+                num_blocks=num_blocks,
+                block_size=self.block_size,
+                dtype=dtype,
+                device=device,
+            )
+            for device in (model.device, "cpu")
         )
         backend = self.backend or choose_backend(model.device)
-        found = way.run(Replay(Runner(model, pool, backend), seed), traces)
+        found = way.run(Replay(Runner(model, pool, backend, swap), seed), traces)
         wanted = [trace.reference for trace in traces]
         return [(logits.cpu(), rows) for logits, rows in zip(found, wanted, strict=True)]
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from runtime.execution.runner import Runner
+from runtime.scheduling.plan import BlockMoves
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,13 @@ class Replay:
     def __init__(self, runner: Runner, seed: int = 0) -> None:
         self.runner = runner
         self._sequences: dict[str, _Sequence] = {}
-        self._swapped: dict[str, tuple[int, Tensor]] = {}  # tokens, and their blocks on the host
+        self._swapped: dict[str, _Sequence] = {}  # with blocks of host memory
         self._num_users = [0] * runner.pool.num_blocks
         shuffled = torch.Generator().manual_seed(seed)
         self._free: list[int] = torch.randperm(runner.pool.num_blocks, generator=shuffled).tolist()
         runner.pool.poison(self._free)
+        num_host_blocks = runner.swap.num_blocks if runner.swap else 0
+        self._free_host = torch.randperm(num_host_blocks, generator=shuffled).tolist()
 
     @property
     def block_size(self) -> int:
@@ -79,23 +82,25 @@ class Replay:
         self._sequences[target] = sequence = _Sequence(num_tokens, blocks[:num_full])
         if num_partial:
             self._take_block(sequence)
-            self.runner.pool.copy_blocks([(blocks[num_full], sequence.blocks[-1])])
+            self.runner.move(BlockMoves(copies=[(blocks[num_full], sequence.blocks[-1])]))
 
     def swap_out(self, name: str) -> None:
         """Move a sequence's blocks to host memory; its device blocks are given back."""
         sequence = self._sequences[name]
-        host = self.runner.pool.storage[sequence.blocks].to("cpu", copy=True)
-        num_tokens = sequence.num_tokens
+        host = [self._free_host.pop() for _ in sequence.blocks]
+        self.runner.move(BlockMoves(swap_outs=list(zip(sequence.blocks, host, strict=True))))
         self.release(name)
-        self._swapped[name] = (num_tokens, host)
+        self._swapped[name] = _Sequence(sequence.num_tokens, host)
 
     def swap_in(self, name: str) -> None:
         """Move a swapped sequence's blocks back, to whatever blocks are free."""
-        num_tokens, host = self._swapped.pop(name)
-        self._sequences[name] = sequence = _Sequence(num_tokens)
-        for _ in host:
+        swapped = self._swapped.pop(name)
+        self._sequences[name] = sequence = _Sequence(swapped.num_tokens)
+        for _ in swapped.blocks:
             self._take_block(sequence)
-        self.runner.pool.storage[sequence.blocks] = host.to(self.runner.pool.device)
+        pairs = list(zip(swapped.blocks, sequence.blocks, strict=True))
+        self.runner.move(BlockMoves(swap_ins=pairs))
+        self._free_host += swapped.blocks
 
     def release(self, name: str) -> None:
         """Give a sequence's blocks back; those nobody else uses are poisoned."""

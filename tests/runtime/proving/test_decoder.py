@@ -11,13 +11,14 @@ from torch import Tensor
 from runtime.cache.pool import KvPool
 from runtime.execution.attention import AttentionBackend, AttentionMetadata, AttentionSpec
 from runtime.execution.reference import ReferenceAttention
-from runtime.execution.runner import Attend
+from runtime.execution.runner import Attend, Runner
 from runtime.importing.huggingface import HuggingFaceDecoder, load_decoder
 from runtime.proving import decoder as proving
 from runtime.proving.decoder import DecoderProof, DecoderProver
 from runtime.proving.forms import paged_form
 from runtime.proving.huggingface_original import HuggingFaceOriginal
 from runtime.proving.replay import Replay
+from runtime.scheduling.plan import BlockMoves
 from tests.runtime.decoders import WINDOW, save_decoder
 
 BLOCK_SIZE = 16
@@ -267,15 +268,24 @@ def test_a_shared_partial_block_that_both_write_to_is_caught(
     assert failed(proof) == {"partial"}
 
 
-def test_blocks_that_come_back_in_the_wrong_order_are_caught(
-    directory: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def swap_in(self: Replay, name: str) -> None:
-        right(self, name)
-        self._sequences[name].blocks.reverse()
+def in_wrong_order(moves: BlockMoves) -> BlockMoves:
+    hosts = [host for host, _ in moves.swap_ins]
+    blocks = [block for _, block in reversed(moves.swap_ins)]
+    return replace(moves, swap_ins=list(zip(hosts, blocks, strict=True)))
 
-    right = Replay.swap_in
-    monkeypatch.setattr(Replay, "swap_in", swap_in)
+
+def without_the_last(moves: BlockMoves) -> BlockMoves:
+    return replace(moves, swap_outs=moves.swap_outs[:-1])
+
+
+@pytest.mark.parametrize("fault", [in_wrong_order, without_the_last])
+def test_blocks_that_do_not_come_back_as_they_left_are_caught(
+    directory: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: Callable[[BlockMoves], BlockMoves],
+) -> None:
+    move = Runner.move
+    monkeypatch.setattr(Runner, "move", lambda self, moves: move(self, fault(moves)))
     proof = prove(directory, load_decoder(directory))
     assert failed(proof) == {"swapped"}
 
