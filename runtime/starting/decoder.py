@@ -39,7 +39,8 @@ def load_decoder(config: Serve, manifest: Manifest) -> tuple[DecoderServer, Read
         device=config.device,
     )
     backend = choose_backend(config.device)
-    engine = make_engine(config, manifest, model, Runner(model, pool, backend), num_blocks)
+    runner = Runner(model, pool, backend, make_swap(config, pool))
+    engine = make_engine(config, manifest, model, runner, num_blocks)
     warm_up(engine)
     ready = Ready(
         manifest=manifest,
@@ -49,6 +50,20 @@ def load_decoder(config: Serve, manifest: Manifest) -> tuple[DecoderServer, Read
         block_size=config.block_size,
     )
     return DecoderServer(engine, config), ready
+
+
+def make_swap(config: Serve, pool: KvPool) -> KvPool | None:
+    """Host memory for the blocks of preempted sequences; None when it would hold none."""
+    num_blocks = config.swap_bytes // pool.bytes_per_block
+    if num_blocks == 0:
+        return None
+    return KvPool(
+        pool.shapes,
+        num_blocks=num_blocks,
+        block_size=pool.block_size,
+        dtype=pool.dtype,
+        is_pinned=pool.device.type == "cuda",
+    )
 
 
 def make_engine(
@@ -61,9 +76,17 @@ def make_engine(
     template = None
     if tokenizer is not None and info.has_chat_template:
         template = ChatTemplate.load(directory, tokenizer)
+    scheduler = Scheduler(
+        num_blocks,
+        config.block_size,
+        config.max_batch_tokens,
+        config.max_sequences,
+        num_swap_blocks=0 if runner.swap is None else runner.swap.num_blocks,
+        poisons_blocks=config.poisons_blocks,
+    )
     return DecoderEngine(
         runner,
-        Scheduler(num_blocks, config.block_size, config.max_batch_tokens, config.max_sequences),
+        scheduler,
         tokenizer,
         info=info,
         chat_template=template,
