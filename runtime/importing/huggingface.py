@@ -226,20 +226,12 @@ def _probe_forward(
         return module(input_ids=tokens, use_cache=False, **positions).logits
     except ImportFailure:
         raise
-    except KeyError as error:
-        if error.args == (PROBE,):  # an old-style class with its own attention table
-            raise attention_not_found() from error
-        raise _forward_failed(module, error) from error
     # The model's own code runs here, on a configuration its owner wrote.
     except Exception as error:
-        raise _forward_failed(module, error) from error
+        raise ImportFailure(
+            "forward_failed",
+            f"{type(module).__name__} does not run on packed tokens without a cache: "
+            f"{first_line(error)}.",
+        ) from error
     finally:
         _probe.reset(token)
-
-
-def _forward_failed(module: PreTrainedModel, error: Exception) -> ImportFailure:
-    return ImportFailure(
-        "forward_failed",
-        f"{type(module).__name__} does not run on packed tokens without a cache: "
-        f"{first_line(error)}.",
-    )

@@ -19,6 +19,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from runtime.importing.huggingface_directory import check_directory
+from runtime.importing.huggingface_probe import attention_not_found
 from runtime.importing.program import ImportFailure
 
 DEFAULT_MAX_CONTEXT_TOKENS = 32768  # where the configuration sets no limit
@@ -69,19 +70,25 @@ def load_module(
 def from_pretrained(
     directory: Path, attention: str, dtype: torch.dtype | None
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The module and what transformers tells of its loading. Raises `ImportFailure`."""
+    """The module and what transformers tells of its loading. Raises `ImportFailure`, with code
+    `attention_not_found` for a class that knows no attention but its own."""
     transformers.logging.disable_progress_bar()
 
     def load() -> Any:
-        return AutoModelForCausalLM.from_pretrained(
-            directory,
-            dtype=dtype or "auto",
-            attn_implementation=attention,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        try:
+            return AutoModelForCausalLM.from_pretrained(
+                directory,
+                dtype=dtype or "auto",
+                attn_implementation=attention,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        except KeyError as error:
+            if error.args == (attention,):  # an old-style class, with a table of its own
+                raise attention_not_found() from error
+            raise
 
     return _by_transformers(load)
 
@@ -219,6 +226,8 @@ def _check_numbers(config: dict[str, Any], most_layers: int) -> None:
 def _by_transformers(call: Callable[[], _Loaded]) -> _Loaded:
     try:
         return call()
+    except ImportFailure:
+        raise
     # transformers raises whatever a malformed configuration makes it stumble over.
     except Exception as error:
         raise ImportFailure(

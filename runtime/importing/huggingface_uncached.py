@@ -59,10 +59,7 @@ class UncachedHuggingFace:
     def logits(self, token_ids: Tensor) -> Tensor:
         """float32 `[sequences, vocab]` after the last of `token_ids` `[sequences, tokens]`, which
         are all real: nothing is padded."""
-        everything_is_real = torch.ones_like(token_ids)
-        output = self.module(
-            input_ids=token_ids, attention_mask=everything_is_real, **self._options
-        )
+        output = self.module(input_ids=token_ids, **self._options)
         return output.logits[:, -1].float()
 
 

@@ -33,9 +33,15 @@ def save_decoder(
     dtype: torch.dtype = torch.float32,
     **overrides: object,
 ) -> PreTrainedModel:
-    """A random model with logits spread widely enough that greedy choices are clear."""
+    """A random model with logits spread widely enough that greedy choices are clear.
+
+    An override of `...` leaves out what is common, for configurations without such a field.
+    """
     torch.manual_seed(sum(family.encode()))
-    config = AutoConfig.for_model(family, **{**COMMON, **OVERRIDES.get(family, {}), **overrides})
+    values = {**COMMON, **OVERRIDES.get(family, {}), **overrides}
+    config = AutoConfig.for_model(
+        family, **{name: value for name, value in values.items() if value is not ...}
+    )
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
