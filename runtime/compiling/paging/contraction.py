@@ -50,7 +50,8 @@ def read_contraction(node: Node) -> Contraction:
     if name not in ("matmul", "bmm", "mm"):
         raise NotPageable(f"Attention is computed with {name}, which is not understood.")
     left, right = node.args[:2]
-    assert isinstance(left, Node) and isinstance(right, Node), "a product of tensors"
+    assert isinstance(left, Node), "a product of tensors"
+    assert isinstance(right, Node), "a product of tensors"
     left_dims, right_dims = len(axes_of(left)), len(axes_of(right))
     if left_dims < 2 or right_dims < 2:
         raise NotPageable("Attention is computed with vectors, which is not understood.")
@@ -67,11 +68,13 @@ def read_contraction(node: Node) -> Contraction:
 
 def _read_einsum(node: Node) -> Contraction:
     equation, operands = node.args[:2]
-    assert isinstance(equation, str) and isinstance(operands, list | tuple), "einsum's schema"
+    assert isinstance(equation, str), "einsum's schema"
+    assert isinstance(operands, list | tuple), "einsum's schema"
     inputs, arrow, output = equation.replace(" ", "").partition("->")
     sides = inputs.split(",")
     if len(sides) != 2 or not arrow or "." in equation:
         raise NotPageable(f"The einsum {equation!r} in the attention is not understood.")
     left, right = operands
-    assert isinstance(left, Node) and isinstance(right, Node), "a product of tensors"
+    assert isinstance(left, Node), "a product of tensors"
+    assert isinstance(right, Node), "a product of tensors"
     return Contraction(node, left, right, sides[0], sides[1], output)

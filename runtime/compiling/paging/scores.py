@@ -46,10 +46,12 @@ def evaluate(evaluator: Evaluator, nodes: list[Node], length: int, is_wide: bool
     except (RuntimeError, IndexError, ValueError) as error:
         raise TooLong(str(error)) from error
     for node, value in zip(nodes, values, strict=True):
-        if isinstance(value, Tensor) and tuple(value.shape) != evaluator.lengths.shape(
-            node, length
-        ):
-            raise TooLong(f"{node} is too short")
+        if not isinstance(value, Tensor):
+            continue
+        is_full = tuple(value.shape) == evaluator.lengths.shape(node, length)
+        axes = evaluator.lengths.token_axes(node)
+        if not is_full or any(value.shape[axis] != length for axis in axes):
+            raise TooLong(f"a table is shorter than {length} tokens")
     return values
 
 
@@ -75,7 +77,8 @@ class ScoreFunction:
         num_tokens = scores.shape[-1]
         if self.site.fused is not None:
             return self._fused_logits(scores, given or {}, is_wide)
-        assert self.site.scores is not None and self.root is not None, "written out"
+        assert self.site.scores is not None, "written out"
+        assert self.root is not None, "written out"
         node = self.site.scores.node
         fake = tensor_of(node)
         assert fake is not None, "scores are a tensor"
@@ -132,7 +135,8 @@ class ScoreFunction:
     def weights(self, probabilities: Tensor) -> Tensor:
         """What the softmax's result has become when it meets the values: `[heads, n, n]`."""
         site = self.site
-        assert site.softmax is not None and site.weights is not None, "written out"
+        assert site.softmax is not None, "written out"
+        assert site.weights is not None, "written out"
         num_tokens = probabilities.shape[1]
         shape = self._evaluator.lengths.shape(site.softmax, num_tokens)
         given = {site.softmax: probabilities.reshape(shape)}

@@ -35,13 +35,19 @@ class Lengths:
     def __init__(self, tokens: sympy.Symbol, batch: sympy.Symbol | None) -> None:
         self.tokens = tokens
         self._fixed = {batch: 1} if batch is not None else {}
+        self._sizes: dict[tuple[sympy.Expr, int], int] = {}  # substituting is slow
 
     def at(self, size: Any, num_tokens: int) -> int:
         """A size when the sequence has `num_tokens`."""
-        value = expression(size).subs({**self._fixed, self.tokens: num_tokens})
-        if value.free_symbols or not value.is_Integer:
-            raise NotPageable("The shape of a value depends on the tokens' contents.")
-        return int(value)  # type: ignore[arg-type]
+        if isinstance(size, int):
+            return size
+        key = expression(size), num_tokens
+        if key not in self._sizes:
+            value = key[0].subs({**self._fixed, self.tokens: num_tokens})
+            if value.free_symbols or not value.is_Integer:
+                raise NotPageable("The shape of a value depends on the tokens' contents.")
+            self._sizes[key] = int(value)  # type: ignore[arg-type]
+        return self._sizes[key]
 
     def shape(self, node: Node, num_tokens: int) -> tuple[int, ...]:
         """A tensor's shape at a length."""
@@ -54,9 +60,13 @@ class Lengths:
         tensor = tensor_of(node)
         if tensor is None:
             return []
-        return [
-            axis for axis, size in enumerate(axes_of(tensor)) if self.tokens in size.free_symbols
-        ]
+        return [axis for axis, size in enumerate(tensor.shape) if self.varies(size)]
+
+    def varies(self, size: Any) -> bool:
+        """Whether a size follows the number of tokens, and does not just mention it."""
+        if self.tokens not in expression(size).free_symbols:
+            return False
+        return self.at(size, 5) != self.at(size, 11)
 
     def is_tokens(self, size: sympy.Expr) -> bool:
         """Whether an axis is exactly as long as the sequence."""
