@@ -1,0 +1,244 @@
+"""Embedders of every kind that is uploaded: what is loaded, and what is refused."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import sentence_transformers
+import torch
+import transformers
+from torch import nn
+
+from runtime.execution.pooling import pool
+from runtime.importing.embedder import load_embedder
+from runtime.importing.embedder_layout import is_embedder, read_layout
+from runtime.importing.program import ImportFailure
+from tests.runtime.embedders import (
+    FAMILIES,
+    bert,
+    fnet,
+    qwen3,
+    save_embedder,
+    save_tokenizer,
+    write_json,
+)
+
+TEXTS = [[2, 7, 9, 11, 3], [2, 5, 3], [2, 7, 9, 11, 12, 6, 4, 3]]
+MODES = ["cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_plain_encoder_of_any_family_is_an_embedder(family: str, tmp_path: Path):
+    make, max_tokens = FAMILIES[family]
+    torch.manual_seed(0)
+    module = make().eval()
+    module.save_pretrained(tmp_path)
+    assert is_embedder(tmp_path)
+    embedder = load_embedder(tmp_path)
+    assert embedder.info.max_tokens == max_tokens
+    assert (embedder.info.pooling, embedder.info.is_normalized) == ("mean", False)
+    assert not embedder.info.has_tokenizer
+    encoder = getattr(module, module.base_model_prefix, module)
+    found = embedder.embed(TEXTS)  # of three lengths
+    for vector, text in zip(found, TEXTS, strict=True):
+        with torch.inference_mode():
+            states = encoder(input_ids=torch.tensor([text])).last_hidden_state[0]
+        torch.testing.assert_close(vector, states.mean(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pooling", [*MODES, "mean_tokens"])
+def test_vectors_are_those_of_sentence_transformers(pooling: str, tmp_path: Path):
+    directory = save_embedder(tmp_path, pooling=pooling)
+    write_json(directory / "tokenizer_config.json", {"pad_token": "[PAD]", "model_max_length": 64})
+    texts = ["the cat sat on the mat", "a dog", "a big red dog ran on the log slow fast"]
+    reference = sentence_transformers.SentenceTransformer(str(directory), device="cpu")
+    expected = torch.tensor(reference.encode(texts))
+    ids = [reference.tokenizer(text)["input_ids"] for text in texts]
+    embedder = load_embedder(directory)
+    assert embedder.info.is_normalized
+    torch.testing.assert_close(embedder.embed(ids), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_directory_that_sentence_transformers_saves_today_is_read(tmp_path: Path):
+    source = save_embedder(tmp_path / "source", pooling="cls", max_seq_length=40)
+    write_json(source / "tokenizer_config.json", {"pad_token": "[PAD]", "model_max_length": 40})
+    sentence_transformers.SentenceTransformer(str(source)).save(str(tmp_path / "saved"))
+    info = load_embedder(tmp_path / "saved").info
+    assert (info.pooling, info.max_tokens, info.is_normalized) == ("cls", 40, True)
+    assert info.has_tokenizer
+    assert info.special_tokens == 2
+
+
+def test_a_last_token_decoder_is_an_embedder_where_the_layout_says_so(tmp_path: Path):
+    torch.manual_seed(0)
+    module = qwen3().eval()
+    directory = save_embedder(tmp_path, module, pooling="lasttoken")
+    assert is_embedder(directory)
+    found = load_embedder(directory).embed(TEXTS)
+    for vector, text in zip(found, TEXTS, strict=True):
+        with torch.inference_mode():
+            last = module(input_ids=torch.tensor([text])).last_hidden_state[0, -1]
+        torch.testing.assert_close(vector, last / last.norm(), rtol=1e-4, atol=1e-5)
+    (directory / "modules.json").unlink()
+    assert not is_embedder(directory)
+
+
+def test_dense_layers_are_applied(tmp_path: Path):
+    directory = save_embedder(tmp_path, steps=("Dense", "Normalize"))
+    dense = directory / "2_Dense"
+    settings = {
+        "in_features": 32,
+        "out_features": 8,
+        "bias": True,
+        "activation_function": "torch.nn.modules.activation.Tanh",
+    }
+    write_json(dense / "config.json", settings)
+    linear = nn.Linear(32, 8)
+    weights = {f"linear.{name}": value for name, value in linear.state_dict().items()}
+    safetensors.torch.save_file(weights, dense / "model.safetensors")
+    plain = load_embedder(save_embedder(tmp_path / "plain", steps=())).embed(TEXTS)
+    with torch.inference_mode():
+        expected = nn.functional.normalize(linear(plain).tanh(), dim=-1)
+    embedder = load_embedder(directory)
+    assert embedder.info.dimensions == 8
+    torch.testing.assert_close(embedder.embed(TEXTS), expected, rtol=1e-4, atol=1e-5)
+    (dense / "model.safetensors").rename(dense / "pytorch_model.bin")
+    assert refusal(directory) == "pickled_weights"
+
+
+def test_half_precision_is_kept_and_pooled_in_float32(tmp_path: Path):
+    directory = save_embedder(tmp_path, bert().to(torch.bfloat16))
+    embedder = load_embedder(directory)
+    assert embedder.info.dtype == "bfloat16"
+    vectors = embedder.embed(TEXTS)
+    assert vectors.dtype == torch.float32
+    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(3))
+
+
+def test_the_default_prompt_and_lower_case_are_read(tmp_path: Path):
+    directory = save_embedder(tmp_path)
+    write_json(
+        directory / "config_sentence_transformers.json",
+        {"prompts": {"query": "the cat "}, "default_prompt_name": "query"},
+    )
+    write_json(directory / "sentence_bert_config.json", {"do_lower_case": True})
+    layout = read_layout(directory)
+    assert (layout.prompt, layout.lowercases) == ("the cat ", True)
+    assert load_embedder(directory).info.special_tokens == 4
+
+
+def test_matryoshka_is_only_what_is_declared(tmp_path: Path):
+    directory = save_embedder(tmp_path)
+    assert load_embedder(directory).info.matryoshka_dimensions is None
+    config = json.loads((directory / "config.json").read_text())
+    write_json(directory / "config.json", config | {"is_matryoshka": True})
+    assert load_embedder(directory).info.matryoshka_dimensions == []
+    write_json(directory / "config.json", config | {"matryoshka_dimensions": [16, 8]})
+    assert load_embedder(directory).info.matryoshka_dimensions == [8, 16]
+
+
+# --- refusals ---------------------------------------------------------------------------
+
+
+def refusal(directory: Path) -> str:
+    with pytest.raises(ImportFailure) as caught:
+        load_embedder(directory)
+    return caught.value.error.code
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "WeightedLayerPooling", "StaticEmbedding", "Evil"])
+def test_an_unknown_module_is_refused_by_name(kind: str, tmp_path: Path):
+    with pytest.raises(ImportFailure, match=kind) as caught:
+        load_embedder(save_embedder(tmp_path, steps=(kind,)))
+    assert caught.value.error.code == "unsupported_embedder"
+
+
+@pytest.mark.parametrize(
+    ("modules", "code"),
+    [
+        ("{", "invalid_json"),
+        ('{"a": 1}', "invalid_json"),
+        ("[1, 2]", "invalid_json"),
+        ("[]", "unsupported_embedder"),
+        ('[{"idx": 0, "path": "../..", "type": "x.Transformer"}]', "unsupported_embedder"),
+        (
+            '[{"idx": 0, "path": "", "type": "x.Transformer"},'
+            ' {"idx": 1, "path": "../secret", "type": "x.Pooling"}]',
+            "archive_path",
+        ),
+    ],
+)
+def test_a_damaged_layout_is_refused(modules: str, code: str, tmp_path: Path):
+    directory = save_embedder(tmp_path)
+    (directory / "modules.json").write_text(modules)
+    assert refusal(directory) == code
+
+
+def test_an_unknown_pooling_is_refused(tmp_path: Path):
+    assert refusal(save_embedder(tmp_path, pooling="attention")) == "unsupported_embedder"
+
+
+def test_code_and_pickles_are_refused(tmp_path: Path):
+    directory = save_embedder(tmp_path / "a")
+    (directory / "1_Pooling" / "custom.py").write_text("raise SystemExit")
+    assert refusal(directory) == "remote_code"
+    directory = save_embedder(tmp_path / "b")
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+    assert refusal(directory) == "pickled_weights"
+
+
+def test_missing_weights_are_refused_but_not_a_missing_pooler(tmp_path: Path):
+    directory = save_embedder(tmp_path)
+    path = directory / "model.safetensors"
+    weights = safetensors.torch.load_file(path)
+    kept = {name: value for name, value in weights.items() if not name.startswith("pooler.")}
+    safetensors.torch.save_file(kept, path, metadata={"format": "pt"})
+    load_embedder(directory)
+    del kept["encoder.layer.1.output.dense.weight"]
+    safetensors.torch.save_file(kept, path, metadata={"format": "pt"})
+    assert refusal(directory) == "incomplete_weights"
+
+
+@pytest.mark.parametrize("name", ["BertForSequenceClassification", "BertLMHeadModel"])
+def test_an_encoder_with_another_head_is_not_taken_for_an_embedder(name: str, tmp_path: Path):
+    write_json(tmp_path / "config.json", {"model_type": "bert", "architectures": [name]})
+    assert not is_embedder(tmp_path)
+
+
+def test_an_encoder_decoder_gives_only_its_encoder(tmp_path: Path):
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    t5 = transformers.T5EncoderModel(transformers.T5Config(vocab_size=200, **sizes))
+    embedder = load_embedder(save_embedder(tmp_path / "t5", t5))
+    assert embedder.info.architecture == "T5EncoderModel"
+    bart = transformers.BartConfig(vocab_size=200, d_model=32, encoder_layers=1, decoder_layers=1)
+    directory = save_embedder(tmp_path / "bart", transformers.BartModel(bart))
+    assert refusal(directory) == "not_an_encoder"
+
+
+def test_a_model_that_knows_no_mask_is_loaded(tmp_path: Path):
+    assert load_embedder(save_embedder(tmp_path, fnet())).info.dimensions == 32
+
+
+# --- pooling ----------------------------------------------------------------------------
+
+
+def test_padding_never_reaches_a_result():
+    states = torch.randn(3, 6, 4, dtype=torch.float64)
+    lengths = torch.tensor([6, 1, 3])
+    for row, length in enumerate(lengths.tolist()):
+        states[row, length:] = math.nan if row else math.inf
+    modes = ["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "last"]
+    together = pool(states, lengths, modes)
+    assert together.isfinite().all()
+    for row, length in enumerate(lengths.tolist()):
+        alone = pool(states[row : row + 1, :length], lengths[row : row + 1], modes)
+        torch.testing.assert_close(together[row : row + 1], alone)
+
+
+def test_a_tokenizer_set_to_cut_and_pad_does_neither(tmp_path: Path):
+    from runtime.text.tokenizer import Tokenizer
+
+    save_tokenizer(tmp_path)
+    assert Tokenizer.load(tmp_path).encode("the cat sat on the mat") == [2, 4, 6, 8, 10, 4, 11, 3]
