@@ -49,6 +49,7 @@ class CacheModel:
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
+        self.checks_integrity = True
         self.num_computed_tokens = 0
         self.num_copied_blocks = 0
         self.num_swapped_in_blocks = 0
@@ -99,14 +100,19 @@ class CacheModel:
                 block = self._blocks[sequence.block_table[position // size]]
                 assert block.get(position % size) == contents[position], "read what is not its own"
 
-    def step(self, next_token: Callable[[Sequence], int]) -> StepPlan | None:
-        """Schedule, run and commit one step, checking every invariant on the way."""
+    def step(
+        self, next_token: Callable[[Sequence], int], fails: int | None = None
+    ) -> StepPlan | None:
+        """Schedule, run and commit one step, checking every invariant on the way. With `fails`,
+        the step fails as a whole: its sequences run again one by one, and that one fails again."""
         plan = self.scheduler.schedule()
         if plan is not None:
             assert 0 < plan.num_tokens <= self.scheduler.max_batch_tokens
             assert len(plan.items) <= self.scheduler.max_sequences
             assert len({id(item.sequence) for item in plan.items}) == len(plan.items)
             self.run(plan)
+            if fails is not None:
+                self._run_alone(plan, fails)
             self.scheduler.commit(
                 plan,
                 {
@@ -115,8 +121,16 @@ class CacheModel:
                     if item.is_sampled
                 },
             )
-        self.scheduler.check_integrity()
+        if self.checks_integrity:
+            self.scheduler.check_integrity()
         return plan
+
+    def _run_alone(self, plan: StepPlan, fails: int) -> None:
+        for at, item in enumerate(plan.items):
+            if at == fails % len(plan.items):
+                self.scheduler.finish(item.sequence, "error")
+            else:
+                self.run(StepPlan([item]))
 
     def finish_all(self, next_token: Callable[[Sequence], int] = lambda _: 1) -> int:
         """Step until no work is left; returns the number of steps."""
