@@ -72,18 +72,18 @@ class InFlight:
         size, keys = self._index.block_size, sequence.block_keys
         found: PendingBlock | None = None
         at = len(match.blocks)
+        num_here = at * size + match.num_copied_tokens
         while at < len(keys) and (pending := self._by_digest.get(keys[at].digest)):
             found = pending
             at += 1
-        # Then the block in which it and the others part. With nothing else to wait for, a few
-        # tokens (the same first word, say) are not worth a step.
+        num_there = min(at * size, len(sequence.token_ids) - 1)
+        # Then the block in which it and the others part.
         tokens = self._index.tokens_to_find(sequence, at)
-        best = self._branches.longest(self._index.parent(sequence, at), tokens)
-        if best is not None:
-            least = 1 if found else match.num_copied_tokens + max(1, size // 4)
-            if best.num_tokens >= least:
-                return self._by_ticket[best.value]
-        return found
+        if best := self._branches.longest(self._index.parent(sequence, at), tokens):
+            found = self._by_ticket[best.value]
+            num_there += best.num_tokens
+        # A few tokens (the same first word, say) are not worth a step.
+        return found if num_there - num_here >= max(1, size // 4) else None
 
     def settle(self, sequence: Sequence) -> list[PendingBlock]:
         """Take out what the sequence has computed meanwhile."""

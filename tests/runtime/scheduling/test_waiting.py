@@ -66,3 +66,47 @@ def test_classes_share_by_weight(make_sequence: MakeSequence) -> None:
         line.charge(sequence, 8)
         order.append(sequence.service_class)
     assert order.count("batch") == 5
+
+
+def test_prompts_are_charged_as_they_are_admitted(make_sequence: MakeSequence) -> None:
+    """Or one flow would fill all places of a step before it is charged for any."""
+    scheduler = Scheduler(num_blocks=64, block_size=4, max_batch_tokens=64, max_sequences=4)
+    for number in range(10):
+        scheduler.add(make_sequence([number, number], flow="flood"))
+    late = [make_sequence([50 + number] * 2, flow="late") for number in range(2)]
+    for sequence in late:
+        scheduler.add(sequence)
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert sum(item.sequence in late for item in plan.items) == 2
+
+
+def test_what_the_cache_serves_and_what_runs_again_is_free(make_sequence: MakeSequence) -> None:
+    line = WaitingLine()
+    sequence = make_sequence([1] * 10, max_tokens=5)
+    line.push(sequence)
+    line.pop()
+    sequence.num_computed_tokens = 8  # found in the cache
+    line.charge_prompt(sequence)
+    assert line._served["", "standard"] == 2 / 4
+    sequence.append(1)
+    line.charge_answer(sequence)
+    assert line._served["", "standard"] == (2 + 2) / 4
+    sequence.num_computed_tokens = 0  # preempted
+    line.charge_prompt(sequence)
+    assert line._served["", "standard"] == (2 + 2) / 4
+
+
+def test_removed_sequences_and_flows_leave_no_trace(make_sequence: MakeSequence) -> None:
+    line = WaitingLine()
+    sequences = [make_sequence([1], flow=f"flow {number % 5}") for number in range(50)]
+    for sequence in sequences:
+        line.push(sequence)
+    for sequence in sequences[::2]:
+        line.remove(sequence)
+    taken = []
+    while line.peek():
+        taken.append(line.pop())
+        line.charge(taken[-1], 1)
+    assert sorted(each.sequence_id for each in taken) == [s.sequence_id for s in sequences[1::2]]
+    assert len(line) == len(line._flows) == len(line._order) == 0
