@@ -83,6 +83,7 @@ class Generate(Message, frozen=True):
     json_schema: str | None = None
     tools: list[Tool] = []  # with `messages` only
     tool_choice: str = "auto"  # none, auto, required, or "function:" and the name of one tool
+    allows_several_calls: bool = True  # of tools in one answer
     service_class: ServiceClass = "standard"
     fairness_key: str = ""  # queueing is fair between these (the organization)
 

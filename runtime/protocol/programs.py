@@ -48,6 +48,10 @@ class DecoderInfo(Wire, frozen=True):
     # message, measured at build. With one token per byte it bounds what a worker may claim.
     template_tokens: int = 0
     template_tokens_per_message: int = 0
+    # Likewise for tools: per request that has any, per call and per result; and the most times
+    # it writes each byte of their JSON.
+    template_tokens_per_tool_use: int = 0
+    template_tool_factor: int = 1
 
 
 class EmbedderInfo(Wire, frozen=True):
