@@ -5,7 +5,8 @@ from pathlib import Path
 import msgspec
 
 from runtime.protocol import DecoderInfo
-from runtime.text.chat import ChatTemplate, ChatTemplateError, measure_template_allowance
+from runtime.text.chat import ChatTemplate, ChatTemplateError
+from runtime.text.template_allowance import measure_template_allowance
 from runtime.text.tokenizer import Tokenizer, TokenizerError
 
 
@@ -24,13 +25,15 @@ def check_text(directory: Path, info: DecoderInfo) -> tuple[DecoderInfo, list[st
         if template is None:
             note = "Chat is not served, only completions: there is no chat template."
             return replace(info, has_chat_template=False), [note]
-        per_request, per_message = measure_template_allowance(template, tokenizer)
+        allowance = measure_template_allowance(template, tokenizer)
     except (ChatTemplateError, TokenizerError) as error:
         note = f"Chat is not served, only completions: {error}."
         return replace(info, has_chat_template=False), [note]
     return replace(
         info,
         has_chat_template=True,
-        template_tokens=per_request,
-        template_tokens_per_message=per_message,
+        template_tokens=allowance.per_request,
+        template_tokens_per_message=allowance.per_message,
+        template_tokens_per_tool_use=allowance.per_tool_use,
+        template_tool_factor=allowance.tool_factor,
     ), []

@@ -5,6 +5,8 @@ not own streaming (detokenizer.py) or chat templates (chat.py).
 """
 
 import json
+from collections.abc import Iterable
+from copy import copy
 from pathlib import Path
 from typing import Any, cast
 
@@ -58,6 +60,7 @@ class Tokenizer:
         self.vocab_size = backend.get_vocab_size()
         added = backend.get_added_tokens_decoder()
         self._special_ids = {id_ for id_, token in added.items() if token.special}
+        self._skips_special_tokens = True
         self.is_byte_level = isinstance(backend.decoder, ByteLevel)
         self._max_token_bytes = max(
             (len(piece.encode()) for piece in backend.get_vocab()), default=1
@@ -112,9 +115,31 @@ class Tokenizer:
         """The text, without special tokens and ids that the tokenizer does not know. Raises
         `TokenizerError`."""
         try:
-            return self._backend.decode(token_ids, skip_special_tokens=True)
+            return self._backend.decode(token_ids, skip_special_tokens=self._skips_special_tokens)
         except BaseException as error:
             raise _failure(error) from error
+
+    def to_json(self) -> str:
+        """The tokenizer as a `tokenizer.json` has it, with every added token."""
+        return self._backend.to_str()
+
+    def special_id(self, text: str) -> int | None:
+        """The id of a special token by its text; None when there is none."""
+        token_id = self._backend.token_to_id(text)
+        return token_id if token_id in self._special_ids else None
+
+    @property
+    def special_texts(self) -> list[str]:
+        """The texts of all special tokens."""
+        pieces = map(self._backend.id_to_token, self._special_ids)
+        return [piece for piece in pieces if piece is not None]
+
+    def showing(self, token_ids: Iterable[int]) -> "Tokenizer":
+        """The same tokenizer, but these special tokens are text like any other."""
+        shown = copy(self)
+        shown._special_ids = self._special_ids - set(token_ids)
+        shown._skips_special_tokens = False
+        return shown
 
     def num_tokens_at_least(self, text: str) -> int:
         """A lower bound that costs nothing, to refuse a huge text before tokenising it."""

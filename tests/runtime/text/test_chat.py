@@ -11,7 +11,8 @@ from transformers import AutoTokenizer
 
 from runtime.protocol import ChatMessage
 from runtime.text import template_environment
-from runtime.text.chat import ChatTemplate, ChatTemplateError, measure_template_allowance
+from runtime.text.chat import ChatTemplate, ChatTemplateError
+from runtime.text.template_allowance import measure_template_allowance
 from runtime.text.tokenizer import Tokenizer
 
 from .conftest import CHATML
@@ -232,7 +233,7 @@ def test_the_allowance_bounds_every_chat(
 ) -> None:
     tokenizer = all_tokenizers["byte_level"]
     template = ChatTemplate(source, {"bos_token": "<s>", "eos_token": "</s>"})
-    per_request, per_message = measure_template_allowance(template, tokenizer)
+    allowance = measure_template_allowance(template, tokenizer)
     roles = ["user", "assistant"] * 6
     messages = [
         ChatMessage(role=role, content=content)
@@ -240,8 +241,9 @@ def test_the_allowance_bounds_every_chat(
     ]
     num_tokens = len(tokenizer.encode(template.render(messages), is_templated=True))
     num_bytes = sum(len(content.encode()) for content in contents)
-    assert num_tokens <= num_bytes + per_request + len(messages) * per_message
-    assert per_message < 40, "a bound is no use if it bounds nothing"
+    bound = num_bytes + allowance.per_request + len(messages) * allowance.per_message
+    assert num_tokens <= bound
+    assert allowance.per_message < 40, "a bound is no use if it bounds nothing"
 
 
 def test_a_template_that_refuses_everything_has_no_allowance(
