@@ -90,16 +90,17 @@ class DecoderEngine:
         self.max_sequence_tokens = min(info.max_context_tokens, scheduler.max_sequence_tokens)
         self._runner = runner
         self._sampler = Sampler()
+        self._eos_token_ids = frozenset(eos_token_ids)
+        if tokenizer is not None and tokenizer.eos_token_id is not None:
+            self._eos_token_ids |= {tokenizer.eos_token_id}
         self._preparation = Preparation(
             tokenizer,
             chat_template,
             vocab_size=info.vocab_size,
             max_sequence_tokens=self.max_sequence_tokens,
+            eos_token_ids=self._eos_token_ids,
         )
         self._deliverer = Deliverer(tokenizer, scheduler.finish)
-        self._eos_token_ids = frozenset(eos_token_ids)
-        if tokenizer is not None and tokenizer.eos_token_id is not None:
-            self._eos_token_ids |= {tokenizer.eos_token_id}
         self._sequence_ids = count()
         self._requests: dict[str, list[Delivery]] = {}  # what is alive of each
         self._deliveries: dict[int, Delivery] = {}  # by sequence id
@@ -136,6 +137,8 @@ class DecoderEngine:
             if deliveries:  # hashing a long prompt again for every choice would hold up the others
                 sequence.block_keys = list(deliveries[0].sequence.block_keys)
             delivery = self._deliverer.open(sequence, prepared)
+            if delivery.grammar is not None:
+                self._sampler.constrain(sequence, delivery.grammar)
             deliveries.append(delivery)
             self._deliveries[sequence.sequence_id] = delivery
             self.scheduler.add(sequence)

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 from runtime.engine.preparation import PreparedRequest
 from runtime.execution.sampler import SampledToken
-from runtime.protocol import FinishReason, SequenceOutput, TokenLogprob
+from runtime.protocol import FinishReason, SequenceOutput, TokenLogprob, ToolCall
 from runtime.scheduling.sequence import Sequence
+from runtime.text.grammars import GrammarState
 from runtime.text.stream import TextStream
 from runtime.text.tokenizer import Tokenizer
+from runtime.text.tool_calls import ToolCallReader
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +25,8 @@ class Delivery:
 
     sequence: Sequence
     stream: TextStream | None  # None without a tokenizer
+    grammar: GrammarState | None = None  # of what the answer may be
+    reader: ToolCallReader | None = None  # where the answer may call tools
     echo: str = ""
     device_ns: int = 0
     is_first: bool = True
@@ -40,6 +44,10 @@ class Deliverer:
     def open(self, sequence: Sequence, prepared: PreparedRequest) -> Delivery:
         """The delivery of a sequence that starts."""
         delivery = Delivery(sequence, self._make_stream(prepared))
+        if prepared.constraint is not None:
+            delivery.grammar = prepared.constraint.grammar.start()
+            if prepared.constraint.make_reader is not None:
+                delivery.reader = prepared.constraint.make_reader()
         if prepared.generate.echo:
             delivery.echo = self._echo(prepared)
         return delivery
@@ -49,6 +57,9 @@ class Deliverer:
         sequence = delivery.sequence
         token_ids = [] if token is None else [token.token_id]
         text, reason = self._read(delivery, token_ids)
+        calls: list[ToolCall] = []
+        if delivery.reader is not None:
+            text, calls, reason = _read_calls(delivery.reader, text, reason)
         return SequenceOutput(
             request_id=sequence.request_id,
             choice=sequence.choice,
@@ -58,6 +69,7 @@ class Deliverer:
             device_ns=delivery.device_ns,
             logprobs=None if token is None else self._describe(token),
             finish_reason=reason,
+            tool_calls=calls,
         )
 
     def _read(self, delivery: Delivery, token_ids: list[int]) -> tuple[str, FinishReason | None]:
@@ -68,9 +80,10 @@ class Deliverer:
             return "", sequence.finish_reason
         if sequence.finish_reason == "stop":  # by its last token, which is no part of the text
             token_ids = []
+        is_complete = token_ids != [] and self._completes(delivery)
         try:
             text = stream.add(token_ids)
-            if stream.is_stopped:
+            if stream.is_stopped or is_complete:
                 self._finish(sequence, "stop")
             if sequence.is_finished:
                 text += stream.flush()
@@ -78,7 +91,17 @@ class Deliverer:
             log.exception("request %s: its text cannot be read", sequence.request_id)
             self._finish(sequence, "error")
             return "", "error"
-        return text, "stop" if stream.is_stopped else sequence.finish_reason
+        is_stopped = stream.is_stopped or is_complete
+        return text, "stop" if is_stopped else sequence.finish_reason
+
+    def _completes(self, delivery: Delivery) -> bool:
+        """Whether the grammar allows nothing more; then the answer ends without a token that says
+        so."""
+        sequence, grammar = delivery.sequence, delivery.grammar
+        if grammar is None:
+            return False
+        grammar.follow(sequence.token_ids[sequence.num_prompt_tokens :])
+        return grammar.is_complete
 
     def _describe(self, token: SampledToken) -> list[TokenLogprob] | None:
         if token.logprob is None:
@@ -93,9 +116,21 @@ class Deliverer:
     def _make_stream(self, prepared: PreparedRequest) -> TextStream | None:
         if self._tokenizer is None:
             return None
-        return TextStream(self._tokenizer, prepared.token_ids, prepared.generate.sampling.stop)
+        shown = None if prepared.constraint is None else prepared.constraint.tokenizer
+        stop = prepared.generate.sampling.stop
+        return TextStream(shown or self._tokenizer, prepared.token_ids, stop)
 
     def _echo(self, prepared: PreparedRequest) -> str:
         if prepared.generate.text is not None or self._tokenizer is None:
             return prepared.generate.text or ""
         return self._tokenizer.decode(prepared.token_ids)
+
+
+def _read_calls(
+    reader: ToolCallReader, text: str, reason: FinishReason | None
+) -> tuple[str, list[ToolCall], FinishReason | None]:
+    """The text without calls, the calls, and the reason to end, which calls change."""
+    text, calls = reader.add(text)
+    if reason is not None:
+        text += reader.flush()
+    return text, calls, "tool_calls" if reason == "stop" and reader.num_calls else reason

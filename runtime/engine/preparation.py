@@ -3,8 +3,10 @@
 Owns the refusals of a request and of its prompt. Does not own what runs (decoder.py).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from runtime.engine.constraints import Constraint, Constraints, offered_tools
 from runtime.protocol import Generate
 from runtime.scheduling.validation import check_sampling, check_vocabulary, refusal
 from runtime.text.chat import ChatTemplate, ChatTemplateError
@@ -21,6 +23,7 @@ class PreparedRequest:
     generate: Generate
     token_ids: list[int]
     max_tokens: int
+    constraint: Constraint | None = None  # what the answer may be
 
     @property
     def request_id(self) -> str:
@@ -41,11 +44,13 @@ class Preparation:
         *,
         vocab_size: int,
         max_sequence_tokens: int,
+        eos_token_ids: Iterable[int] = (),
     ) -> None:
         self._tokenizer = tokenizer
         self._chat_template = chat_template
         self._vocab_size = vocab_size
         self._max_sequence_tokens = max_sequence_tokens
+        self._constraints = Constraints(tokenizer, chat_template, eos_token_ids)
 
     def prepare(self, generate: Generate) -> PreparedRequest:
         """Tokenise and validate. Raises `RequestError`."""
@@ -55,6 +60,7 @@ class Preparation:
             raise refusal(f"n must be 1 to {MAX_CHOICES}, not {generate.num_choices}", "n")
         if generate.echo and params.logprobs is not None:
             raise refusal("logprobs of an echoed prompt are not supported", "echo")
+        self._constraints.check(generate)
         param = "prompt" if generate.messages is None else "messages"
         token_ids = self._tokenise(generate)
         if not token_ids:
@@ -62,7 +68,10 @@ class Preparation:
         self._check_length(len(token_ids), param)
         check_vocabulary(token_ids, self._vocab_size, param)
         num_left = self._max_sequence_tokens - len(token_ids)
-        return PreparedRequest(generate, token_ids, min(params.max_tokens, num_left))
+        max_tokens = min(params.max_tokens, num_left)
+        return PreparedRequest(
+            generate, token_ids, max_tokens, self._constraints.constraint_of(generate)
+        )
 
     def _tokenise(self, generate: Generate) -> list[int]:
         given = (generate.text, generate.token_ids, generate.messages)
@@ -81,7 +90,7 @@ class Preparation:
         if not generate.messages:
             raise refusal("messages must hold at least one message", "messages")
         try:
-            text = self._chat_template.render(generate.messages)
+            text = self._chat_template.render(generate.messages, offered_tools(generate))
         except ChatTemplateError as error:
             raise refusal(str(error), "messages") from error
         return self._tokenizer.encode(text, is_templated=True)

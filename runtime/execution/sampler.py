@@ -1,7 +1,7 @@
 """Chooses each sequence's next token from its logits.
 
 Owns every rule of `SamplingParams` that concerns the choice of a token. Does not own when a
-sequence stops. Rules apply in the order transformers applies them: bias, penalties,
+sequence stops. Rules apply in the order transformers applies them: grammar, bias, penalties,
 temperature, top_k, top_p, min_p.
 """
 
@@ -15,8 +15,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from runtime.execution.grammar_mask import mask_disallowed
 from runtime.protocol import SamplingParams
 from runtime.scheduling.sequence import Sequence
+from runtime.text.grammars import GrammarState
 
 GREEDY_TEMPERATURE = 1e-5  # at and below it, division by the temperature means nothing
 # How many of the likeliest tokens are tried before a whole row is sorted for top_p.
@@ -26,7 +28,7 @@ NUM_CANDIDATES = 1024
 @dataclass(frozen=True, slots=True)
 class SampledToken:
     """`logprob` and `top` (token id, logprob; best first) are of the model's own distribution,
-    before any rule; None and empty unless the request asked for them."""
+    before any rule but the grammar; None and empty unless the request asked for them."""
 
     token_id: int
     logprob: float | None = None
@@ -59,16 +61,29 @@ class TokenCounts:
 
 
 class Sampler:
-    """Stateless but for the token counts of sequences with penalties, which die with them."""
+    """Stateless but for the token counts of sequences with penalties and the grammars of those
+    that have one, which die with them."""
 
     def __init__(self) -> None:
         self._counts: WeakKeyDictionary[Sequence, TokenCounts] = WeakKeyDictionary()
+        self._grammars: WeakKeyDictionary[Sequence, GrammarState] = WeakKeyDictionary()
+
+    def constrain(self, sequence: Sequence, grammar: GrammarState) -> None:
+        """From here on the sequence's tokens are those that its grammar allows."""
+        self._grammars[sequence] = grammar
 
     @torch.inference_mode()
     def sample(
         self, logits: Tensor, sequences: list[Sequence]
     ) -> list[SampledToken | SamplingFailure]:
-        """One token for each row of `logits` (float32 [sequences, vocab], not modified)."""
+        """One token for each row of `logits` (float32 [sequences, vocab]; the rows of constrained
+        sequences are masked in place)."""
+        constrained = {
+            row: grammar
+            for row, sequence in enumerate(sequences)
+            if (grammar := self._grammars.get(sequence)) is not None
+        }
+        failed = mask_disallowed(logits, sequences, constrained) if constrained else set[int]()
         params = [sequence.sampling for sequence in sequences]
         scores = self._apply_bias_and_penalties(logits, sequences)
         best, greedy_ids = scores.max(dim=-1)
@@ -91,6 +106,9 @@ class Sampler:
             else SamplingFailure("the model's logits are not finite (NaN or infinity)")
             for token_id, usable in zip(token_ids, is_usable, strict=True)
         ]
+        for row in failed:
+            is_usable[row] = False
+            sampled[row] = SamplingFailure("the grammar of the answer became too complex")
         for row, each in enumerate(params):
             if each.logprobs is not None and is_usable[row]:
                 sampled[row] = _with_logprobs(logits[row], token_ids[row], each.logprobs)

@@ -48,6 +48,9 @@ def predict_bytes(predict: Predict) -> int:
 def text_bytes(generate: Generate) -> int:
     """A request's text, in whatever form."""
     texts = [message.content for message in generate.messages or ()]
+    texts += [tool.parameters for tool in generate.tools]
+    if generate.json_schema is not None:
+        texts.append(generate.json_schema)
     if generate.text is not None:
         texts.append(generate.text)
     return sum(map(sys.getsizeof, texts))

@@ -1,0 +1,206 @@
+"""Constraints on what a model may say: compiled once per request, followed token by token.
+
+Owns the use of the grammar library (llguidance) and its limits. Does not own what a call of a tool
+looks like (tool_format.py), nor how logits are masked (runtime.execution).
+"""
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from runtime.text.schema_bounds import SchemaError, check_schema, read_schema
+from runtime.text.tokenizer import Tokenizer
+
+MAX_COMPILE_SECONDS = 5.0
+STACK_BYTES = 128 * 1024 * 1024  # of the compiling thread, which recurses; only what is used counts
+NUM_PROBED = 4  # tokens that a grammar is tried with before it runs
+NUM_KEPT = 32  # compiled grammars, for requests with the same schema
+
+# Each bounds work or memory of one sequence; a step's share is a few milliseconds at most.
+LIMITS = LLParserLimits(
+    max_items_in_row=2_000,
+    initial_lexer_fuel=200_000,
+    step_lexer_fuel=100_000,
+    step_max_items=25_000,
+    max_lexer_states=10_000,
+    max_grammar_size=200_000,
+    precompute_large_lexemes=False,
+    verbose_errors=False,  # they would quote schemas and answers
+)
+# Any layout within bounds: without them, a small model may write blanks without end.
+ANSWER_LAYOUT = {
+    "whitespace_flexible": True,
+    "whitespace_pattern": r"[ \n\r\t]{0,16}",
+    "coerce_one_of": True,  # oneOf as anyOf: exclusion is beyond a grammar
+}
+# As `tojson` writes it, so that a call reads in the next prompt as it was generated.
+ARGUMENTS_LAYOUT = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "coerce_one_of": True,
+}
+
+
+class GrammarError(Exception):
+    """The grammar cannot be used. The message says why."""
+
+
+class GrammarUnavailableError(Exception):
+    """The tokenizer has no spelling that the grammar library knows."""
+
+
+class GrammarState:
+    """Where one sequence is in its grammar."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+        self._num_followed = 0
+
+    def follow(self, generated_ids: Sequence[int]) -> None:
+        """Take in the tokens generated so far, those of earlier calls included; so calling it
+        again, after a preemption or a failed step, changes nothing."""
+        for token_id in generated_ids[self._num_followed :]:
+            self._num_followed += 1
+            if not self._matcher.is_stopped():
+                self._matcher.consume_token(token_id)
+
+    def fill_mask(self, address: int, num_bytes: int) -> None:
+        """Write a bit per token id, set where the token may come next. Ids that the tokenizer
+        does not have are not written."""
+        self._matcher.unsafe_compute_mask_ptr(address, num_bytes)
+
+    @property
+    def is_failed(self) -> bool:
+        """The grammar met a limit, or a token that it does not allow."""
+        return self._matcher.is_error()
+
+    @property
+    def is_complete(self) -> bool:
+        """Nothing may follow."""
+        return self._matcher.is_stopped() and not self._matcher.is_error()
+
+
+class Grammar:
+    """A compiled grammar, at its beginning."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+
+    def start(self) -> GrammarState:
+        """A state of its own for one sequence."""
+        return GrammarState(self._matcher.deep_copy())
+
+
+class GrammarCompiler:
+    """Compiles for one tokenizer. Safe to use from several threads; nothing is built before the
+    first use."""
+
+    def __init__(self, tokenizer: Tokenizer, eos_token_ids: Iterable[int]) -> None:
+        self._tokenizer = tokenizer
+        self._eos_token_ids = sorted(eos_token_ids)
+        self._lock = threading.Lock()
+        self._vocabulary: LLTokenizer | None = None
+        self._kept: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._thread: threading.Thread | None = None  # the last that compiled
+
+    def compile(self, source: str) -> Grammar:
+        """`source` is of `schema_source` or of `ToolGrammar`. Raises `GrammarError`, or
+        `GrammarUnavailableError`."""
+        with self._lock:
+            matcher = self._kept.pop(source, None)
+            if matcher is None:
+                matcher = self._compile_in_time(source)
+            self._kept[source] = matcher
+            if len(self._kept) > NUM_KEPT:
+                self._kept.popitem(last=False)
+            return Grammar(matcher.deep_copy())
+
+    def _compile_in_time(self, source: str) -> LLMatcher:
+        """On a thread with a deep stack. One that takes too long is left to end by itself; until
+        then nothing else compiles."""
+        if self._vocabulary is None:
+            self._vocabulary = self._load_vocabulary()
+        vocabulary, results = self._vocabulary, list[LLMatcher]()
+        if self._thread is not None:
+            self._thread.join(MAX_COMPILE_SECONDS)
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = _start_deep(lambda: results.append(_compile(vocabulary, source)))
+            self._thread.join(MAX_COMPILE_SECONDS)
+        if not results:
+            raise GrammarError("it takes too long to prepare; simplify it, or try again later")
+        (matcher,) = results
+        if matcher.is_error():
+            raise GrammarError(f"it cannot be enforced: {_first_line(matcher.get_error())}")
+        return matcher
+
+    def _load_vocabulary(self) -> LLTokenizer:
+        try:
+            return LLTokenizer(
+                self._tokenizer.to_json(),
+                n_vocab=max([self._tokenizer.vocab_size, *(i + 1 for i in self._eos_token_ids)]),
+                eos_token=self._eos_token_ids or None,
+            )
+        except ValueError as error:
+            raise GrammarUnavailableError(
+                f"this model's tokenizer does not allow structured output: {error}"
+            ) from error
+
+
+def schema_source(json_schema: str) -> str:
+    """The grammar of an answer in JSON; of any object's for an empty schema. Raises
+    `GrammarError`."""
+    schema = checked_schema(json_schema) or {"type": "object"}
+    return grammar_source("start: @answer", {"answer": schema | {"x-guidance": ANSWER_LAYOUT}})
+
+
+def checked_schema(text: str) -> dict[str, Any]:
+    """A schema from a caller. Raises `GrammarError`."""
+    try:
+        schema = read_schema(text)
+        check_schema(schema)
+    except SchemaError as error:
+        raise GrammarError(f"it cannot be enforced: {error}") from error
+    return schema
+
+
+def grammar_source(rules: str, schemas: dict[str, dict[str, Any]]) -> str:
+    """Rules in the library's dialect of Lark, which may refer to a schema as `@name`."""
+    # Without forcing, masks cost the same however long the text is that must come.
+    main = {"name": "main", "lark_grammar": f'%llguidance {{"no_forcing": true}}\n{rules}\n'}
+    named = [{"name": name, "json_schema": schema} for name, schema in schemas.items()]
+    return json.dumps({"grammars": [main, *named]})
+
+
+def _start_deep(target: Callable[[], None]) -> threading.Thread:
+    """A thread with a deep stack, which ends with the process if not before."""
+    previous = threading.stack_size(STACK_BYTES)
+    try:
+        thread = threading.Thread(target=target, name="grammar", daemon=True)
+        thread.start()
+    finally:
+        threading.stack_size(previous)
+    return thread
+
+
+def _compile(vocabulary: LLTokenizer, source: str) -> LLMatcher:
+    """A matcher, which is in its error state when it cannot be used."""
+    matcher = LLMatcher(vocabulary, source, log_level=0, limits=LIMITS)
+    # What is too complex from its beginning on is known before it runs.
+    probe = matcher.deep_copy()
+    for _ in range(NUM_PROBED):
+        if probe.is_stopped():
+            break
+        mask = int.from_bytes(probe.compute_bitmask(), "little")
+        if mask:
+            probe.consume_token((mask & -mask).bit_length() - 1)
+    return probe if probe.is_error() else matcher
+
+
+def _first_line(message: str) -> str:
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return lines[0][:300] if lines else "it is too complex"
