@@ -18,6 +18,7 @@ from litestar.openapi.spec import Components, SecurityScheme
 from litestar.serialization import encode_json
 from markupsafe import Markup, escape
 
+from app.api.embeddings import Embeddings, EmbeddingsRequest
 from app.api.model_view import VersionState
 from app.api.models import NewVersion
 from app.api.openai_types import ChatCompletion, ChatRequest, Completion, CompletionRequest
@@ -38,6 +39,7 @@ DESCRIPTION = (
 BODIES: dict[str, tuple[type[msgspec.Struct], type[msgspec.Struct]]] = {
     "/v1/completions": (CompletionRequest, Completion),
     "/v1/chat/completions": (ChatRequest, ChatCompletion),
+    "/v1/embeddings": (EmbeddingsRequest, Embeddings),
     "/models/{name}/predict": (PredictRequest, PredictAnswer),
     "/api/models/{name}/versions": (NewVersion, VersionState),
     "/api/prices": (NewBook, BookAnswer),

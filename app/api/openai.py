@@ -1,4 +1,5 @@
-"""The routes of OpenAI's API: models, completions and chat completions."""
+"""The routes of OpenAI's API: models, completions and chat completions; and embeddings,
+which `embeddings.py` answers."""
 
 from typing import Any
 
@@ -14,6 +15,7 @@ from app.api.bodies import decode
 from app.api.chat import ChatDialect
 from app.api.completions import CompletionsDialect
 from app.api.dialect import Dialect, usage_of
+from app.api.embeddings import create_embeddings
 from app.api.openai_types import Model, ModelList
 from app.api.relay import Call, Relay
 from app.api.request_ids import exception_handlers, new_request_id
@@ -53,8 +55,10 @@ async def respond(request: AnyRequest, dialect_class: type[Dialect[Any]]) -> ASG
     target = state.fleet.resolve(principal, body.model)
     decoder = target.manifest.decoder
     if decoder is None:
+        is_embedder = target.manifest.kind == "embedder"
+        route = "/v1/embeddings" if is_embedder else f"/models/{body.model}/predict"
         raise InvalidRequest(
-            f"{body.model!r} does not generate text; call POST /models/{body.model}/predict.",
+            f"{body.model!r} does not generate text; call POST {route}.",
             param="model",
             code="wrong_kind_of_model",
         )
@@ -121,7 +125,13 @@ async def visible_models(session: AsyncSession, principal: Principal) -> list[Mo
 
 router = Router(
     "/v1",
-    route_handlers=[create_completion, create_chat_completion, list_models, retrieve_model],
+    route_handlers=[
+        create_completion,
+        create_chat_completion,
+        create_embeddings,
+        list_models,
+        retrieve_model,
+    ],
     exception_handlers=exception_handlers,
     tags=["OpenAI"],
 )

@@ -60,8 +60,11 @@ async def predict(request: AnyRequest, name: FromPath[str]) -> ASGIResponse:
     target = request.app.state.fleet.resolve(principal, name)
     schema = target.manifest.schema
     if schema is None or target.manifest.kind != "tensor":
+        is_embedder = target.manifest.kind == "embedder"
         raise InvalidRequest(
-            f"{name!r} generates text; call POST /v1/completions or /v1/chat/completions.",
+            f"{name!r} makes embeddings; call POST /v1/embeddings."
+            if is_embedder
+            else f"{name!r} generates text; call POST /v1/completions or /v1/chat/completions.",
             param="model",
             code="wrong_kind_of_model",
         )

@@ -1,4 +1,4 @@
-"""Takes a request through hold, replica and settlement, for both kinds of programs.
+"""Takes a request through hold, replica and settlement, for every kind of program.
 
 Owns each request from its admission to its settlement, in tasks of its own: a client that goes
 away ends the waiting, never the accounting. HTTP is `openai.py`'s and `predict.py`'s; what is
@@ -14,17 +14,25 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
+from app.api.embedding import Answer as EmbeddingAnswer
+from app.api.embedding import Embedding
 from app.api.execution import Execution
 from app.api.prediction import Answer, Prediction
 from app.billing.accounts import AccountWriter
 from app.billing.prices import PriceTable, Rates
-from app.billing.rating import decoder_worst_case, held_device_ms, rate, tensor_worst_case
+from app.billing.rating import (
+    decoder_worst_case,
+    embedder_worst_case,
+    held_device_ms,
+    rate,
+    tensor_worst_case,
+)
 from app.core.errors import AppError, RuntimeFailure, Unavailable
 from app.core.ids import new_id
 from app.metering.journal import Journal
 from app.metering.records import AdmitRecord, FinishRecord, Outcome, Tally, Usage, use_of
 from app.organizations.principal import Principal
-from runtime.protocol import Generate, Predict, Predicted, ServiceClass, Tensor
+from runtime.protocol import Embed, Embedded, Generate, Predict, Predicted, ServiceClass, Tensor
 
 if TYPE_CHECKING:
     from app.deployments.replica import Target
@@ -266,7 +274,65 @@ class Relay:
         except TimeoutError:
             raise _timed_out(self._timeout_seconds) from None
 
-    # --- both -----------------------------------------------------------------------------
+    # --- embedders ------------------------------------------------------------------------
+
+    def embed(self, call: Call, request: Embed) -> Embedding:
+        """What is returned, awaited, gives the vectors and what they cost."""
+        embedding = Embedding(call.request_id, call.target.link)
+        embedding.answer = self._own(self._embed(embedding, call, request))
+        return embedding
+
+    async def _embed(self, embedding: Embedding, call: Call, request: Embed) -> EmbeddingAnswer:
+        rates = self._prices.rates(call.target.endpoint_name, call.service_class)
+        num_tokens = (await embedding.link.prepare(request)).num_prompt_tokens
+        try:
+            await self._hold(call, embedder_worst_case(rates, num_tokens))
+            if embedding.is_cancelled:
+                self._accounts.void(call.request_id)
+                raise _client_left()
+        except AppError:
+            embedding.link.cancel(call.request_id)
+            raise
+        tally = Tally(call.admit_record(rates, num_prompt_tokens=num_tokens))
+        self._journal.admit(tally.admitted)
+        embedding.link.start(call.request_id)
+        try:
+            embedded = await self._embedded_in_time(embedding)
+            is_whole = bool(embedded.data)
+            record = FinishRecord(
+                call.request_id,
+                time.time_ns(),
+                "completed" if is_whole else "cancelled",
+                "stop" if is_whole else "abort",
+                embedded.device_ns,
+                None if is_whole else sum(embedded.num_tokens),
+            )
+            await self._journal.finish(record)
+        except AppError as error:
+            if embedding.is_cancelled and error.code == "cancelled":
+                self._settle(tally, rates, "cancelled", "abort")
+            else:
+                self._settle(tally, rates, "failed", error.code)
+            raise
+        except Exception:
+            self._settle(tally, rates, "failed", "internal_error")
+            raise
+        tally.close(record)
+        usage = tally.usage(record.outcome, record.finish_reason, record.at_ns)
+        self._accounts.settle(rate(usage, rates))
+        if not is_whole:
+            raise _client_left()
+        return embedded, usage
+
+    async def _embedded_in_time(self, embedding: Embedding) -> Embedded:
+        try:
+            async with asyncio.timeout(self._timeout_seconds):
+                return await embedding.link.embedded(embedding.request_id)
+        except TimeoutError:
+            embedding.cancel()
+            raise _timed_out(self._timeout_seconds) from None
+
+    # --- all ------------------------------------------------------------------------------
 
     def _own(self, work: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
         task = asyncio.get_running_loop().create_task(work)

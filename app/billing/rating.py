@@ -71,6 +71,14 @@ def decoder_worst_case(
     )
 
 
+def embedder_worst_case(rates: Rates, num_prompt_tokens: int) -> int:
+    """Nano-units of a request for embeddings: its tokens are counted before it runs, and none is
+    found in a cache."""
+    return _charge(num_prompt_tokens, rates.prices.get("input", NO_PRICE)) + _charge(
+        1, rates.prices.get("request", NO_PRICE)
+    )
+
+
 def tensor_worst_case(rates: Rates, max_device_ms: int) -> int:
     """Nano-units of a prediction that takes as much device time as is held for it."""
     return _charge(max_device_ms, rates.prices.get("device_ms", NO_PRICE)) + _charge(

@@ -28,6 +28,8 @@ def snippets(base_url: str, endpoint_name: str, manifest: Manifest) -> list[Snip
     """The ways to call this endpoint, the shortest first."""
     if manifest.kind == "tensor":
         return _tensor_snippets(base_url, endpoint_name, manifest)
+    if manifest.kind == "embedder":
+        return _embedder_snippets(base_url, endpoint_name, manifest)
     return _decoder_snippets(base_url, endpoint_name, manifest)
 
 
@@ -85,6 +87,10 @@ def _openai(base_url: str, name: str, body: dict[str, Any]) -> str:
             "print(completion.choices[0].text)\n"
             "print(completion.usage)"
         )
+    return _openai_client(base_url) + call
+
+
+def _openai_client(base_url: str) -> str:
     return (
         "# pip install openai\n"
         "import os\n\n"
@@ -93,8 +99,31 @@ def _openai(base_url: str, name: str, body: dict[str, Any]) -> str:
         f"    base_url={json.dumps(base_url + '/v1')},\n"
         '    api_key=os.environ["TAPEOUT_API_KEY"],\n'
         ")\n"
-        f"{call}"
     )
+
+
+# --- embedders --------------------------------------------------------------------------
+
+
+def _embedder_snippets(base_url: str, name: str, manifest: Manifest) -> list[Snippet]:
+    has_tokenizer = manifest.embedder is None or manifest.embedder.has_tokenizer
+    texts: Any = ["A cat sat down.", "The kitten rests."] if has_tokenizer else [[1, 2], [3, 4]]
+    url = f"{base_url}/v1/embeddings"
+    body = {"model": name, "input": texts}
+    call = (
+        "answer = client.embeddings.create(\n"
+        f"    model={json.dumps(name)},\n"
+        f"    input={_python(texts)},\n"
+        ")\n"
+        "for item in answer.data:\n"
+        "    print(len(item.embedding), item.embedding[:4])\n"
+        "print(answer.usage)"
+    )
+    return [
+        Snippet("curl", _curl(url, body)),
+        Snippet("openai", _openai_client(base_url) + call),
+        Snippet("python", _plain_python(url, body, 'len(answer["data"][0]["embedding"])')),
+    ]
 
 
 # --- tensor programs --------------------------------------------------------------------

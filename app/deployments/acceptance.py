@@ -11,7 +11,7 @@ from typing import Any, cast
 import msgspec
 
 from app.deployments.logs import clean_text
-from runtime.protocol import BuildReceipt, Built, DecoderInfo, Manifest, Schema
+from runtime.protocol import BuildReceipt, Built, DecoderInfo, EmbedderInfo, Manifest, Schema
 
 MAX_STORED_BYTES = 4 * 1024**2  # of manifest and receipt together, as JSON
 MAX_STRING_CHARS = 8_192
@@ -21,6 +21,7 @@ MAX_DIMENSIONS = 32
 MAX_VOCAB_SIZE = 16_000_000
 MAX_CONTEXT_TOKENS = 100_000_000
 MAX_TEMPLATE_TOKENS = 100_000
+MAX_EMBEDDING_DIMENSIONS = 1_000_000  # at least one vector fits a frame
 
 
 class NotAcceptable(Exception):
@@ -114,6 +115,10 @@ def _check_manifest(manifest: Manifest) -> None:
         if manifest.decoder is None:
             raise NotAcceptable("it lacks the description of a decoder")
         _check_decoder(manifest.decoder)
+    else:
+        if manifest.embedder is None:
+            raise NotAcceptable("it lacks the description of an embedder")
+        _check_embedder(manifest.embedder)
 
 
 def _check_schema(schema: Schema) -> None:
@@ -140,3 +145,17 @@ def _check_decoder(decoder: DecoderInfo) -> None:
     )
     if not is_plausible:
         raise NotAcceptable("its description of the decoder is implausible")
+
+
+def _check_embedder(embedder: EmbedderInfo) -> None:
+    sizes = embedder.matryoshka_dimensions or []
+    is_plausible = (
+        1 <= embedder.vocab_size <= MAX_VOCAB_SIZE
+        and 1 <= embedder.max_tokens <= MAX_CONTEXT_TOKENS
+        and 1 <= embedder.dimensions <= MAX_EMBEDDING_DIMENSIONS
+        and 0 <= embedder.special_tokens <= MAX_TEMPLATE_TOKENS
+        and len(sizes) <= MAX_TENSORS
+        and all(1 <= size <= embedder.dimensions for size in sizes)
+    )
+    if not is_plausible:
+        raise NotAcceptable("its description of the embedder is implausible")

@@ -341,7 +341,7 @@ def read_unsettled(directory: Path) -> Recovery:
 
 def _closed(tally: Tally, end: FinishRecord | None, last_at_ns: int | None) -> Usage:
     if end is not None:
-        tally.device_ns += end.device_ns
+        tally.close(end)
         return tally.usage(end.outcome, end.finish_reason, end.at_ns)
     outcome, reason = tally.outcome()
     return tally.usage(outcome, reason, last_at_ns or tally.admitted.started_at_ns)

@@ -56,13 +56,15 @@ class StepRecord(Record, frozen=True, tag="step"):
 
 
 class FinishRecord(Record, frozen=True, tag="finish"):
-    """How a request ended. `device_ns` adds to what its steps used."""
+    """How a request ended. `device_ns` adds to what its steps used. `num_prompt_tokens` is given
+    where fewer ran than were admitted."""
 
     request_id: str
     at_ns: int
     outcome: Outcome
     finish_reason: str
     device_ns: int = 0
+    num_prompt_tokens: int | None = None
 
 
 class SettledRecord(Record, frozen=True, tag="settled"):
@@ -110,6 +112,7 @@ class Tally:
 
     def __init__(self, admitted: AdmitRecord) -> None:
         self.admitted = admitted
+        self.num_prompt_tokens = admitted.num_prompt_tokens
         self.num_output_tokens = 0
         self._cached_tokens: dict[int, int] = {}  # by choice, as first reported
         self.device_ns = 0
@@ -129,7 +132,13 @@ class Tally:
     def num_cached_tokens(self) -> int:
         """Choices share one prompt: what the first of them found in the cache counts for it."""
         first = min(self._cached_tokens, default=0)
-        return min(self._cached_tokens.get(first, 0), self.admitted.num_prompt_tokens)
+        return min(self._cached_tokens.get(first, 0), self.num_prompt_tokens)
+
+    def close(self, end: FinishRecord) -> None:
+        """Counts what a request used that tells it at its end, not step by step."""
+        self.device_ns += end.device_ns
+        if end.num_prompt_tokens is not None:
+            self.num_prompt_tokens = min(end.num_prompt_tokens, self.admitted.num_prompt_tokens)
 
     @property
     def has_run(self) -> bool:
@@ -154,7 +163,7 @@ class Tally:
     def usage(self, outcome: Outcome, finish_reason: str, at_ns: int) -> Usage:
         """Closes the count. Device time is charged by the millisecond begun, up to its hold."""
         admitted = self.admitted
-        prompt = admitted.num_prompt_tokens if self.has_run else 0
+        prompt = self.num_prompt_tokens if self.has_run else 0
         cached = min(self.num_cached_tokens, prompt)
         device_ms = -(-self.device_ns // 1_000_000)
         if admitted.max_device_ms:

@@ -16,6 +16,7 @@ HEAD_BYTES = 512
 MAX_CONFIG_BYTES = 1024**2
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 TOKENIZER_NAMES = frozenset({"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"})
+MODULES_NAME = "modules.json"  # of a sentence-transformers directory
 INDEX_NAME = "model.safetensors.index.json"
 _READ_BYTES = {
     "config.json": MAX_CONFIG_BYTES,
@@ -122,7 +123,8 @@ class Directory:
             )
 
     def _note(self, names: set[str]) -> None:
-        if not names & TOKENIZER_NAMES:
+        has_tokenizer = any(name.rsplit("/", 1)[-1] in TOKENIZER_NAMES for name in names)
+        if not has_tokenizer:
             self.notes.append(
                 "There is no tokenizer: the endpoint will take prompts as token ids alone."
             )
@@ -136,7 +138,9 @@ def _top_level(names: set[str]) -> list[str]:
 
 
 def _check_complete(names: set[str], top_level: list[str]) -> None:
-    if "config.json" not in names:
+    # Old sentence-transformers directories keep the model in a directory of its own.
+    is_nested = MODULES_NAME in names
+    if "config.json" not in names and not is_nested:
         listing = ", ".join(name[:60] for name in top_level[:8])
         more = " ..." if len(top_level) > 8 else ""
         raise Unprocessable(
@@ -144,7 +148,8 @@ def _check_complete(names: set[str], top_level: list[str]) -> None:
             f"and *.safetensors). It holds: {listing + more or 'nothing'}.",
             code="unknown_contents",
         )
-    if not any(name.endswith(".safetensors") and "/" not in name for name in names):
+    weights = [name for name in names if name.endswith(".safetensors")]
+    if not any(is_nested or "/" not in name for name in weights):
         raise Unprocessable(
             "The directory has no *.safetensors weights; pickled weights (pytorch_model.bin) are "
             f"code and are not accepted. Save it again:\n{refusals.SAVE_LINES}",

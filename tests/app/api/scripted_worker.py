@@ -7,6 +7,7 @@ A word such as `die@3` in the prompt makes something happen after so many tokens
 
 import asyncio
 import re
+import struct
 from pathlib import Path
 
 import msgspec
@@ -15,6 +16,9 @@ from runtime.protocol import (
     LENGTH,
     Cancel,
     DecoderInfo,
+    Embed,
+    Embedded,
+    EmbedderInfo,
     Failed,
     FinishReason,
     Generate,
@@ -76,6 +80,24 @@ TENSOR = Manifest(
     ),
 )
 
+EMBEDDER = Manifest(
+    kind="embedder",
+    format="huggingface",
+    num_parameters=1,
+    weight_bytes=4,
+    embedder=EmbedderInfo(
+        architecture="scripted",
+        dimensions=4,
+        vocab_size=1000,
+        max_tokens=8,
+        dtype="float32",
+        pooling="mean",
+        is_normalized=True,
+        special_tokens=2,
+        matryoshka_dimensions=[2],
+    ),
+)
+
 
 def text_of(generate: Generate) -> str:
     if generate.messages is not None:
@@ -98,6 +120,7 @@ class ScriptedWorker:
         self._running: dict[str, asyncio.Task[None]] = {}
         self._cancelled: set[str] = set()
         self._waiting: dict[str, Predict] = {}
+        self._embeds: dict[str, tuple[Embed, list[int]]] = {}
         self._seen: set[tuple[bytes, str]] = set()
 
     async def listen(self, path: Path) -> None:
@@ -129,12 +152,18 @@ class ScriptedWorker:
             self.send(Ready(manifest=self.manifest, memory_bytes=1))
         elif isinstance(message, Generate):
             self._prepare(message)
+        elif isinstance(message, Embed):
+            self._prepare_embed(message)
+        elif isinstance(message, Start) and message.request_id in self._embeds:
+            self._embed(message.request_id)
         elif isinstance(message, Start):
             generate = self._prepared.pop(message.request_id)
             task = asyncio.create_task(self._run(generate))
             self._running[message.request_id] = task
         elif isinstance(message, Cancel):
             self._cancelled.add(message.request_id)
+            if message.request_id in self._embeds:
+                self._end_embed(message.request_id)
             if (predict := self._waiting.pop(message.request_id, None)) is not None:
                 self._end(predict)
         elif isinstance(message, Predict):
@@ -239,6 +268,60 @@ class ScriptedWorker:
             for choice in range(generate.num_choices)
         ]
         self.send(Step(outputs=outputs))
+
+    # --- embedders ------------------------------------------------------------------------
+
+    def _prepare_embed(self, embed: Embed) -> None:
+        """A token per word and two more; more than eight are refused."""
+        counts = [len(ids) for ids in embed.token_ids or []]
+        counts += [len(text.split()) + 2 for text in embed.texts or []]
+        if max(counts) > 8:
+            error = WireError(
+                type="invalid_request_error",
+                message=f"input[{counts.index(max(counts))}] has {max(counts)} tokens",
+                code="context_length_exceeded",
+                param="input",
+            )
+            self.send(Failed(request_id=embed.request_id, error=error))
+            return
+        self._embeds[embed.request_id] = (embed, counts)
+        self.send(
+            Prepared(request_id=embed.request_id, num_prompt_tokens=sum(counts), max_tokens=0)
+        )
+
+    def _embed(self, request_id: str) -> None:
+        """The n-th vector is (3, 4, n, 0). A text `die`, `fail`, `lie` or `hang` happens."""
+        embed, counts = self._embeds[request_id]
+        texts = embed.texts or []
+        if "hang" in texts:
+            return
+        del self._embeds[request_id]
+        if "die" in texts:
+            self._writer.close()
+            return
+        if "fail" in texts:
+            error = WireError(type="server_error", message="bad luck", code="unlucky", status=500)
+            self.send(Failed(request_id=request_id, error=error))
+            return
+        counts = [1000] if "lie" in texts else counts
+        self._send_embedded(request_id, counts, list(range(len(counts))))
+
+    def _end_embed(self, request_id: str) -> None:
+        """Of what hangs, the first text has run."""
+        _, counts = self._embeds.pop(request_id)
+        self._send_embedded(request_id, [counts[0], *[0] * (len(counts) - 1)], [])
+
+    def _send_embedded(self, request_id: str, counts: list[int], rows: list[int]) -> None:
+        values = [value for row in rows for value in (3.0, 4.0, float(row), 0.0)]
+        self.send(
+            Embedded(
+                request_id=request_id,
+                dimensions=4,
+                data=struct.pack(f"<{len(values)}f", *values),
+                num_tokens=counts,
+                device_ns=1_500_000,
+            )
+        )
 
     # --- tensor programs ------------------------------------------------------------------
 

@@ -1,0 +1,170 @@
+"""`POST /v1/embeddings`: texts or token ids in, vectors out, in OpenAI's shapes."""
+
+import asyncio
+import base64
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, cast
+
+import msgspec
+import numpy as np
+from litestar import Request, post
+from litestar.response.base import ASGIResponse
+from msgspec import Meta
+
+from app.api.auth import bearer_principal
+from app.api.bodies import decode
+from app.api.relay import Call, Relay
+from app.api.request_ids import new_request_id
+from app.api.streaming import CancelledOnDisconnect
+from app.core.errors import InvalidRequest
+from runtime.protocol import Embed, Embedded, EmbedderInfo
+
+MAX_TEXTS = 2048  # OpenAI's
+LARGE_ANSWER_BYTES = 64 * 1024  # converted in a thread, so that nobody else waits
+ROUTE = "/v1/embeddings"
+
+AnyRequest = Request[Any, Any, Any]
+
+
+class EmbeddingsRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One text, several, the token ids of one, or those of several."""
+
+    model: Annotated[str, Meta(min_length=1, max_length=200)]
+    input: str | list[str | int | list[int]]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
+    user: str | None = None
+
+
+class TextEmbedding(msgspec.Struct, frozen=True):
+    """`embedding` is a list of numbers, or base64 of little-endian float32."""
+
+    index: int
+    embedding: list[float] | str
+    object: str = "embedding"
+
+
+class EmbeddingsUsage(msgspec.Struct, frozen=True):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embeddings(msgspec.Struct, frozen=True):
+    data: list[TextEmbedding]
+    model: str
+    usage: EmbeddingsUsage
+    object: str = "list"
+
+
+_decoder = msgspec.json.Decoder(EmbeddingsRequest)
+_encoder = msgspec.json.Encoder()
+
+
+@post("/embeddings", status_code=200, summary="Create embeddings")
+async def create_embeddings(request: AnyRequest) -> ASGIResponse:
+    """OpenAI's embeddings. Texts longer than the model takes are refused, never cut; `dimensions`
+    is for models that declare that their vectors may be."""
+    request_id = new_request_id(request)
+    principal = await bearer_principal(request)
+    principal.require("inference")
+    body = decode(_decoder, await request.body())
+    target = request.app.state.fleet.resolve(principal, body.model)
+    info = target.manifest.embedder
+    if info is None:
+        raise InvalidRequest(
+            f"{body.model!r} makes no embeddings; it is a {target.manifest.kind}.",
+            param="model",
+            code="wrong_kind_of_model",
+        )
+    dimensions = _dimensions(body, info)
+    texts, token_ids = inputs_of(body)
+    embed = Embed(
+        request_id=request_id,
+        texts=texts,
+        token_ids=token_ids,
+        fairness_key=principal.organization_id,
+    )
+    relay: Relay = request.app.state.relay
+    call = Call(principal=principal, target=target, route=ROUTE, request_id=request_id)
+    embedding = relay.embed(call, embed)
+    with CancelledOnDisconnect(request.receive, embedding):
+        embedded, usage = await embedding
+    num_tokens = usage.input_tokens + usage.cached_tokens
+    if len(embedded.data) > LARGE_ANSWER_BYTES:
+        answer = await asyncio.to_thread(_answer, body, embedded, dimensions, num_tokens)
+    else:
+        answer = _answer(body, embedded, dimensions, num_tokens)
+    return ASGIResponse(body=answer, headers={"x-request-id": request_id})
+
+
+def inputs_of(body: EmbeddingsRequest) -> tuple[list[str] | None, list[list[int]] | None]:
+    """The texts, or the token ids of each. Raises `InvalidRequest` naming what is wrong."""
+    given = body.input
+    if isinstance(given, str):
+        given = [given]
+    if not given:
+        raise InvalidRequest("input must not be empty.", param="input")
+    if all(isinstance(item, int) for item in given):
+        given = [cast(list[int], given)]
+    if len(given) > MAX_TEXTS:
+        raise InvalidRequest(
+            f"input holds {len(given)} texts; {MAX_TEXTS} are the most in one request.",
+            param="input",
+            code="too_many_inputs",
+        )
+    for index, item in enumerate(given):
+        if item == "" or item == []:
+            raise InvalidRequest(f"input[{index}] is empty.", param="input", code="empty_input")
+    if all(isinstance(item, str) for item in given):
+        return cast(list[str], given), None
+    if not all(isinstance(item, list) for item in given):
+        raise InvalidRequest(
+            "input must be a text, a list of texts, or the token ids of one or several.",
+            param="input",
+        )
+    token_ids = cast(list[list[int]], given)
+    for index, ids in enumerate(token_ids):
+        if not all(0 <= token_id < 2**31 for token_id in ids):
+            raise InvalidRequest(f"input[{index}]: token ids are 0 or more.", param="input")
+    return None, token_ids
+
+
+def _dimensions(body: EmbeddingsRequest, info: EmbedderInfo) -> int:
+    """How many leading numbers of a vector are wanted."""
+    wanted = body.dimensions
+    if wanted is None or wanted == info.dimensions:
+        return info.dimensions
+    allowed = info.matryoshka_dimensions
+    if allowed is None or wanted > info.dimensions or (allowed and wanted not in allowed):
+        reason = f"this model's vectors have {info.dimensions} numbers"
+        if allowed is None:
+            reason += " and are not declared to keep their meaning when cut (matryoshka)"
+        elif allowed:
+            reason += f", and may be cut to {', '.join(map(str, allowed))}"
+        raise InvalidRequest(
+            f"dimensions: {reason}.", param="dimensions", code="unsupported_dimensions"
+        )
+    return wanted
+
+
+def _answer(body: EmbeddingsRequest, embedded: Embedded, dimensions: int, num_tokens: int) -> bytes:
+    """Cut vectors get length 1 again, as OpenAI's do."""
+    vectors = np.frombuffer(embedded.data, dtype="<f4").reshape(-1, embedded.dimensions)
+    if dimensions < embedded.dimensions:
+        vectors = vectors[:, :dimensions]
+        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+        vectors = vectors / np.where(lengths > 0, lengths, 1)
+    data = [
+        TextEmbedding(index, embedding)
+        for index, embedding in enumerate(_encoded(vectors.astype("<f4"), body.encoding_format))
+    ]
+    usage = EmbeddingsUsage(num_tokens, num_tokens)
+    return _encoder.encode(Embeddings(data, body.model, usage))
+
+
+def _encoded(vectors: Any, encoding_format: str | None) -> Iterator[list[float] | str]:
+    for vector in vectors:
+        if encoding_format == "base64":
+            yield base64.b64encode(vector.tobytes()).decode()
+        else:
+            yield vector.tolist()
