@@ -45,7 +45,7 @@ def cast(program: ExportedProgram, dtype: torch.dtype) -> ExportedProgram:
         graph_signature=copy.deepcopy(program.graph_signature),
         state_dict={name: convert_tensor(value) for name, value in program.state_dict.items()},
         range_constraints=program.range_constraints,
-        module_call_graph=copy.deepcopy(program.module_call_graph),
+        module_call_graph=program.module_call_graph,
         example_inputs=program.example_inputs,
         constants={name: convert_tensor(value) for name, value in program.constants.items()},
         verifiers=program.verifiers,

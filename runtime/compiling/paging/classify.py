@@ -16,7 +16,7 @@ from runtime.execution.attention import AttentionSpec
 # A logit this far below the row's greatest has no weight, whatever finite score is added to it.
 HIDDEN = 2000.0
 SHORT = 24  # tokens of the sequence that is looked at whole
-MAX_DIRECT_BYTES = 256 * 1024**2
+MAX_DIRECT_BYTES = 128 * 1024**2
 HUGE = 1e9  # a score at which tanh is 1
 TOLERANCE = 1e-5  # of the greatest logit; constants may be float32
 
@@ -31,10 +31,10 @@ class View:
     is_direct: bool
 
     def logits(self, scores: Tensor, *, is_wide: bool = True) -> Tensor:
-        given = {}
+        selection = None
         if not self.is_direct:
-            given = self.function.selected(self.positions, self.length, is_wide=is_wide)
-        return self.function.logits(scores, given, is_wide=is_wide)
+            selection = self.function.select(self.positions, self.length, is_wide=is_wide)
+        return self.function.logits(scores, selection, is_wide=is_wide)
 
     @property
     def distance(self) -> Tensor:
@@ -52,8 +52,7 @@ def classify(function: ScoreFunction, context: int) -> tuple[AttentionSpec, int]
         far = View(function, _positions(function, context), context, is_direct=False)
     else:
         far = _direct(function, _direct_length(function, context))
-        if any(far.length // 2 <= number < context for number in function.literals()):
-            context = far.length  # beyond it, a constant may start to matter
+        context = far.length if function.is_limited(far.length, context) else context
     far_spec = _fit(far, spec.alibi_slopes)
     window = far_spec.sliding_window
     spec = replace(
@@ -72,8 +71,10 @@ def _direct(function: ScoreFunction, length: int) -> View:
 
 
 def _direct_length(function: ScoreFunction, context: int) -> int:
-    length = int((MAX_DIRECT_BYTES / 8 / function.heads.num_heads) ** 0.5)
-    return min(length, context, 2048)
+    """How many tokens to look at whole: past every number that the graph names, if that fits."""
+    named = [number for number in function.literals() if number < context]
+    affordable = int((MAX_DIRECT_BYTES / 8 / function.heads.num_heads) ** 0.5)
+    return min(max(128, 2 * max(named, default=0) + 8), affordable, context)
 
 
 def _positions(function: ScoreFunction, context: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_aggregate, map_arg
 
-from runtime.compiling.paging.normal import DecoderGraph, attribute, op_name
+from runtime.compiling.paging.normal import DecoderGraph, attribute, op_name, slice_arguments
 from runtime.compiling.paging.refusal import NotPageable
 from runtime.compiling.paging.shapes import Lengths, tensor_of
 
@@ -89,8 +89,11 @@ class Evaluator:
         given: Mapping[Node, Any] | None = None,
         *,
         is_wide: bool = False,
+        positions: Tensor | None = None,
     ) -> list[Any]:
-        """The values of `wanted` for a sequence of `num_tokens`, with `given` put in.
+        """The values of `wanted` for a sequence of `num_tokens`, with `given` put in. With
+        `positions`, the tokens are those of a longer sequence, as far as operators that count
+        tokens themselves can tell (see `_at_positions`).
 
         Raises `NotPageable` if they depend on the token ids; whatever an operator raises.
         """
@@ -100,7 +103,12 @@ class Evaluator:
         kept = {*wanted, *values}
         with torch.inference_mode():
             for node in order:
-                values[node] = self._compute(node, values, num_tokens, is_wide)
+                value = None
+                if positions is not None:
+                    value = self._at_positions(node, values, num_tokens, positions)
+                if value is None:
+                    value = self._compute(node, values, num_tokens, is_wide)
+                values[node] = value
                 for source in self._reads(node):
                     uses[source] -= 1
                     if not uses[source] and source not in kept:
@@ -151,6 +159,34 @@ class Evaluator:
         args, kwargs = arguments
         assert callable(node.target), f"{node} is called"
         return node.target(*args, **kwargs)
+
+    def _at_positions(
+        self, node: Node, values: dict[Node, Any], num_tokens: int, positions: Tensor
+    ) -> Any:
+        """`tril`, `triu` and slices of a constant down to the sequence's length, of which a
+        sequence's chosen positions have other elements than its first ones."""
+        name = op_name(node)
+        source = node.args[0] if node.args else None
+        if name not in ("tril", "triu", "slice") or not isinstance(source, Node):
+            return None
+        value = values.get(source)
+        if not isinstance(value, Tensor):
+            return None
+        axes = self.lengths.token_axes(node)
+        if name == "slice":
+            cut = [axis for axis in axes if axis not in self.lengths.token_axes(source)]
+            _, _, start, _, step = slice_arguments(node)
+            first = self._size(start, num_tokens) if isinstance(start, Node) else start
+            if len(cut) != 1 or first or step != 1 or int(positions.max()) >= value.shape[cut[0]]:
+                return None
+            return value.index_select(cut[0], positions.to(value.device))
+        last = [value.dim() - 2, value.dim() - 1]
+        diagonal = node.args[1] if len(node.args) > 1 else 0
+        if axes[-2:] != last or not isinstance(diagonal, int):
+            return None
+        offset = (positions[None] - positions[:, None] - diagonal).to(value.device)
+        kept = offset <= 0 if name == "tril" else offset >= 0
+        return torch.where(kept, value, torch.zeros_like(value))
 
     def _size(self, node: Node, num_tokens: int) -> Any:
         value = node.meta["val"]

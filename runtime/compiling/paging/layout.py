@@ -29,6 +29,7 @@ class Heads:
     full: tuple[int, ...]
     key_width: int
     value_width: int
+    is_broadcast: bool  # key and value heads broadcast by axis, and do not serve runs
 
 
 def read_heads(site: Site, lengths: Lengths) -> Heads:
@@ -53,6 +54,7 @@ def read_heads(site: Site, lengths: Lengths) -> Heads:
         full=full,
         key_width=width(site.key, lengths),
         value_width=width(site.value, lengths),
+        is_broadcast=site.fused is None,
     )
 
 
@@ -110,9 +112,8 @@ class Packer:
 
     def pack_copies(self, operand: Operand, heads: str, counts: "Heads", num_heads: int) -> Node:
         """As `pack`, with heads repeated until there are `num_heads`."""
-        full = counts.full
-        if len(full) != len(heads):
-            full = head_sizes(operand, heads, self._lengths)
+        own = head_sizes(operand, heads, self._lengths)
+        full = counts.full if counts.is_broadcast and len(own) == len(counts.full) else own
         node = self.pack(operand, heads, full, counts.num_heads)
         shape = node.args[1]
         assert isinstance(shape, list | tuple), "a packed operand is a reshape"

@@ -180,6 +180,7 @@ class TableWriter:
         self._positions = positions
         self._context = context
         self._rows: list[tuple[Tensor, Node]] = []  # tables already in the graph
+        self._restored: dict[tuple[Node, tuple[int, ...]], Node] = {}
 
     def replace(self, frontier: Frontier) -> None:
         """Every table becomes a look-up of the step's positions."""
@@ -194,18 +195,22 @@ class TableWriter:
                 node.replace_all_uses_with(constant)
                 continue
             rows = self._look_up(value.movedim(axes[0], 0))
-            with graph.inserting_after(rows):
-                back = self._restore(graph, rows, value, axes[0])
-            node.replace_all_uses_with(back)
+            node.replace_all_uses_with(self._restore(graph, rows, value, axes[0]))
 
     def _restore(self, graph: fx.Graph, rows: Node, value: Tensor, axis: int) -> Node:
         """Looked-up rows `[tokens, ...]` in the layout of the value they replace."""
         shape = list(value.shape)
-        if all(size == 1 for size in shape[:axis]):
-            shape[axis] = -1
-            return graph.call_function(aten.reshape.default, (rows, shape))
-        order = [*range(1, axis + 1), 0, *range(axis + 1, value.dim())]
-        return graph.call_function(aten.permute.default, (rows, order))
+        shape[axis] = -1
+        key = rows, tuple(shape)
+        if key not in self._restored:
+            with graph.inserting_after(rows):
+                if all(size == 1 for size in shape[:axis]):
+                    back = graph.call_function(aten.reshape.default, (rows, shape))
+                else:
+                    order = [*range(1, axis + 1), 0, *range(axis + 1, value.dim())]
+                    back = graph.call_function(aten.permute.default, (rows, order))
+            self._restored[key] = back
+        return self._restored[key]
 
     def _look_up(self, table: Tensor) -> Node:
         """A node with the rows of `table` `[context, ...]`, flat but for their last axis."""

@@ -170,12 +170,15 @@ def _find_culprit(
         before = seen.get(node.name)
         if before is None or before.shape != value.shape:
             return
-        axes = [axis for axis, size in enumerate(value.shape) if size == PROBE_TOKENS]
-        if not axes:
+        if torch.equal(before, value):
             return
-        is_changed = (before != value).movedim(axes[0], 0).reshape(PROBE_TOKENS, -1).any(1)
-        if is_changed.sum() > 1 and len(axes) == 1:
-            found.append(op_name(node))
+        axes = [axis for axis, size in enumerate(value.shape) if size == PROBE_TOKENS]
+        if len(axes) == 1:
+            rows = (before != value).movedim(axes[0], 0).reshape(PROBE_TOKENS, -1).any(1)
+            if rows.sum() > 1:
+                found.append(op_name(node))
+        elif value.numel() % PROBE_TOKENS:
+            found.append(op_name(node))  # not a value per token any more
 
     ids, positions, rows = (argument.to(device) for argument in arguments)
     with torch.inference_mode(), attending(_own_row):

@@ -5,6 +5,7 @@ chosen positions of a long one. What the logits mean is `classify.py`'s.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -55,6 +56,14 @@ def evaluate(evaluator: Evaluator, nodes: list[Node], length: int, is_wide: bool
     return values
 
 
+@dataclass(frozen=True)
+class Selection:
+    """Values of chosen positions of a long sequence, by node."""
+
+    values: dict[Node, Any]
+    positions: Tensor
+
+
 class ScoreFunction:
     """One site's scores to logits. Heads are flattened: `[heads, queries, keys]`."""
 
@@ -70,27 +79,36 @@ class ScoreFunction:
         self._frontier = self._find_frontier()
 
     def logits(
-        self, scores: Tensor, given: dict[Node, Any] | None = None, *, is_wide: bool = True
+        self, scores: Tensor, selection: Selection | None = None, *, is_wide: bool = True
     ) -> Tensor:
         """float64 `[heads, n, n]`, or `[heads, n, n + 1]` with a sink, for scores
-        `[heads, n, n]` of a sequence of n tokens."""
-        num_tokens = scores.shape[-1]
+        `[heads, n, n]` of a sequence of n tokens, or of n selected tokens of a longer one."""
         if self.site.fused is not None:
-            return self._fused_logits(scores, given or {}, is_wide)
+            return self._fused_logits(scores, selection, is_wide)
+        num_tokens = scores.shape[-1]
         assert self.site.scores is not None, "written out"
-        assert self.root is not None, "written out"
         node = self.site.scores.node
         fake = tensor_of(node)
         assert fake is not None, "scores are a tensor"
         dtype = torch.float64 if is_wide and fake.dtype == self._evaluator.dtype else fake.dtype
         raw = scores.to(dtype).reshape(self._evaluator.lengths.shape(node, num_tokens))
-        values = {**(given or {}), node: raw.to(fake.device)}
-        logits = self._evaluator.run([self.root], num_tokens, values, is_wide=is_wide)[0]
+        logits = self._run_root({node: raw.to(fake.device)}, num_tokens, selection, is_wide)
         if logits.shape[-2] != num_tokens or logits.numel() % (self.heads.num_heads * num_tokens):
             raise NotPageable("An attention's scores change their shape before the softmax.")
         return logits.double().cpu().reshape(self.heads.num_heads, num_tokens, -1)
 
-    def _fused_logits(self, scores: Tensor, given: dict[Node, Any], is_wide: bool) -> Tensor:
+    def _run_root(
+        self, given: dict[Node, Any], num_tokens: int, selection: Selection | None, is_wide: bool
+    ) -> Tensor:
+        assert self.root is not None, "a mask or a softmax's input"
+        positions = None
+        if selection is not None:
+            given, positions = {**selection.values, **given}, selection.positions
+        return self._evaluator.run(
+            [self.root], num_tokens, given, is_wide=is_wide, positions=positions
+        )[0]
+
+    def _fused_logits(self, scores: Tensor, selection: Selection | None, is_wide: bool) -> Tensor:
         fused = self.site.fused
         assert fused is not None, "a fused attention"
         num_tokens = scores.shape[-1]
@@ -98,7 +116,7 @@ class ScoreFunction:
         scale = self.heads.key_width**-0.5 if scale is None else float(scale)
         logits = scores.double() * scale
         if isinstance(self.root, Node):
-            mask = self._evaluator.run([self.root], num_tokens, given, is_wide=is_wide)[0].cpu()
+            mask = self._run_root({}, num_tokens, selection, is_wide).cpu()
             shape = (*self.heads.full, num_tokens, num_tokens)
             mask = mask.broadcast_to(shape).reshape(logits.shape)
             if mask.dtype == torch.bool:
@@ -115,7 +133,7 @@ class ScoreFunction:
         """Whether chosen positions of a long sequence can be looked at by themselves."""
         return self._frontier is not None
 
-    def selected(self, positions: Tensor, length: int, *, is_wide: bool = True) -> dict[Node, Any]:
+    def select(self, positions: Tensor, length: int, *, is_wide: bool = True) -> Selection:
         """What to put in for `positions` of a sequence of `length`. Raises `TooLong`."""
         assert self._frontier is not None, "only where positions can be chosen"
         values = self._tables.at(self._frontier, length, is_wide)
@@ -125,7 +143,7 @@ class ScoreFunction:
             if axes:
                 value = value.index_select(axes[0], positions.to(value.device))
             given[node] = value
-        return given
+        return Selection(given, positions)
 
     def check_length(self, length: int) -> None:
         """Raises `TooLong` if the mask's or bias's constants end before `length`."""
@@ -151,6 +169,19 @@ class ScoreFunction:
                 if isinstance(argument, int | float) and math.isfinite(argument):
                     found.add(abs(int(argument)))
         return found
+
+    def is_limited(self, length: int, context: int) -> bool:
+        """Whether what was seen at `length` may end before `context`, because the mask's or
+        bias's part of the graph names a number or holds a table that goes further."""
+        sizes = {
+            size
+            for node in self._ancestors()
+            if node.op == "get_attr" and (tensor := tensor_of(node)) is not None
+            for size in tensor.shape
+        }
+        return any(length // 2 < number < context for number in self.literals()) or any(
+            isinstance(size, int) and size > length for size in sizes
+        )
 
     def _ancestors(self) -> list[Node]:
         if not isinstance(self.root, Node):
