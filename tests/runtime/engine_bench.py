@@ -192,3 +192,17 @@ def continuation(prompt: list[int], num_tokens: int) -> list[int]:
     for _ in range(num_tokens):
         tokens.append(pseudo_random_token(tokens))
     return tokens[len(prompt) :]
+
+
+def plant_stale_blocks(scheduler: Scheduler) -> None:
+    """A fault: from now on the prefix index does not forget what was given up."""
+    scheduler.index.forget = lambda block: None
+    pool, acquire = scheduler.pool, scheduler.pool.acquire
+
+    def unchecked(block: int) -> None:
+        if block in pool._free:
+            pool._free.remove(block)
+        pool._is_findable[block] = True
+        acquire(block)
+
+    pool.acquire = unchecked
