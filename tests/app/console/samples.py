@@ -19,6 +19,7 @@ from runtime.protocol import (
     CandidateReport,
     Check,
     DecoderInfo,
+    EmbedderInfo,
     Manifest,
     Schema,
     TensorSpec,
@@ -38,6 +39,23 @@ DECODER = Manifest(
         dtype="float32",
         has_tokenizer=True,
         has_chat_template=True,
+    ),
+)
+EMBEDDER = Manifest(
+    kind="embedder",
+    format="huggingface",
+    num_parameters=22_713_216,
+    weight_bytes=90_852_864,
+    embedder=EmbedderInfo(
+        architecture="BertModel",
+        dimensions=384,
+        vocab_size=30_522,
+        max_tokens=256,
+        dtype="float32",
+        pooling="mean",
+        is_normalized=True,
+        special_tokens=2,
+        batching="padded",
     ),
 )
 TENSOR = Manifest(

@@ -15,7 +15,7 @@ import pytest
 
 from app.console.snippets import example_value, snippets
 from runtime.protocol import Schema, TensorSpec
-from tests.app.console.samples import DECODER, TENSOR
+from tests.app.console.samples import DECODER, EMBEDDER, TENSOR
 
 ANSWER = {
     "outputs": {"logits": [[0.5]]},
@@ -32,6 +32,12 @@ ANSWER = {
             "finish_reason": "stop",
         }
     ],
+}
+EMBEDDINGS = {
+    "object": "list",
+    "model": "m",
+    "data": [{"object": "embedding", "index": 0, "embedding": [0.5, 0.25]}],
+    "usage": {"prompt_tokens": 3, "total_tokens": 3},
 }
 CHUNK = {
     "id": "chatcmpl-1",
@@ -61,7 +67,8 @@ class _Handler(BaseHTTPRequestHandler):
         if body.get("stream"):
             kind, answer = "text/event-stream", f"data: {json.dumps(CHUNK)}\n\ndata: [DONE]\n\n"
         else:
-            kind, answer = "application/json", json.dumps(ANSWER)
+            answer = EMBEDDINGS if self.path == "/v1/embeddings" else ANSWER
+            kind, answer = "application/json", json.dumps(answer)
         self.send_response(200)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(answer)))
@@ -117,6 +124,20 @@ def test_every_snippet_of_a_decoder_runs(server: Recorder, manifest: Any, path: 
         assert (sent_path, authorization, body["model"]) == (path, "Bearer tp-key", "my-model")
     if manifest is TOKENS_ONLY:
         assert server.requests[0][2]["prompt"] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("has_tokenizer", [True, False])
+def test_every_snippet_of_an_embedder_runs(server: Recorder, has_tokenizer: bool) -> None:
+    pytest.importorskip("openai")
+    assert EMBEDDER.embedder is not None
+    info = msgspec.structs.replace(EMBEDDER.embedder, has_tokenizer=has_tokenizer)
+    made = snippets(server.url, "minilm", msgspec.structs.replace(EMBEDDER, embedder=info))
+    assert [snippet.language for snippet in made] == ["curl", "openai", "python"]
+    for snippet in made:
+        assert "prompt_tokens" in run(snippet.language, snippet.text)
+    for path, _, body in server.requests:
+        assert (path, body["model"]) == ("/v1/embeddings", "minilm")
+        assert isinstance(body["input"][0], str) == has_tokenizer
 
 
 def test_every_snippet_of_a_tensor_program_sends_a_valid_input(server: Recorder) -> None:

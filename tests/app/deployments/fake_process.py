@@ -1,13 +1,15 @@
 """A worker or build that follows a script: speaks the real protocol without a model.
 
 Run as `python fake_process.py ROLE SOCKET SCRIPT_JSON`. A worker answers `Generate` with counting
-tokens and `Predict` with its inputs; the script makes it fail, lie, hang or die on cue.
+tokens, `Embed` with counts and `Predict` with its inputs; the script makes it fail, lie, hang or
+die on cue.
 """
 
 import json
 import os
 import signal
 import socket
+import struct
 import sys
 import time
 from pathlib import Path
@@ -24,6 +26,9 @@ from runtime.protocol import (
     Cancel,
     DecoderInfo,
     Drain,
+    Embed,
+    Embedded,
+    EmbedderInfo,
     Failed,
     Fatal,
     Generate,
@@ -74,6 +79,23 @@ TENSOR = Manifest(
         is_batched=True,
     ),
 )
+EMBEDDER = Manifest(
+    kind="embedder",
+    format="huggingface",
+    num_parameters=1000,
+    weight_bytes=4000,
+    embedder=EmbedderInfo(
+        architecture="fake",
+        dimensions=2,
+        vocab_size=1000,
+        max_tokens=16,
+        dtype="float32",
+        pooling="mean",
+        is_normalized=True,
+        special_tokens=2,
+    ),
+)
+MANIFESTS = {"decoder": DECODER, "tensor": TENSOR, "embedder": EMBEDDER}
 RECEIPT = BuildReceipt(
     verdict="equal",
     checks=[],
@@ -125,7 +147,7 @@ def worker(path: str, script: dict[str, Any]) -> None:
     report = script.get("report")
     if report:
         surroundings(Path(report))
-    manifest = TENSOR if script.get("kind") == "tensor" else DECODER
+    manifest = MANIFESTS[script.get("kind", "decoder")]
     if script.get("fatal") or Path(serve.artifact_dir, "broken").exists():
         error = WireError(type="server_error", message="The weights are damaged.", code="damaged")
         wire.send(Fatal(error=error))
@@ -136,7 +158,7 @@ def worker(path: str, script: dict[str, Any]) -> None:
         say("about to fail")
         sys.exit(script["exit"])
     wire.send(Ready(manifest=manifest, memory_bytes=1234))
-    requests: dict[str, Generate] = {}
+    requests: dict[str, Generate | Embed] = {}
     while True:
         message = wire.receive(ToWorker)
         match message:
@@ -161,8 +183,18 @@ def worker(path: str, script: dict[str, Any]) -> None:
                         max_tokens=message.sampling.max_tokens,
                     )
                 )
+            case Embed():
+                requests[message.request_id] = message
+                count = sum(num_tokens(message))
+                wire.send(
+                    Prepared(request_id=message.request_id, num_prompt_tokens=count, max_tokens=0)
+                )
             case Start():
-                generate(wire, requests.pop(message.request_id), script)
+                request = requests.pop(message.request_id)
+                if isinstance(request, Embed):
+                    embed(wire, request, script)
+                else:
+                    generate(wire, request, script)
             case Cancel():
                 requests.pop(message.request_id, None)
             case Predict():
@@ -187,6 +219,27 @@ def worker(path: str, script: dict[str, Any]) -> None:
                 return
             case _:
                 raise AssertionError(message)
+
+
+def num_tokens(request: Embed) -> list[int]:
+    if request.token_ids is not None:
+        return [len(ids) for ids in request.token_ids]
+    return [len(text) for text in request.texts or []]
+
+
+def embed(wire: Wire, request: Embed, script: dict[str, Any]) -> None:
+    """Each vector is (number of tokens, 1)."""
+    counts = num_tokens(request)
+    values = [value for count in counts for value in (float(count), 1.0)]
+    wire.send(
+        Embedded(
+            request_id=request.request_id,
+            dimensions=2,
+            data=struct.pack(f"<{len(values)}f", *values),
+            num_tokens=counts,
+            device_ns=script.get("device_ns", 1000),
+        )
+    )
 
 
 def generate(wire: Wire, request: Generate, script: dict[str, Any]) -> None:
@@ -260,7 +313,7 @@ def build(path: str, script: dict[str, Any]) -> None:
     receipt = RECEIPT
     if script.get("verdict"):
         receipt = msgspec.structs.replace(receipt, verdict=script["verdict"])
-    manifest = TENSOR if script.get("kind") == "tensor" else DECODER
+    manifest = MANIFESTS[script.get("kind", "decoder")]
     wire.send(Progress(phase="package", fraction=1.0), Built(manifest=manifest, receipt=receipt))
 
 

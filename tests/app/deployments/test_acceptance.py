@@ -13,7 +13,7 @@ from app.deployments.acceptance import (
     receipt_json,
 )
 from runtime.protocol import Built, CandidateReport, Check, Manifest, Schema, TensorSpec
-from tests.app.deployments.fake_process import DECODER, RECEIPT, TENSOR
+from tests.app.deployments.fake_process import DECODER, EMBEDDER, RECEIPT, TENSOR
 
 replace = msgspec.structs.replace
 
@@ -21,6 +21,11 @@ replace = msgspec.structs.replace
 def decoder(**values: Any) -> Manifest:
     assert DECODER.decoder is not None
     return replace(DECODER, decoder=replace(DECODER.decoder, **values))
+
+
+def embedder(**values: Any) -> Manifest:
+    assert EMBEDDER.embedder is not None
+    return replace(EMBEDDER, embedder=replace(EMBEDDER.embedder, **values))
 
 
 def schema(*specs: TensorSpec) -> Manifest:
@@ -34,7 +39,7 @@ def candidate(**values: Any) -> CandidateReport:
 X = TensorSpec(name="x", dtype="float32", shape=[None, 2])
 
 
-@pytest.mark.parametrize("manifest", [DECODER, TENSOR, schema(X, replace(X, name="y"))])
+@pytest.mark.parametrize("manifest", [DECODER, EMBEDDER, TENSOR, schema(X, replace(X, name="y"))])
 def test_what_builds_report_is_kept_as_it_is(manifest: Manifest) -> None:
     receipt = replace(
         RECEIPT,
@@ -61,6 +66,12 @@ def test_what_builds_report_is_kept_as_it_is(manifest: Manifest) -> None:
         (decoder(kv_bytes_per_token=2**60), "out of range"),
         (replace(DECODER, decoder=None), "lacks the description"),
         (replace(DECODER, weight_bytes=-1), "negative size"),
+        (embedder(dimensions=0), "implausible"),
+        (embedder(dimensions=10**9), "implausible"),
+        (embedder(max_tokens=0), "implausible"),
+        (embedder(special_tokens=-1), "implausible"),
+        (embedder(matryoshka_dimensions=[1, 3]), "implausible"),
+        (replace(EMBEDDER, embedder=None), "lacks the description"),
         (replace(TENSOR, schema=None), "lacks the schema"),
         (schema(), "no tensors"),
         (schema(X, X), "one twice"),

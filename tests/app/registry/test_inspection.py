@@ -51,6 +51,19 @@ def test_huggingface_archive(tmp_path: Path, write: Callable[..., Path]) -> None
     )
 
 
+def test_sentence_transformers_archives(tmp_path: Path) -> None:
+    layout = {"modules.json": b"[]", "1_Pooling/config.json": b"{}"}
+    path = write_tar(tmp_path / "new", model_files() | layout)
+    assert inspect_upload(path, "model").notes == []
+    old = {f"0_Transformer/{name}": content for name, content in model_files().items()}
+    path = write_tar(tmp_path / "old", old | layout)
+    assert inspect_upload(path, "model").kind == "huggingface"
+    del old["0_Transformer/model.safetensors"]
+    assert refusal(write_tar(tmp_path / "none", old | layout)).code == "no_safetensors"
+    code = layout | {"1_Pooling/pooling.py": b"raise SystemExit"}
+    assert refusal(write_tar(tmp_path / "code", model_files() | code)).code == "remote_code"
+
+
 @pytest.mark.parametrize("write", [write_tar, write_zip])
 def test_directory_inside_the_archive(tmp_path: Path, write: Callable[..., Path]) -> None:
     path = write(tmp_path / "model", model_files(), "exports/my-model/")
