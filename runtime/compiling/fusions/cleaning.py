@@ -54,10 +54,14 @@ def _settle_sizes(graph: EvaluatedGraph) -> None:
         if not values or not all(type(each) is int for each in values):
             continue
         if len(set(values)) == 1:
-            for user in list(node.users):
-                user.args = fx.map_arg(user.args, lambda n, own=node: values[0] if n is own else n)
+            _put_number(node, values[0])
         elif values in known and known[values] is not node:
             node.replace_all_uses_with(known[values], propagate_meta=False)
+
+
+def _put_number(node: fx.Node, number: int) -> None:
+    for user in list(node.users):
+        user.args = fx.map_arg(user.args, lambda each: number if each is node else each)
 
 
 def _unchanged(graph: EvaluatedGraph, node: fx.Node) -> fx.Node | None:

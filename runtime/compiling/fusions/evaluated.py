@@ -86,8 +86,8 @@ class EvaluatedGraph:
     def _run(self, node: fx.Node, at: int) -> Any:
         if node.op == "get_attr":
             return fetch(self.module, str(node.target))
-        args = fx.map_arg(node.args, lambda each: self.values[each][at])
-        kwargs = fx.map_arg(node.kwargs, lambda each: self.values[each][at])
+        args: Any = fx.map_arg(node.args, lambda each: self.values[each][at])
+        kwargs: Any = fx.map_arg(node.kwargs, lambda each: self.values[each][at])
         with torch.no_grad():
             if node.op == "call_method":
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
