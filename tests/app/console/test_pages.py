@@ -16,7 +16,7 @@ from app.organizations.tables import ApiKey
 from app.registry.tables import Model, ModelVersion
 from app.registry.uploads import UploadStore
 from tests.app.console.conftest import ORIGIN, Console
-from tests.app.console.samples import DECODER, add_model, add_usage, organization_id
+from tests.app.console.samples import DECODER, EMBEDDER, add_model, add_usage, organization_id
 
 REFUSAL = "This is a pickled module. Export it instead:\n    torch.export.save(program, 'm.pt2')"
 
@@ -62,6 +62,16 @@ async def test_a_decoders_page_has_its_facts_and_an_openai_snippet(owned: Consol
     page = (await owned.client.get("/console/models/llama")).text
     for shown in ("LlamaForCausalLM", "1,024", "from openai import OpenAI", "8.2 kB"):
         assert shown in page, shown
+
+
+async def test_an_embedders_page_has_its_facts_and_the_route_for_it(owned: Console) -> None:
+    async with owned.database.write() as session:
+        await add_model(session, "minilm", manifest=EMBEDDER)
+    page = (await owned.client.get("/console/models/minilm")).text
+    for shown in ("BertModel", "384", "256", "mean, to length 1", "texts of similar lengths",
+                  "/v1/embeddings", "client.embeddings.create"):  # fmt: skip
+        assert shown in page, shown
+    assert "Embedder, 22.7M parameters" in (await owned.client.get("/console/models")).text
 
 
 async def test_a_refused_model_says_what_to_run_instead(owned: Console) -> None:
