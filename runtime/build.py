@@ -168,7 +168,7 @@ def _run_phases(build: Build, reporter: Reporter, scratch: Path, isolation: str)
         report(1.0, f"found {names[upload.kind]}")
     from runtime.building.kinds import build_program
 
-    outcome = build_program(upload, reporter)
+    outcome = build_program(upload, scratch, reporter)
     output_dir = Path(build.output_dir)
     with reporter.phase("package") as report:
         from runtime.compiling.packaging import write_manifest
@@ -183,6 +183,7 @@ def _run_phases(build: Build, reporter: Reporter, scratch: Path, isolation: str)
         phase_seconds=reporter.phase_seconds,
         torch_version=str(torch.__version__),
         device="cpu",
+        route=outcome.route,
         notes=[printable(note) for note in [*outcome.notes, f"Built with {isolation}."]],
     )
     write_manifest(output_dir, outcome.manifest, receipt)

@@ -1,73 +1,139 @@
-"""Builds a decoder from a Hugging Face directory."""
+"""Builds a decoder of any origin: finds the way to serve it that is proved to be equal.
+
+Owns the order of import, proof and measurement, and what is said of ways that did not do.
+"""
 
 from pathlib import Path
 
+import msgspec
+
+from runtime.building.fusing import Chosen, choose_form
 from runtime.building.outcome import Outcome
 from runtime.building.reporter import Reporter
-from runtime.compiling.packaging import add_directory
-from runtime.importing.archive import UnpackedUpload
-from runtime.importing.huggingface import load_decoder
+from runtime.building.routes import NotThisWay, Route, Served, Source, alone
+from runtime.compiling.packaging import add_directory, add_program, add_text
 from runtime.importing.program import ImportFailure
 from runtime.importing.text_support import check_text
-from runtime.protocol import Check, Manifest, Verdict
-from runtime.proving.decoder import DecoderProver
-from runtime.proving.forms import paged_form
-from runtime.proving.huggingface_original import HuggingFaceOriginal
-from runtime.proving.speed import measure_decoders
+from runtime.protocol import Check, DecoderInfo, Manifest
+from runtime.proving.decoder import DecoderProof, DecoderProver
+
+NO_TEXT = (
+    "Text is not served, only token ids: there is no tokenizer beside the program. Push it with "
+    "--tokenizer DIR, where DIR holds tokenizer.json."
+)
 
 
-def build_decoder(upload: UnpackedUpload, reporter: Reporter) -> Outcome:
+def build_decoder(source: Source, reporter: Reporter) -> Outcome:
     """Raises `ImportFailure`."""
-    with reporter.phase("import") as report:
-        report(0.0, "loading the model")
-        decoder = load_decoder(upload.path)
-        parameters = list(decoder.module.parameters())
-        num_parameters = sum(parameter.numel() for parameter in parameters)
-        info, text_notes = check_text(upload.path, decoder.info)
-        report(
-            1.0,
-            f"{info.architecture}: {num_parameters:,} parameters in {info.dtype}, "
-            f"{info.num_layers} layers, {info.max_context_tokens:,} tokens of context",
-        )
-    with reporter.phase("prove") as report:
-        form = paged_form(decoder, lambda dtype: load_decoder(upload.path, dtype=dtype))
-        prover = DecoderProver(HuggingFaceOriginal(upload.path))
-        proof = prover.prove(form, lambda label, fraction: report(fraction, label))
-        _require_proof(proof.verdict, proof.checks)
-        report(1.0, f"{proof.verdict}: {len(proof.checks)} checks")
-    with reporter.phase("measure") as report:
-        candidates = measure_decoders({"eager": decoder}, report)
+    served, proof, notes = _find_route(source, reporter)
+    chosen = choose_form(served, proof.verdict, source.prover, source.fuse, reporter)
+    info, text_notes = _check_text(source.text_directory, chosen.served.info)
     manifest = Manifest(
         kind="decoder",
-        format="huggingface",
-        num_parameters=num_parameters,
-        weight_bytes=sum(parameter.nbytes for parameter in parameters),
+        format=chosen.served.format,
+        num_parameters=served.num_parameters,
+        weight_bytes=served.weight_bytes,
+        form=chosen.served.form.name,
         decoder=info,
     )
-
-    def package(artifact_dir: Path) -> list[str]:
-        return add_directory(upload.path, artifact_dir)
-
     return Outcome(
         manifest=manifest,
         verdict=proof.verdict,
-        checks=proof.checks,
-        candidates=candidates,
-        notes=[*decoder.notes, *text_notes, *proof.notes],
-        package=package,
+        checks=[*proof.checks, *chosen.checks],
+        candidates=chosen.candidates,
+        notes=[*notes, *served.notes, *text_notes, *proof.notes, *chosen.notes],
+        route=chosen.served.route,
+        package=lambda artifact_dir: _package(source, chosen, artifact_dir),
     )
 
 
-def _require_proof(verdict: Verdict, checks: list[Check]) -> None:
-    """Raises `ImportFailure` when the served form is not the uploaded model."""
-    if verdict == "different":
-        failed = "; ".join(
-            f"{check.name}: {check.error} of {check.tolerance} allowed"
-            for check in checks
-            if not check.is_equal
+# --- the route --------------------------------------------------------------------------
+
+
+def _find_route(source: Source, reporter: Reporter) -> tuple[Served, DecoderProof, list[str]]:
+    """The first route whose decoder is proved, its proof, and why not those before it."""
+    notes: list[str] = []
+    reason = ""  # of the first: the others often say less
+    for route in source.routes:
+        try:
+            served = _load(route, reason, reporter)
+        except NotThisWay as error:
+            notes.append(f"Not served by {route.label}: {error}")
+            reason = reason or str(error)
+            continue
+        proof = _prove(source.prover, served, reporter)
+        if _only_batching_differs(proof):
+            notes.append(
+                "Sequences are computed one by one: side by side, their answers would change "
+                f"({_failed(proof.checks)})."
+            )
+            served = alone(served)
+            proof = _prove(source.prover, served, reporter)
+        if proof.verdict != "different":
+            return served, proof, notes
+        found = f"That form does not compute what the model does ({_failed(proof.checks)})."
+        notes.append(f"Not served by {route.label}: {found}")
+        reason = reason or found
+    raise ImportFailure("not_servable", "The model is not served. " + " ".join(notes)[:2000])
+
+
+def _load(route: Route, reason: str, reporter: Reporter) -> Served:
+    with reporter.phase("import") as report:
+        report(0.0, route.label)
+        try:
+            served = route.load(reason)
+        except NotThisWay as error:
+            report(0.5, f"not served by {route.label}: {error}")
+            raise
+        info = served.info
+        report(
+            1.0,
+            f"{info.architecture}: {served.num_parameters:,} parameters in {info.dtype}, "
+            f"{info.num_layers} layers, {info.max_context_tokens:,} tokens of context",
         )
-        raise ImportFailure(
-            "not_equal",
-            f"The model is not served, because its served form does not compute what it does "
-            f"({failed[:400]}). That is a limit of this release, not a fault of the upload.",
-        )
+        return served
+
+
+def _prove(prover: DecoderProver, served: Served, reporter: Reporter) -> DecoderProof:
+    with reporter.phase("prove") as report:
+        proof = prover.prove(served.form, lambda label, fraction: report(fraction, label))
+        report(1.0, f"{proof.verdict}: {len(proof.checks)} checks")
+        return proof
+
+
+def _only_batching_differs(proof: DecoderProof) -> bool:
+    """Of an uncached form: a paged one has more checks than these."""
+    failed = {check.name for check in proof.checks if not check.is_equal}
+    names = {check.name for check in proof.checks}
+    return failed == {"batched"} and names == {"whole", "batched"}
+
+
+def _failed(checks: list[Check]) -> str:
+    failed = [check for check in checks if not check.is_equal]
+    shown = [f"{c.name}, {c.form}: {c.error:.3g} of {c.tolerance:.3g} allowed" for c in failed[:3]]
+    return "; ".join(shown)
+
+
+# --- text and files ---------------------------------------------------------------------
+
+
+def _check_text(directory: Path | None, info: DecoderInfo) -> tuple[DecoderInfo, list[str]]:
+    if directory is None:
+        absent = msgspec.structs.replace(info, has_tokenizer=False, has_chat_template=False)
+        return absent, [NO_TEXT]
+    return check_text(directory, info)
+
+
+def _package(source: Source, chosen: Chosen, artifact_dir: Path) -> list[str]:
+    """Write what a worker loads. Returns the names of the upload's files that it does not."""
+    upload, text = source.upload, source.text_directory
+    if chosen.served.program_path is None:
+        return add_directory(upload.path, artifact_dir)
+    add_program(chosen.served.program_path, artifact_dir)
+    used = add_text(text, artifact_dir) if text else set[str]()
+    if upload.kind == "huggingface":
+        names = [path.name for path in sorted(upload.path.iterdir())]
+        return [name for name in names if name not in used and not name.endswith(".safetensors")]
+    if text is not None and text != upload.path.parent:
+        used = {text.name}
+    return [name for name in upload.beside if name not in used]

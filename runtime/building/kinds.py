@@ -3,18 +3,19 @@
 The one table of kinds; each kind's detection lies with its build.
 """
 
+from pathlib import Path
+
 from runtime.building.outcome import Outcome
 from runtime.building.reporter import Reporter
 from runtime.importing.archive import UnpackedUpload
 
 
-def build_program(upload: UnpackedUpload, reporter: Reporter) -> Outcome:
-    """Import, prove and measure, as the upload's kind asks. Raises `ImportFailure`."""
-    # Imported late: a tensor program's build needs no transformers.
+def build_program(upload: UnpackedUpload, scratch: Path, reporter: Reporter) -> Outcome:
+    """Import, prove and measure, as the upload's kind asks. What is only needed on the way goes
+    to `scratch`. Raises `ImportFailure`."""
+    # Imported late: a graph's build needs no transformers.
     if upload.kind == "pt2":
-        from runtime.building.tensor import build_tensor
-
-        return build_tensor(upload, reporter)
+        return _build_graph(upload, reporter)
     from runtime.importing.embedder_layout import is_embedder
 
     if is_embedder(upload.path):
@@ -22,5 +23,23 @@ def build_program(upload: UnpackedUpload, reporter: Reporter) -> Outcome:
 
         return build_embedder(upload, reporter)
     from runtime.building.decoder import build_decoder
+    from runtime.building.directory_routes import directory_source
 
-    return build_decoder(upload, reporter)
+    return build_decoder(directory_source(upload, scratch), reporter)
+
+
+def _build_graph(upload: UnpackedUpload, reporter: Reporter) -> Outcome:
+    from runtime.compiling.paging import is_decoder_graph
+    from runtime.importing.exported import load_exported
+
+    with reporter.phase("import") as report:
+        report(0.0, "loading the graph")
+        model = load_exported(upload.path)
+    if is_decoder_graph(model.program):
+        from runtime.building.decoder import build_decoder
+        from runtime.building.routes import graph_source
+
+        return build_decoder(graph_source(upload, model), reporter)
+    from runtime.building.tensor import build_tensor
+
+    return build_tensor(upload, model, reporter)

@@ -15,7 +15,8 @@ PHASE_STARTS = {"unpack": 0.0, "import": 0.15, "prove": 0.4, "measure": 0.8, "pa
 
 
 class Reporter:
-    """Sends progress as it happens, logs it, and keeps the time of each phase."""
+    """Sends progress as it happens, logs it, and keeps the time of each phase, which may be
+    entered again."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
@@ -46,4 +47,5 @@ class Reporter:
         try:
             yield report
         finally:
-            self.phase_seconds[name] = round(time.monotonic() - started, 3)
+            seconds = self.phase_seconds.get(name, 0.0) + time.monotonic() - started
+            self.phase_seconds[name] = round(seconds, 3)

@@ -9,7 +9,7 @@ from runtime.building.reporter import Reporter
 from runtime.compiling.candidates import measure_candidates
 from runtime.compiling.packaging import add_program
 from runtime.importing.archive import UnpackedUpload
-from runtime.importing.exported import load_exported
+from runtime.importing.exported import ExportedProgramModel
 from runtime.importing.signature import describe_schema
 from runtime.protocol import Manifest
 from runtime.proving.tensor import prove_tensor
@@ -17,11 +17,11 @@ from runtime.proving.tensor import prove_tensor
 MAX_BATCH_ROWS = 64  # of a run, as `Serve.max_batch_rows`
 
 
-def build_tensor(upload: UnpackedUpload, reporter: Reporter) -> Outcome:
+def build_tensor(
+    upload: UnpackedUpload, model: ExportedProgramModel, reporter: Reporter
+) -> Outcome:
     """Raises `ImportFailure`."""
     with reporter.phase("import") as report:
-        report(0.0, "loading the graph")
-        model = load_exported(upload.path)
         schema = describe_schema(model.schema)
         report(1.0, f"{model.num_parameters:,} parameters; {schema}")
     with reporter.phase("prove") as report:

@@ -2,7 +2,8 @@
 
 program.json   the manifest
 receipt.json   what the build tried and found
-program.pt2    a tensor program, or config.json, *.safetensors, tokenizer ... of a decoder
+program.pt2    a tensor program or a decoder's graph, or *.safetensors of a decoder
+config.json, tokenizer.json, ...   of a decoder, as far as it has them
 """
 
 import os
@@ -45,6 +46,10 @@ SERVED_FILES = (
 )
 
 
+# Those of them that a graph's decoder needs beside it.
+TEXT_FILES = tuple(name for name in SERVED_FILES if "safetensors" not in name)
+
+
 class ArtifactError(Exception):
     """The directory is not an artifact that a build wrote."""
 
@@ -52,6 +57,19 @@ class ArtifactError(Exception):
 def add_program(source: Path, artifact_dir: Path) -> None:
     """Copy a `.pt2` into the artifact. The upload itself stays where it is."""
     shutil.copyfile(source, artifact_dir / PROGRAM_NAME)
+
+
+def add_text(source: Path, artifact_dir: Path) -> set[str]:
+    """Copy the small files beside a model's weights: tokenizer, templates, configurations.
+    Returns their names."""
+    names = {
+        path.name
+        for path in source.iterdir()
+        if path.is_file() and any(fnmatchcase(path.name, pattern) for pattern in TEXT_FILES)
+    }
+    for name in names:
+        shutil.copyfile(source / name, artifact_dir / name)
+    return names
 
 
 def add_directory(source: Path, artifact_dir: Path) -> list[str]:

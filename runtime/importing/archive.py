@@ -30,6 +30,8 @@ MAX_DEPTH = 16
 MAX_PATH_BYTES = 1024
 CHUNK_BYTES = 1024**2
 
+TOKENIZER_NAME = "tokenizer.json"
+TOKENIZER_DIRECTORY = "tokenizer"  # what `tapeout push --tokenizer` packs beside a program
 GZIP_MAGIC = b"\x1f\x8b"
 ZIP_MAGIC = (b"PK\x03\x04", b"PK\x05\x06")
 TAR_MAGIC_AT = 257
@@ -44,11 +46,12 @@ _DAMAGE = (
 
 class UnpackedUpload(msgspec.Struct, frozen=True, kw_only=True):
     """`path` is the Hugging Face directory, or the `.pt2` file. `beside` are the names of the
-    files that came with a `.pt2`."""
+    files that came with a `.pt2`; a tokenizer among them is in `text_directory`."""
 
     kind: Literal["huggingface", "pt2"]
     path: Path
     beside: list[str] = []
+    text_directory: Path | None = None
 
 
 def unpack(path: Path, directory: Path, max_bytes: int = MAX_UNPACKED_BYTES) -> UnpackedUpload:
@@ -261,7 +264,9 @@ def _recognise(directory: Path) -> UnpackedUpload:
     if len(programs) == 1:
         _check_program(programs[0])
         beside = [name for name in names if name != programs[0].name]
-        return UnpackedUpload(kind="pt2", path=programs[0], beside=beside)
+        return UnpackedUpload(
+            kind="pt2", path=programs[0], beside=beside, text_directory=_text_directory(root)
+        )
     if len(programs) > 1:
         raise ImportFailure(
             "several_programs",
@@ -269,6 +274,23 @@ def _recognise(directory: Path) -> UnpackedUpload:
         )
     _check_huggingface(names)
     return UnpackedUpload(kind="huggingface", path=root)
+
+
+def _text_directory(root: Path) -> Path | None:
+    """Where the tokenizer beside a program lies: next to it, or in the one directory that has
+    it."""
+    if (root / TOKENIZER_NAME).is_file():
+        return root
+    found = [path.parent for path in root.glob(f"*/{TOKENIZER_NAME}") if path.is_file()]
+    if len(found) > 1:
+        names = ", ".join(sorted(path.name for path in found)[:5])
+        raise ImportFailure(
+            "several_tokenizers",
+            f"The archive holds {len(found)} tokenizers beside the program ({names}); pack one.",
+        )
+    if not found and (root / TOKENIZER_DIRECTORY).is_dir():
+        return root / TOKENIZER_DIRECTORY  # which says what it lacks
+    return found[0] if found else None
 
 
 def _check_program(path: Path) -> None:

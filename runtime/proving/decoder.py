@@ -49,7 +49,7 @@ class DecoderProver:
         self._original = original
         self._block_size = block_size
         self._budget_seconds = budget_seconds
-        self._references: References | None = None
+        self._references: dict[bool, References] = {}  # by whether they are of whole forms
 
     def prove(
         self, form: Form, on_progress: OnProgress = lambda _phase, _fraction: None
@@ -65,9 +65,10 @@ class DecoderProver:
         if 5 * num_parameters > free_bytes:
             return _unproved(num_parameters, free_bytes)
         on_progress("the original", 0.0)
-        if self._references is None:
-            self._references = self._consult(form, has_float64=13 * num_parameters <= free_bytes)
-        references = self._references
+        if form.is_whole not in self._references:
+            has_float64 = 13 * num_parameters <= free_bytes
+            self._references[form.is_whole] = self._consult(form, has_float64=has_float64)
+        references = self._references[form.is_whole]
         checks: list[Check] = []
         dtypes = list(dict.fromkeys([torch.float32, form.dtype]))
         for i, dtype in enumerate(dtypes):
@@ -90,9 +91,16 @@ class DecoderProver:
                 window=form.window or None,
                 max_context_tokens=form.max_context_tokens,
                 budget_seconds=self._budget_seconds,
+                is_whole=form.is_whole,
             )
 
-        return consult_original(self._original, choose, [form.dtype], has_float64=has_float64)
+        return consult_original(
+            self._original,
+            choose,
+            [form.dtype],
+            has_float64=has_float64,
+            is_whole=form.is_whole,
+        )
 
 
 def _check(run: Run, label: str, dtype: torch.dtype, references: References) -> Check:

@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
-from runtime.compiling.paging.signature import read_decoder_signature
+from runtime.compiling.paging.cast import cast
+from runtime.compiling.paging.signature import embedding_rows, read_decoder_signature
 from runtime.importing.exported import ExportedProgramModel
 from runtime.importing.signature import axis_bounds
-from runtime.proving.reference import recast
+from runtime.proving.reference import widen
 
 
 class ExportedOriginal:
@@ -28,14 +29,16 @@ class ExportedOriginal:
         self._fixed_tokens = int(length) if length.is_Integer else None  # type: ignore[arg-type]
         self.min_tokens = axis_bounds(length, model.program)[0] if self._fixed_tokens is None else 1
         self.num_parameters = model.num_parameters
-        self.vocab_size = signature.vocab_size
+        rows = embedding_rows(model.program, signature)
+        self.vocab_size = min([*rows, signature.vocab_size])
 
     def load(self, dtype: torch.dtype) -> "LoadedExported":
-        """The graph recast to `dtype`, or as it is where that is its own."""
-        graph = self._model.program.module(check_guards=False)
-        assert isinstance(graph, torch.fx.GraphModule), "an exported program's module is a graph"
-        if any(t.dtype != dtype for t in self._model.state.values() if t.is_floating_point()):
-            recast(graph, dtype)
+        """The graph in `dtype`: in float64 throughout, else where it computes in its own."""
+        program = self._model.program
+        if dtype == torch.float64:
+            graph: torch.nn.Module = widen(program)
+        else:
+            graph = cast(program, dtype).module(check_guards=False)
         return LoadedExported(self._model, graph, self._logits_at, self._fixed_tokens)
 
 
@@ -45,7 +48,7 @@ class LoadedExported:
     def __init__(
         self,
         model: ExportedProgramModel,
-        graph: torch.fx.GraphModule,
+        graph: torch.nn.Module,
         logits_at: int,
         fixed_tokens: int | None,
     ) -> None:

@@ -45,6 +45,11 @@ class Form(Protocol):
         """The longest sliding window of a layer; 0 where there is none."""
         ...
 
+    @property
+    def is_whole(self) -> bool:
+        """It keeps no cache, so it need not be causal."""
+        ...
+
     def runs(self, dtype: torch.dtype, traces: list[Trace]) -> list[Run]:
         """Each way that serving can run it, with the model in `dtype`."""
         ...
@@ -61,6 +66,7 @@ class PagedForm:
     load: Callable[[torch.dtype], Decoder]
     block_size: int = 32
     backend: AttentionBackend | None = None
+    is_whole: bool = False
 
     def runs(self, dtype: torch.dtype, traces: list[Trace]) -> list[Run]:
         """Each on a pool of its own, whose unused memory is all NaN."""
@@ -93,20 +99,21 @@ class PagedForm:
 
 @dataclass(frozen=True)
 class WholeForm:
-    """A `Form` without a cache."""
+    """A `Form` without a cache; not `is_batched` if each sequence is run by itself."""
 
     name: str
     dtype: torch.dtype
     max_context_tokens: int
     load: Callable[[torch.dtype], WholeModel]
+    is_batched: bool = True
     window: int = 0
+    is_whole: bool = True
 
     def runs(self, dtype: torch.dtype, traces: list[Trace]) -> list[Run]:
         """Each on one model, which keeps nothing between them."""
         model = self.load(dtype)
-        return [
-            Run(way.name, way.description, partial(way.run, model, traces)) for way in WHOLE_WAYS
-        ]
+        ways = WHOLE_WAYS if self.is_batched else WHOLE_WAYS[:1]
+        return [Run(way.name, way.description, partial(way.run, model, traces)) for way in ways]
 
 
 def paged_form(

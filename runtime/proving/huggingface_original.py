@@ -1,5 +1,6 @@
 """A Hugging Face directory as the original of a proof: transformers' own model, attention eager."""
 
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -17,9 +18,21 @@ class HuggingFaceOriginal:
 
     def __init__(self, directory: Path | str) -> None:
         self._directory = Path(directory)
-        module = load_original(self._directory)  # memory-mapped, and given up again
-        self.num_parameters = sum(parameter.numel() for parameter in module.parameters())
-        self.vocab_size = module.get_input_embeddings().get_parameter("weight").shape[0]
+
+    @cached_property
+    def num_parameters(self) -> int:
+        return self._sizes[0]
+
+    @cached_property
+    def vocab_size(self) -> int:
+        return self._sizes[1]
+
+    @cached_property
+    def _sizes(self) -> tuple[int, int]:
+        """Of a module that is memory-mapped, and given up again."""
+        module = load_original(self._directory)
+        num_parameters = sum(parameter.numel() for parameter in module.parameters())
+        return num_parameters, module.get_input_embeddings().get_parameter("weight").shape[0]
 
     def load(self, dtype: torch.dtype) -> "LoadedHuggingFace":
         """float64 is widened from float32, so that tables made in float32 stay what they are."""

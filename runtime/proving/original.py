@@ -35,10 +35,23 @@ class LoadedOriginal(Protocol):
 class OriginalModel(Protocol):
     """What was uploaded, to be run just as its owner would run it."""
 
-    num_parameters: int
-    vocab_size: int
-    min_tokens: int  # the shortest sequence that it takes
-    recomputes: bool  # each token that it generates costs a whole sequence
+    @property
+    def num_parameters(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids below it are ones that the model can look up."""
+        ...
+
+    @property
+    def min_tokens(self) -> int:
+        """The shortest sequence that it takes."""
+        ...
+
+    @property
+    def recomputes(self) -> bool:
+        """Each token that it generates costs a whole sequence."""
+        ...
 
     def load(self, dtype: torch.dtype) -> LoadedOriginal:
         """A fresh copy of the model, computing in `dtype`."""
@@ -62,11 +75,16 @@ class PromptPlan:
 
 @dataclass(frozen=True)
 class Trace:
-    """One prompt, the original's greedy continuation, and exact logits at every position."""
+    """One prompt, the original's greedy continuation, and exact logits at every position.
+
+    Row i is what the original says after token i of the sequence, seen as a whole; of a decoder
+    that is not causal, what it says after `tokens[:i + 1]` alone, for i in `ends` less one.
+    """
 
     tokens: list[int]
     num_prompt: int
     reference: Tensor  # float64 [tokens, vocab]
+    ends: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,6 +106,7 @@ def choose_plan(
     window: int | None,
     max_context_tokens: int,
     budget_seconds: float,
+    is_whole: bool = False,
 ) -> PromptPlan:
     """The largest plan whose forwards fit the budget, judged by timing one.
 
@@ -105,7 +124,7 @@ def choose_plan(
     seconds = _seconds_per_forward(loaded, min(FORWARD_TOKENS, max_context_tokens))
     for plan in plans:
         room = max_context_tokens - plan.num_new
-        num_forwards = plan.num_forwards(recomputes=original.recomputes)
+        num_forwards = plan.num_forwards(recomputes=original.recomputes or is_whole)
         if max(plan.lengths) <= room and num_forwards * seconds <= budget_seconds:
             return plan
     num_new = min(2, max_context_tokens - 1)
@@ -119,10 +138,12 @@ def consult_original(
     dtypes: Sequence[torch.dtype],
     *,
     has_float64: bool = True,
+    is_whole: bool = False,
 ) -> References:
     """Replay a plan, chosen by the original in float32, on it in float32, float64 and `dtypes`.
 
     Without float64, float32 itself is the reference, and its tolerance is the floor alone.
+    `is_whole` asks about each beginning of a sequence by itself, for models that look ahead.
     """
     loaded = original.load(torch.float32)
     plan = choose(loaded)
@@ -131,18 +152,22 @@ def consult_original(
         torch.randint(original.vocab_size, (n,), generator=generator).tolist() for n in plan.lengths
     ]
     sequences = [prompt + loaded.continue_greedily(prompt, plan.num_new) for prompt in prompts]
-    own: dict[torch.dtype, list[Tensor]] = {
-        torch.float32: [loaded.logits(tokens) for tokens in sequences]
-    }
+    ends = [()] * len(sequences)
+    if is_whole:
+        ends = [
+            _ends(tokens, len(prompt), sequences)
+            for tokens, prompt in zip(sequences, prompts, strict=True)
+        ]
+    asked = list(zip(sequences, ends, strict=True))
+    own: dict[torch.dtype, list[Tensor]] = {torch.float32: _ask(loaded, asked)}
     del loaded  # before the next one takes its place
-    references = _in_float64(original, sequences) if has_float64 else None
+    references = _in_float64(original, asked) if has_float64 else None
     is_exact = references is not None
     if references is None:
         references = [logits.double() for logits in own[torch.float32]]
     for dtype in dtypes:
         if dtype not in own:
-            in_dtype = original.load(dtype)
-            own[dtype] = [in_dtype.logits(tokens) for tokens in sequences]
+            own[dtype] = _ask(original.load(dtype), asked)
     highest = max(float(reference.max()) for reference in references)
     logit_range = highest - min(float(reference.min()) for reference in references)
     tolerances = {
@@ -153,17 +178,43 @@ def consult_original(
         for dtype, found in own.items()
     }
     traces = [
-        Trace(tokens, len(prompt), reference)
-        for tokens, prompt, reference in zip(sequences, prompts, references, strict=True)
+        Trace(tokens, len(prompt), reference, at)
+        for tokens, prompt, reference, at in zip(sequences, prompts, references, ends, strict=True)
     ]
     return References(plan, traces, tolerances, logit_range, is_exact)
 
 
-def _in_float64(original: OriginalModel, sequences: Sequence[list[int]]) -> list[Tensor] | None:
+def _ends(tokens: list[int], num_prompt: int, all_sequences: list[list[int]]) -> tuple[int, ...]:
+    """Where a sequence is cut to be run by itself: at each of its generated tokens, and at the
+    lengths of the others, which it will run beside."""
+    own = range(num_prompt, len(tokens) + 1)
+    others = [len(other) for other in all_sequences if len(other) <= len(tokens)]
+    return tuple(sorted({*own, *others}))
+
+
+def _ask(
+    loaded: LoadedOriginal, asked: Sequence[tuple[list[int], tuple[int, ...]]]
+) -> list[Tensor]:
+    """Logits `[tokens, vocab]` of each sequence; the rows before its `ends`, if it has any, are
+    those of its beginnings alone, and the others 0."""
+    found = []
+    for tokens, ends in asked:
+        if not ends:
+            found.append(loaded.logits(tokens))
+            continue
+        rows = [loaded.logits(tokens[:end])[-1] for end in ends]
+        logits = rows[0].new_zeros(len(tokens), len(rows[0]))
+        logits[[end - 1 for end in ends]] = torch.stack(rows)
+        found.append(logits)
+    return found
+
+
+def _in_float64(
+    original: OriginalModel, asked: Sequence[tuple[list[int], tuple[int, ...]]]
+) -> list[Tensor] | None:
     """Exact logits, or None if some operation of the model has no float64 form."""
     try:
-        loaded = original.load(torch.float64)
-        references = [loaded.logits(tokens) for tokens in sequences]
+        references = _ask(original.load(torch.float64), asked)
     except (RuntimeError, TypeError) as error:
         logger.info("no float64 reference: %s", error)
         return None

@@ -70,37 +70,33 @@ def _run_float64(
 
 
 def widen(program: ExportedProgram) -> torch.fx.GraphModule:
-    """The program's graph in float64; the program's own tensors stay as they are."""
+    """The program's graph with every float tensor and every named float dtype made float64; the
+    program's own tensors stay as they are."""
     wide = program.module(check_guards=False)
     assert isinstance(wide, torch.fx.GraphModule), "an exported program's module is a graph"
-    return recast(wide, torch.float64)
-
-
-def recast(graph: torch.fx.GraphModule, dtype: torch.dtype) -> torch.fx.GraphModule:
-    """The graph itself, with every float tensor it holds replaced by one in `dtype`, and every
-    float dtype it names by `dtype`."""
-
-    def replaced(argument: object) -> object:
-        is_float = isinstance(argument, torch.dtype) and argument.is_floating_point
-        return dtype if is_float else argument
-
-    for owner in graph.modules():
+    for owner in wide.modules():
         # torch keeps parameters, buffers and plain constants apart; all are replaced, not changed.
         for tensors in (owner._parameters, owner._buffers, vars(owner)):
-            _recast_tensors(tensors, dtype)
-    for node in graph.graph.nodes:
-        node.args = torch.fx.node.map_aggregate(node.args, replaced)  # type: ignore[assignment]
-        node.kwargs = torch.fx.node.map_aggregate(node.kwargs, replaced)  # type: ignore[assignment]
-    graph.recompile()
-    return graph
+            _widen_tensors(tensors)
+    for node in wide.graph.nodes:
+        node.args = torch.fx.node.map_aggregate(node.args, _widen_dtype)  # type: ignore[assignment]
+        node.kwargs = torch.fx.node.map_aggregate(node.kwargs, _widen_dtype)  # type: ignore[assignment]
+    wide.recompile()
+    return wide
 
 
-def _recast_tensors(tensors: dict[str, Any], dtype: torch.dtype) -> None:
+def _widen_tensors(tensors: dict[str, Any]) -> None:
     for name, value in list(tensors.items()):
         if isinstance(value, torch.nn.Parameter) and value.is_floating_point():
-            tensors[name] = torch.nn.Parameter(value.detach().to(dtype), requires_grad=False)
+            tensors[name] = torch.nn.Parameter(value.detach().double(), requires_grad=False)
         elif isinstance(value, torch.Tensor) and value.is_floating_point():
-            tensors[name] = value.to(dtype)
+            tensors[name] = value.double()
+
+
+def _widen_dtype(argument: object) -> object:
+    if isinstance(argument, torch.dtype) and argument.is_floating_point:
+        return torch.float64
+    return argument
 
 
 def _deviation(outputs: torch.Tensor, reference: torch.Tensor | None) -> float | None:

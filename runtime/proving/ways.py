@@ -192,7 +192,8 @@ def _run_whole(model: WholeModel, traces: list[Trace]) -> list[Pair]:
     return [
         (model.logits(torch.tensor([trace.tokens[:end]])), trace.reference[end - 1 : end])
         for trace in traces
-        for end in range(trace.num_prompt, len(trace.tokens) + 1)
+        for end in trace.ends
+        if end >= trace.num_prompt
     ]
 
 
