@@ -134,6 +134,31 @@ def test_text_and_chat_prompts(shared: WorkerProcess) -> None:
         assert failed.error.code == "cancelled"
 
 
+def test_with_little_room_requests_are_swapped_and_answer_the_same(
+    launch: Launch, shared: WorkerProcess, decoder_artifact: Path
+) -> None:
+    assert shared.ready is not None
+    assert shared.ready.manifest.decoder is not None
+    block_bytes = 8 * shared.ready.manifest.decoder.kv_bytes_per_token
+    worker = launch()
+    worker.serve(
+        decoder_artifact,
+        block_size=8,
+        kv_cache_bytes=16 * block_bytes,
+        swap_bytes=64 * block_bytes,
+        poisons_blocks=True,
+    )
+    requests = [generate(f"r{i}", [2 + i, 3, 4, 5, 6], max_tokens=40) for i in range(6)]
+    outputs, expected = worker.peer.generate(*requests), shared.peer.generate(*requests)
+    for request_id, steps in expected.items():
+        tokens = [id_ for output in steps for id_ in output.token_ids]
+        assert [id_ for output in outputs[request_id] for id_ in output.token_ids] == tokens
+    stats = worker.peer.receive_until(Stats, lambda each: each.output_tokens == 6 * 40)
+    assert stats.preemptions > 0
+    assert stats.swapped_blocks > 0
+    assert stats.used_blocks == 0
+
+
 def test_sixteen_at_once_share_their_prefix(shared: WorkerProcess) -> None:
     prompt = list(range(2, 102))
     requests = [generate(f"r{i}", [*prompt, 2 + i], max_tokens=8) for i in range(16)]
