@@ -1,6 +1,9 @@
 """The order of admission: fair between flows, first come first served within one."""
 
+import pytest
+
 from runtime.scheduling.scheduler import Scheduler
+from runtime.scheduling.sequence import Sequence
 from runtime.scheduling.waiting import WaitingLine
 
 from .conftest import CacheModel, MakeSequence
@@ -110,3 +113,27 @@ def test_removed_sequences_and_flows_leave_no_trace(make_sequence: MakeSequence)
         line.charge(taken[-1], 1)
     assert sorted(each.sequence_id for each in taken) == [s.sequence_id for s in sequences[1::2]]
     assert len(line) == len(line._flows) == len(line._order) == 0
+
+
+@pytest.mark.parametrize("num_blocks", [200, 4000])
+def test_a_step_costs_the_same_whoever_waits(
+    make_sequence: MakeSequence, monkeypatch: pytest.MonkeyPatch, num_blocks: int
+) -> None:
+    """Counts the looks at waiting sequences, not time. With few blocks, room is what lacks; with
+    many, places are."""
+    scheduler = Scheduler(num_blocks, block_size=4, max_batch_tokens=64, max_sequences=8)
+    cache = CacheModel(scheduler)
+    for number in range(1000):
+        prompt = [number, *range(60)]
+        scheduler.add(make_sequence(prompt, max_tokens=30, flow=f"flow {number % 100}"))
+    while scheduler.num_running < 3:
+        cache.step(lambda _: 1)
+    looks: list[Sequence] = []
+    match = scheduler.index.match
+    monkeypatch.setattr(scheduler.index, "match", lambda each: looks.append(each) or match(each))
+    for _ in range(100):
+        num_waiting = scheduler.num_waiting
+        looks.clear()
+        cache.step(lambda _: 1)
+        num_admitted = num_waiting - scheduler.num_waiting
+        assert len(looks) <= max(num_admitted, 0) + 1
