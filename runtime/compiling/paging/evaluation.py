@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_aggregate, map_arg
 
-from runtime.compiling.paging.normal import DecoderGraph, attribute, op_name, slice_arguments
+from runtime.compiling.paging.copying import attribute
+from runtime.compiling.paging.normal import DecoderGraph, op_name, slice_arguments
 from runtime.compiling.paging.refusal import NotPageable
 from runtime.compiling.paging.shapes import Lengths, tensor_of
 

@@ -14,6 +14,7 @@ from torch import fx
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
+from runtime.compiling.paging.copying import copy_graph, is_wrapper
 from runtime.compiling.paging.refusal import NotPageable
 from runtime.compiling.paging.shapes import axes_of, tensor_of
 from runtime.compiling.paging.signature import (
@@ -54,25 +55,24 @@ class DecoderGraph:
     ids_dtype: torch.dtype
 
 
-def is_normal(program: ExportedProgram) -> bool:
-    """Whether every node is a plain functional operator already."""
+def functional(program: ExportedProgram) -> ExportedProgram:
+    """The program as plain functional operators, without in-place ones and wrapped regions."""
+    return program if _is_functional(program, may_wrap=False) else _decompose(program)
+
+
+def _is_functional(program: ExportedProgram, *, may_wrap: bool) -> bool:
     for node in program.graph.nodes:
-        if node.op != "call_function":
-            if node.op == "get_attr":
-                return False
-            continue
-        schema = getattr(node.target, "_schema", None)
         if isinstance(node.target, torch._ops.HigherOrderOperator):
-            return False
-        if schema is not None and schema.is_mutable:
-            return False
+            if not (may_wrap and is_wrapper(node)):
+                return False
+        elif node.op == "call_function" and op_name(node) not in _COPIES:
+            schema = getattr(node.target, "_schema", None)
+            if schema is not None and schema.is_mutable:
+                return False
     return True
 
 
-def functional(program: ExportedProgram) -> ExportedProgram:
-    """The program without in-place operators and wrappers such as `no_grad` regions."""
-    if is_normal(program):
-        return program
+def _decompose(program: ExportedProgram) -> ExportedProgram:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its tree specs
         return program.run_decompositions({})
@@ -83,11 +83,12 @@ def normalise(program: ExportedProgram) -> DecoderGraph:
     signature = read_decoder_signature(program)
     tokens, batch = _symbols(signature)
     rows = embedding_rows(program, signature)
-    program = functional(program)
+    if not _is_functional(program, may_wrap=True):
+        program = _decompose(program)
     lifted = program.module(check_guards=False)
     assert isinstance(lifted, GraphModule), "an exported program's module is a graph"
     graph = fx.Graph()
-    ids, outputs = _copy(lifted.graph, graph, signature)
+    ids, outputs = copy_graph(lifted.graph, graph, signature.input_at)
     logits = outputs[signature.output_at]
     graph.output(logits)
     module = GraphModule(lifted, graph)
@@ -106,14 +107,6 @@ def normalise(program: ExportedProgram) -> DecoderGraph:
         num_ids=min([*rows, signature.vocab_size]),
         ids_dtype=signature.dtype,
     )
-
-
-def attribute(module: torch.nn.Module | None, path: str) -> Any:
-    """What a `get_attr` node gives."""
-    value: Any = module
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value
 
 
 def model_dtype(module: torch.nn.Module) -> torch.dtype:
@@ -139,34 +132,6 @@ def _symbols(signature: DecoderSignature) -> tuple[sympy.Symbol, sympy.Symbol | 
             f"The batch is fixed at {batch}; export with a batch of 1 or a dynamic one."
         )
     return signature.length, None
-
-
-def _copy(source: fx.Graph, target: fx.Graph, signature: DecoderSignature) -> tuple[Node, Any]:
-    copies: dict[Node, Node] = {}
-    ids: Node | None = None
-    outputs: Any = None
-    placeholder_at = 0
-    for node in source.nodes:
-        if node.op == "output":
-            outputs = [copies.get(value) for value in torch.utils._pytree.tree_leaves(node.args)]
-        elif node.op == "placeholder":
-            if placeholder_at == signature.input_at:
-                ids = target.placeholder("input_ids")
-                ids.meta = dict(node.meta)
-                copies[node] = ids
-            elif node.users:
-                raise NotPageable("An argument beside the token ids takes part in the computation.")
-            placeholder_at += 1
-        elif node.op == "call_module":
-            if node.users:
-                raise NotPageable("The graph calls a module that cannot be looked into.")
-        else:
-            copies[node] = target.node_copy(node, lambda old: copies[old])
-            if node.op == "get_attr":
-                tensor = attribute(source.owning_module, str(node.target))
-                copies[node].meta["val"] = torch.empty_like(tensor, device="meta")
-    assert ids is not None, "the signature names the input"
-    return ids, outputs
 
 
 def _simplify(module: GraphModule) -> None:
