@@ -9,14 +9,15 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <atomic>
-
 #include "cpu_kernels.h"
+#include "cpu_threads.h"
+#include "cpu_tiles.h"
 
 namespace {
 
-constexpr int kTileRows = 64;             // rows of a wide item
-constexpr int kSplitKeys = 256;           // keys of a narrow item; longer contexts are split
+constexpr int kTileRows = 128;            // rows of a wide item
+constexpr int kSplitKeys = 512;           // keys of a narrow item; longer contexts are split
+constexpr int kTakenItems = 4;            // items that a thread takes at a time, if there are many
 constexpr int64_t kSerialWork = 1 << 16;  // multiplications below which threads cost more
 
 // The items of a call. Split items of one (sequence, kv head) are consecutive.
@@ -74,6 +75,19 @@ void merge(const Call<T>& call, const Item* first, const Item* last, Partials& p
 }
 
 template <typename T>
+void run_item(const Call<T>& call, const Item& item, const Item* next, Partials& partials) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, c10::BFloat16>)
+    if (fits_tiles(call.head_dim)) return run_tiles(call, item, next, partials);
+#endif
+  static_cast<void>(next);
+  if (item.is_narrow)
+    run_few(call, item, partials);
+  else
+    run_wide(call, item);
+}
+
+template <typename T>
 void run(const Call<T>& call, const std::vector<Item>& items) {
   int64_t num_partials = 0, work = 0;
   for (const Item& item : items) {
@@ -83,15 +97,15 @@ void run(const Call<T>& call, const std::vector<Item>& items) {
   const int64_t row_size = call.head_dim + 2;
   Partials partials{std::vector<float>(num_partials * kNarrowRows * row_size), row_size};
   const int64_t num_items = static_cast<int64_t>(items.size());
-  std::atomic<int64_t> next{0};
+  const int64_t num_threads = at::get_num_threads();
+  const int64_t taken = num_items >= 8 * num_threads * kTakenItems ? kTakenItems : 1;
   // Threads take items as they become free: cores here are shared, and items differ in size.
-  const auto drain = [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < num_items; i = next++) run_item(call, items[i], partials);
-  };
-  if (work < kSerialWork)
-    drain(0, 1);
-  else
-    at::parallel_for(0, std::min<int64_t>(at::get_num_threads(), num_items), 1, drain);
+  tapeout::for_chunks(
+      (num_items + taken - 1) / taken, work < kSerialWork ? 1 : num_threads, [&](int64_t chunk) {
+        const int64_t last = std::min(num_items, (chunk + 1) * taken);
+        for (int64_t i = chunk * taken; i < last; ++i)
+          run_item(call, items[i], i + 1 < last ? &items[i + 1] : nullptr, partials);
+      });
   for (int64_t i = 0, end; i < num_items; i = end) {
     end = i + 1;
     if (items[i].partial < 0) continue;

@@ -328,8 +328,8 @@ void run_wide(const Call<T>& call, const Item& item) {
 }
 
 template <typename T>
-void run_item(const Call<T>& call, const Item& item, Partials& partials) {
-  switch (item.is_narrow ? item.num_tokens * call.group : 0) {
+void run_few(const Call<T>& call, const Item& item, Partials& partials) {
+  switch (item.num_tokens * call.group) {
     case 1: return run_narrow<T, 1>(call, item, partials);
     case 2: return run_narrow<T, 2>(call, item, partials);
     case 3: return run_narrow<T, 3>(call, item, partials);
@@ -338,7 +338,6 @@ void run_item(const Call<T>& call, const Item& item, Partials& partials) {
     case 6: return run_narrow<T, 6>(call, item, partials);
     case 7: return run_narrow<T, 7>(call, item, partials);
     case 8: return run_narrow<T, 8>(call, item, partials);
-    default: return run_wide(call, item);
   }
 }
 

@@ -6,11 +6,11 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <atomic>
 #include <type_traits>
 #include <vector>
 
 #include "cpu_linear.h"
+#include "cpu_threads.h"
 
 namespace {
 
@@ -66,39 +66,30 @@ void linear_as(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& 
   const T* weights = packed.const_data_ptr<T>();
   const float* biases = bias.numel() ? bias.const_data_ptr<float>() : nullptr;
   T* out = output.mutable_data_ptr<T>();
-  // One group of blocks against the rows [begin, end).
-  const auto run_group = [&](int64_t block, int64_t begin, int64_t end) {
+  // `count` blocks from `block` on against the rows [begin, end).
+  const auto run_blocks = [&](int64_t block, int64_t count, int64_t begin, int64_t end) {
     constexpr int kWidth = kTileBlocks * kBlock;
     alignas(64) float sums[kTileRowsMax * kWidth];
-    const int64_t count = std::min<int64_t>(kTileBlocks, num_blocks - block);
+    const int64_t first = block * kBlock, real = std::min(count * kBlock, outputs - first);
     for (int64_t row = begin; row < end; row += kTileRowsMax) {
       const int64_t n = std::min<int64_t>(kTileRowsMax, end - row);
-      const auto* from = rows.data + row * rows.stride;
-      if (count == kTileBlocks)
-        linear_rows<T, kTileBlocks>(from, rows.stride, n, weights + block * depth * kBlock, depth,
-                                    sums, kWidth);
-      else
-        for (int64_t i = 0; i < count; ++i)
-          linear_rows<T, 1>(from, rows.stride, n, weights + (block + i) * depth * kBlock, depth,
-                            sums + i * kBlock, kWidth);
-      const int64_t first = block * kBlock, real = std::min(count * kBlock, outputs - first);
+      linear_blocks<T, kAheadBytes>(rows.data + row * rows.stride, rows.stride, n,
+                                    weights + first * depth, depth, count, sums, kWidth);
       finish(sums, n, kWidth, biases ? biases + first : nullptr, out + row * outputs + first,
              outputs, real);
     }
   };
-  const auto run_blocks = [&](int64_t first, int64_t last) {
-    for (int64_t begin = 0; begin < num_rows; begin += kChunkRows) {
-      const int64_t end = std::min(num_rows, begin + kChunkRows);
-      for (int64_t block = first; block < last; block += kTileBlocks)
-        run_group(block, begin, end);
-    }
-  };
-  const int64_t num_groups = (num_blocks + kTileBlocks - 1) / kTileBlocks;
-  if (packed.numel() * static_cast<int64_t>(sizeof(T)) * std::max<int64_t>(1, num_rows / 8) <
-      kSerialBytes)
-    return run_blocks(0, num_blocks);
-  at::parallel_for(0, num_groups, 1, [&](int64_t first, int64_t last) {
-    run_blocks(first * kTileBlocks, std::min(num_blocks, last * kTileBlocks));
+  const int64_t bytes = packed.numel() * static_cast<int64_t>(sizeof(T));
+  const int64_t num_threads =
+      bytes * std::max<int64_t>(1, num_rows / 8) < kSerialBytes ? 1 : at::get_num_threads();
+  // Smaller chunks where there are few, so that all threads finish together.
+  const int64_t size = num_blocks < 8 * kTileBlocks * num_threads ? (kTileBlocks + 1) / 2 : kTileBlocks;
+  const int64_t num_groups = (num_blocks + size - 1) / size;
+  const int64_t num_spans = (num_rows + kChunkRows - 1) / kChunkRows;
+  tapeout::for_chunks(num_groups * num_spans, num_threads, [&](int64_t chunk) {
+    const int64_t block = chunk % num_groups * size, begin = chunk / num_groups * kChunkRows;
+    run_blocks(block, std::min(size, num_blocks - block), begin,
+               std::min(num_rows, begin + kChunkRows));
   });
 }
 

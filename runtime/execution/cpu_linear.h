@@ -24,7 +24,7 @@ constexpr int kTileRowsMax = 4;
 constexpr int kTileBlocks = 1;
 constexpr int kTileRowsMax = 4;
 #endif
-constexpr int kAheadBytes = 2048;  // how far ahead of itself each stream of weights is fetched
+constexpr int kAheadBytes = 2048;  // how far ahead each stream of weights in memory is fetched
 
 // How weights and rows of a dtype meet. `Row` is what a row is converted to before it is used,
 // `kStep` how many inputs are consumed at once.
@@ -73,21 +73,20 @@ struct Meeting<c10::BFloat16> {
 };
 #endif
 
-// R rows by V blocks. `rows` are `row_stride` apart; `out` is float32 [R, out_stride].
-template <typename T, int R, int V>
+// R rows by V blocks, which are `block_size` apart. `rows` are `row_stride` apart; `out` is float32
+// [R, out_stride]. Weights are fetched kAhead bytes ahead unless it is 0.
+template <typename T, int kAhead, int R, int V>
 inline void linear_tile(const typename Meeting<T>::Row* rows, int64_t row_stride, const T* weights,
-                        int64_t depth, float* out, int64_t out_stride) {
+                        int64_t depth, float* out, int64_t out_stride, int64_t block_size) {
   using M = Meeting<T>;
   constexpr int kVectors = V * kBlockVectors;
-  constexpr int64_t kAhead = kAheadBytes / sizeof(T);
-  const int64_t block_size = depth * kBlock;
   Vec sums[R][kVectors] = {};
   for (int64_t k = 0; k < depth; k += M::kStep) {
     typename M::Weights w[kVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
       const T* at = weights + v * block_size + k * kBlock;
-      __builtin_prefetch(at + kAhead);
+      if constexpr (kAhead > 0) __builtin_prefetch(at + kAhead / sizeof(T));
 #pragma GCC unroll 4
       for (int i = 0; i < kBlockVectors; ++i)
         w[v * kBlockVectors + i] = M::weights(at + i * kLanes * M::kStep);
@@ -102,19 +101,42 @@ inline void linear_tile(const typename Meeting<T>::Row* rows, int64_t row_stride
     for (int v = 0; v < kVectors; ++v) store(out + r * out_stride + v * kLanes, sums[r][v]);
 }
 
-template <typename T, int V>
-void linear_rows(const typename Meeting<T>::Row* rows, int64_t row_stride, int64_t num_rows,
-                 const T* weights, int64_t depth, float* out, int64_t out_stride) {
+template <typename T, int kAhead, int V>
+inline void linear_rows(const typename Meeting<T>::Row* rows, int64_t row_stride, int64_t num_rows,
+                        const T* weights, int64_t depth, float* out, int64_t out_stride,
+                        int64_t block_size) {
+  const auto tile = [&]<int R>() {
+    linear_tile<T, kAhead, R, V>(rows, row_stride, weights, depth, out, out_stride, block_size);
+  };
   switch (num_rows) {
-    case 1: return linear_tile<T, 1, V>(rows, row_stride, weights, depth, out, out_stride);
-    case 2: return linear_tile<T, 2, V>(rows, row_stride, weights, depth, out, out_stride);
-    case 3: return linear_tile<T, 3, V>(rows, row_stride, weights, depth, out, out_stride);
-    case 4: return linear_tile<T, 4, V>(rows, row_stride, weights, depth, out, out_stride);
+    case 1: return tile.template operator()<1>();
+    case 2: return tile.template operator()<2>();
+    case 3: return tile.template operator()<3>();
+    case 4: return tile.template operator()<4>();
 #if defined(__AVX512F__)
-    case 5: return linear_tile<T, 5, V>(rows, row_stride, weights, depth, out, out_stride);
-    case 6: return linear_tile<T, 6, V>(rows, row_stride, weights, depth, out, out_stride);
+    case 5: return tile.template operator()<5>();
+    case 6: return tile.template operator()<6>();
 #endif
   }
+}
+
+// Up to kTileRowsMax rows by up to kTileBlocks blocks. Blocks hold `pitch` inputs, of which the
+// first `depth` are used; 0 means all.
+template <typename T, int kAhead>
+void linear_blocks(const typename Meeting<T>::Row* rows, int64_t row_stride, int64_t num_rows,
+                   const T* weights, int64_t depth, int64_t num_blocks, float* out,
+                   int64_t out_stride, int64_t pitch = 0) {
+  const int64_t block_size = (pitch ? pitch : depth) * kBlock;
+  if (num_blocks == kTileBlocks)
+    return linear_rows<T, kAhead, kTileBlocks>(rows, row_stride, num_rows, weights, depth, out,
+                                               out_stride, block_size);
+  if constexpr (kTileBlocks > 2)
+    if (num_blocks == 2)
+      return linear_rows<T, kAhead, 2>(rows, row_stride, num_rows, weights, depth, out, out_stride,
+                                       block_size);
+  for (int64_t i = 0; i < num_blocks; ++i)
+    linear_rows<T, kAhead, 1>(rows, row_stride, num_rows, weights + i * block_size, depth,
+                              out + i * kBlock, out_stride, block_size);
 }
 
 }  // namespace

@@ -12,17 +12,21 @@
 #include <string_view>
 #include <tuple>
 
+#include "cpu_threads.h"
 #include "cpu_vectors.h"
 
 namespace {
 
-constexpr int64_t kSerialElements = 1 << 15;  // below which threads cost more
+constexpr int64_t kSerialElements = 1 << 14;  // of a chunk; fewer are not worth a thread
 
 template <typename F>
 void for_rows(int64_t num_rows, int64_t row_size, const F& run) {
   const int64_t grain = std::max<int64_t>(1, kSerialElements / std::max<int64_t>(1, row_size));
   if (num_rows <= grain) return run(0, num_rows);
-  at::parallel_for(0, num_rows, grain, run);
+  const int64_t num_chunks = (num_rows + grain - 1) / grain;
+  tapeout::for_chunks(num_chunks, at::get_num_threads(), [&](int64_t chunk) {
+    run(chunk * grain, std::min(num_rows, (chunk + 1) * grain));
+  });
 }
 
 template <typename F>

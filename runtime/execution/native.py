@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 SOURCE_DIR = Path(__file__).parent
-SOURCES = ("cpu_attention.cpp", "cpu_linear.cpp", "cpu_rows.cpp")
-HEADERS = ("cpu_kernels.h", "cpu_linear.h", "cpu_vectors.h")
+SOURCES = ("cpu_attention.cpp", "cpu_linear.cpp", "cpu_rows.cpp", "cpu_threads.cpp")
+HEADERS = ("cpu_kernels.h", "cpu_linear.h", "cpu_threads.h", "cpu_tiles.h", "cpu_vectors.h")
 FLAGS = ("-std=gnu++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared")
 FLAGS += ("-fopenmp", "-fvisibility=hidden", "-DNDEBUG")
 COMPILE_TIMEOUT_SECONDS = 600
