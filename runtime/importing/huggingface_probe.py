@@ -30,6 +30,8 @@ NEUTRAL_ARGUMENTS = frozenset(
         "use_cache",
     }
 )
+# transformers': (batch, head, query position, key position) -> visible, on tensors that broadcast.
+MaskFunction = Callable[[Any, Any, Any, Any], Any]
 MASK_COLUMNS = 1 << 18  # keys that a mask is evaluated over at once
 
 
@@ -45,14 +47,15 @@ class Probe:
         self.layers_of: dict[nn.Module, list[int]] = {}
         self.dtype = torch.float32
         self._max_context_tokens = max_context_tokens
-        self._masks: list[tuple[Tensor, int | None]] = []  # (mask handed out, its window)
+        self._masks: list[tuple[Tensor, MaskFunction]] = []  # (mask handed out, what made it)
+        self._windows: dict[int, int | None] = {}  # of masks that were used, by their place
 
-    def mask(self, *, mask_function: Callable[..., Any], **kwargs: Any) -> Tensor:
-        """Classify a mask function; the dense mask returned only identifies it to `attend`."""
-        window = classify_mask(mask_function, self._max_context_tokens, kwargs["device"])
+    def mask(self, *, mask_function: MaskFunction, **kwargs: Any) -> Tensor:
+        """Keep a mask function, to be classified if a layer uses it; the dense mask returned only
+        identifies it to `attend`."""
         shape = (kwargs["batch_size"], 1, kwargs["q_length"], kwargs["kv_length"])
         mask = torch.ones(shape, dtype=torch.bool, device=kwargs["device"])
-        self._masks.append((mask, window))
+        self._masks.append((mask, mask_function))
         return mask
 
     def attend(
@@ -97,13 +100,17 @@ class Probe:
     ) -> int | None:
         if attention_mask is None and is_causal:
             return None
-        for mask, window in self._masks:
+        for i, (mask, function) in enumerate(self._masks):
             if (
                 isinstance(attention_mask, Tensor)
                 and attention_mask.data_ptr() == mask.data_ptr()
                 and attention_mask.shape == mask.shape
             ):
-                return window
+                if i not in self._windows:
+                    self._windows[i] = classify_mask(
+                        function, self._max_context_tokens, mask.device
+                    )
+                return self._windows[i]
         raise _unsupported(module, "builds an attention mask of its own, or none")
 
 
@@ -136,7 +143,7 @@ def attention_not_found() -> ImportFailure:
 
 
 def classify_mask(
-    mask_function: Callable[..., Any], max_context_tokens: int, device: torch.device
+    mask_function: MaskFunction, max_context_tokens: int, device: torch.device
 ) -> int | None:
     """The sliding window of a transformers mask function, or None if it is plainly causal.
 
@@ -169,7 +176,7 @@ def _columns(num_keys: int, device: torch.device) -> list[Tensor]:
     ]
 
 
-def _evaluate(mask_function: Callable[..., Any], query_at: Tensor, key_at: Tensor) -> Tensor:
+def _evaluate(mask_function: MaskFunction, query_at: Tensor, key_at: Tensor) -> Tensor:
     zero = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=key_at.device)
     try:
         visible = torch.as_tensor(mask_function(zero, zero, query_at, key_at))

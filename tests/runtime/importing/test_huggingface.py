@@ -1,6 +1,7 @@
 """What a Hugging Face directory becomes, and the plain reasons why some are refused."""
 
 import json
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from runtime.importing import huggingface
 from runtime.importing.huggingface import PAGE_ANOTHER_WAY, load_decoder
 from runtime.importing.huggingface_probe import classify_mask
 from runtime.importing.program import ImportFailure
@@ -65,6 +67,48 @@ def test_layers_carry_scale_window_and_cap(tmp_path: Path) -> None:
     assert {(layer.num_heads, layer.num_kv_heads, layer.head_dim) for layer in layers} == {
         (6, 2, 16)
     }
+
+
+def test_sinks_are_read_per_head(tmp_path: Path) -> None:
+    model = save_decoder("gpt_oss", tmp_path, torch.bfloat16)
+    for i, layer in enumerate(load_decoder(tmp_path).layers):
+        sinks = model.get_parameter(f"model.layers.{i}.self_attn.sinks")
+        assert layer.attention.sinks == tuple(sinks.tolist())
+
+
+def test_keys_and_values_of_different_widths_share_the_wider(tmp_path: Path) -> None:
+    widths = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 20, "head_dim": 8}
+    save_decoder("deepseek_v3", tmp_path, num_key_value_heads=6, **widths)
+    decoder = load_decoder(tmp_path)
+    assert {layer.head_dim for layer in decoder.layers} == {24}
+    assert decoder.info.kv_bytes_per_token == 3 * 2 * 6 * 24 * 4
+
+
+def test_a_layer_that_attends_twice_is_two_layers(tmp_path: Path) -> None:
+    save_decoder("diffllama", tmp_path)
+    decoder = load_decoder(tmp_path)
+    assert decoder.info.num_layers == len(decoder.layers) == 6
+    assert sorted(decoder.layers_of.values()) == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_a_context_beyond_reason_is_cut_with_a_note(directory: Path) -> None:
+    edit_config(directory, max_position_embeddings=10 * 1024**2)
+    decoder = load_decoder(directory)
+    assert decoder.info.max_context_tokens == 1024**2
+    assert any("10,485,760" in note for note in decoder.notes)
+
+
+def test_what_was_checked_at_build_is_not_checked_again(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("checked again")
+
+    monkeypatch.setattr(huggingface, "check_sizes", fail)
+    monkeypatch.setattr(huggingface, "check_locality", fail)
+    assert load_decoder(directory, is_checked=True).info.num_layers == 3
+    with pytest.raises(AssertionError, match="checked again"):
+        load_decoder(directory)
 
 
 def test_dtype_is_the_saved_one_unless_asked_for(tmp_path: Path) -> None:
@@ -180,6 +224,55 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str, str]] = {
 }
 
 
+ABSURD: dict[str, dict[str, Any]] = {
+    "layers without end": {"num_hidden_layers": 10**9},
+    "layers of a larger model": {"num_hidden_layers": 900},
+    "a vocabulary of everything": {"vocab_size": 10**12},
+    "a vocabulary that fits an address space": {"vocab_size": 2**24},
+    "a wide model": {"hidden_size": 2**20, "num_attention_heads": 64},
+    "a negative width": {"intermediate_size": -64},
+    "a width in tatters": {"hidden_size": "48"},
+    "no heads": {"num_attention_heads": 0},
+    "more key heads than heads": {"num_key_value_heads": 64},
+    "a context beyond numbers": {"max_position_embeddings": 10**15},
+    "a head of endless width": {"head_dim": 10**10},
+    "layers of nothing": {"num_hidden_layers": 0},
+    "a null": {"hidden_size": None},
+    "a fraction of a head": {"num_attention_heads": 6.5},
+    "a list": {"num_hidden_layers": [3]},
+    "an unknown activation": {"hidden_act": "explode"},
+    "an unknown rotary scaling": {"rope_parameters": {"rope_type": "sideways"}},
+    "a dtype that is none": {"dtype": "float99"},
+    "a window of nothing": {"model_type": "mistral", "sliding_window": 0},
+}
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.timeout(120)  # building any of them up would take longer
+@pytest.mark.parametrize("name", ABSURD)
+def test_absurd_configurations_are_refused_before_they_cost(directory: Path, name: str) -> None:
+    edit_config(directory, **ABSURD[name])
+    held = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2 * 1024**3, held[1]))
+    try:
+        refusal(directory)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, held)
+
+
+def test_a_header_that_promises_more_than_its_file_is_refused(directory: Path) -> None:
+    path = directory / "model.safetensors"
+    header = json.dumps({"a": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4]}})
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode() + b"1234")
+    assert refusal(directory)[0] == "invalid_weights"
+    path.write_bytes((2**62).to_bytes(8, "little") + header.encode())
+    assert refusal(directory) == (
+        "invalid_weights",
+        "model.safetensors is not a safetensors file: its header is longer than the file.",
+    )
+
+
 @pytest.mark.parametrize("name", SPOILT)
 def test_refused_with_what_to_do(directory: Path, name: str) -> None:
     spoil, code, words = SPOILT[name]
@@ -200,7 +293,8 @@ def test_refused_with_what_to_do(directory: Path, name: str) -> None:
             {"layer_types": ["chunked_attention"] * 3, "attention_chunk_size": 16},
             "mask_unsupported",
         ),
-        ("falcon_h1", {}, "mixes_tokens"),  # a state-space layer beside attention
+        # Convolutions beside attention.
+        ("lfm2", {"layer_types": ["conv", "full_attention", "conv"]}, "mixes_tokens"),
         ("roberta", {"is_decoder": True}, "positions_unsupported"),  # counts from the padding id
         ("doge", {}, "attention_unsupported"),  # masks by what the values are
     ],
