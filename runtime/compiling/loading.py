@@ -1,16 +1,54 @@
-"""Makes a decoder of an exported graph, in the form that a build chose.
+"""Makes decoders of what a build packaged, in the form that it chose.
 
-Used alike by the build, which proves the form, and by the worker, which serves it from the
-artifact. What a graph may be is `paging`'s to judge; how it gets faster, `fused.py`'s.
+The build uses the same functions for the forms that it proves, so that what is served is what
+was proved. What a graph may be is `paging`'s to judge; how it gets faster, `fused.py`'s.
 """
+
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch.export import ExportedProgram
 
-from runtime.compiling.graph_decoder import GraphDecoder
+from runtime.compiling.fused import fuse_decoder
+from runtime.compiling.graph_decoder import GraphDecoder, UncachedGraph
+from runtime.compiling.packaging import PROGRAM_NAME
 from runtime.compiling.paging import PagedGraph, page
 from runtime.compiling.paging.cast import cast
-from runtime.protocol import DecoderInfo
+from runtime.importing.exported import load_exported
+from runtime.importing.program import Decoder
+from runtime.protocol import DecoderInfo, Manifest
+
+if TYPE_CHECKING:
+    from runtime.importing.huggingface_uncached import UncachedHuggingFace
+
+
+def load_paged(artifact_dir: Path, manifest: Manifest, device: str = "cpu") -> Decoder:
+    """The decoder of an artifact, ready for a `Runner`."""
+    assert manifest.decoder is not None, "a decoder's manifest describes it"
+    if manifest.format == "huggingface":
+        from runtime.importing.huggingface import load_decoder
+
+        return load_decoder(artifact_dir, device, is_checked=True)
+    model = load_exported(artifact_dir / PROGRAM_NAME, device)
+    # Fused operators are the CPU's own.
+    form = manifest.form if device == "cpu" else "eager"
+    info = manifest.decoder
+    return graph_decoder(page_in_form(model.program, info.max_context_tokens, form), info)
+
+
+def load_whole(
+    artifact_dir: Path, manifest: Manifest, device: str = "cpu"
+) -> "UncachedHuggingFace | UncachedGraph":
+    """The decoder of an artifact that keeps no cache, ready for a `WholeRunner`."""
+    assert manifest.decoder is not None, "a decoder's manifest describes it"
+    if manifest.format == "huggingface":
+        from runtime.importing.huggingface_uncached import load_uncached
+
+        return load_uncached(artifact_dir, device, is_checked=True)
+    model = load_exported(artifact_dir / PROGRAM_NAME, device)
+    info = manifest.decoder
+    return UncachedGraph(model, info, tuple(info.eos_token_ids), [])
 
 
 def page_in_form(
@@ -20,15 +58,11 @@ def page_in_form(
     dtype: torch.dtype | None = None,
 ) -> PagedGraph:
     """A fresh paged graph of `program`, eager or fused, in `dtype` or else its own. Raises
-    `NotPageable`, and for a fused one whatever stops the fusing."""
+    `NotPageable`, and for a fused one `FusionFailure`."""
     if dtype is not None:
         program = cast(program, dtype)
     paged = page(program, max_context_tokens=max_context_tokens)
-    if form == "fused":
-        from runtime.compiling.fused import fuse_decoder
-
-        return fuse_decoder(paged)
-    return paged
+    return fuse_decoder(paged) if form == "fused" else paged
 
 
 def graph_decoder(paged: PagedGraph, info: DecoderInfo) -> GraphDecoder:

@@ -19,11 +19,11 @@ class HuggingFaceOriginal:
     def __init__(self, directory: Path | str) -> None:
         self._directory = Path(directory)
 
-    @cached_property
+    @property
     def num_parameters(self) -> int:
         return self._sizes[0]
 
-    @cached_property
+    @property
     def vocab_size(self) -> int:
         return self._sizes[1]
 

@@ -3,14 +3,17 @@
 import os
 from pathlib import Path
 
+import msgspec
+
 from runtime.cache.pool import KvPool, num_blocks_within
-from runtime.engine import DecoderEngine
+from runtime.compiling.loading import load_paged, load_whole
+from runtime.engine import DecoderEngine, StepRunner
 from runtime.execution.attention import choose_backend
 from runtime.execution.runner import Runner
-from runtime.importing.huggingface import load_decoder as load_huggingface
-from runtime.importing.program import Decoder
-from runtime.protocol import Generate, Manifest, Ready, SamplingParams, Serve
+from runtime.execution.whole import WholeRunner
+from runtime.protocol import DecoderInfo, Generate, Manifest, Ready, SamplingParams, Serve
 from runtime.scheduling.scheduler import Scheduler
+from runtime.scheduling.whole import WholeScheduler
 from runtime.server.decoder import DecoderServer
 from runtime.starting.failures import LoadError
 from runtime.starting.memory import resident_bytes
@@ -18,11 +21,24 @@ from runtime.text.chat import ChatTemplate
 from runtime.text.tokenizer import Tokenizer
 
 WARM_UP_ID = "warm-up"
+NO_ATTENTION = "uncached"  # where the backend's name would be
 
 
 def load_decoder(config: Serve, manifest: Manifest) -> tuple[DecoderServer, Ready]:
-    """A decoder with its block pool, after one short request."""
-    model = load_huggingface(config.artifact_dir, config.device)
+    """A decoder, paged or whole, after one short request."""
+    assert manifest.decoder is not None, "a decoder's manifest describes it"
+    start = start_paged if manifest.decoder.is_paged else start_whole
+    engine, ready = start(config, manifest, manifest.decoder)
+    warm_up(engine)
+    ready = msgspec.structs.replace(ready, memory_bytes=resident_bytes())
+    return DecoderServer(engine, config), ready
+
+
+def start_paged(
+    config: Serve, manifest: Manifest, info: DecoderInfo
+) -> tuple[DecoderEngine, Ready]:
+    """The engine of a paged decoder, with its block pool."""
+    model = load_paged(Path(config.artifact_dir), manifest, config.device)
     shapes = [layer.kv_shape for layer in model.layers]
     num_blocks = num_blocks_within(config.kv_cache_bytes, shapes, config.block_size, model.dtype)
     if num_blocks < 2:
@@ -40,16 +56,38 @@ def load_decoder(config: Serve, manifest: Manifest) -> tuple[DecoderServer, Read
     )
     backend = choose_backend(config.device)
     runner = Runner(model, pool, backend, make_swap(config, pool))
-    engine = make_engine(config, manifest, model, runner, num_blocks)
-    warm_up(engine)
+    scheduler = Scheduler(
+        num_blocks,
+        config.block_size,
+        config.max_batch_tokens,
+        config.max_sequences,
+        num_swap_blocks=0 if runner.swap is None else runner.swap.num_blocks,
+        poisons_blocks=config.poisons_blocks,
+    )
     ready = Ready(
         manifest=manifest,
-        memory_bytes=resident_bytes(),
+        memory_bytes=0,  # known after the warm-up
         attention=backend.name,
         num_blocks=num_blocks,
         block_size=config.block_size,
     )
-    return DecoderServer(engine, config), ready
+    return make_engine(config, info, model.eos_token_ids, runner, scheduler), ready
+
+
+def start_whole(
+    config: Serve, manifest: Manifest, info: DecoderInfo
+) -> tuple[DecoderEngine, Ready]:
+    """The engine of a decoder that keeps nothing between steps."""
+    model = load_whole(Path(config.artifact_dir), manifest, config.device)
+    max_rows = 1 if manifest.form == "alone" else config.max_sequences
+    runner = WholeRunner(model, config.device, max_rows)
+    scheduler = WholeScheduler(
+        config.max_batch_tokens,
+        config.max_sequences,
+        max_sequence_tokens=info.max_context_tokens,
+    )
+    ready = Ready(manifest=manifest, memory_bytes=0, attention=NO_ATTENTION)
+    return make_engine(config, info, model.eos_token_ids, runner, scheduler), ready
 
 
 def make_swap(config: Serve, pool: KvPool) -> KvPool | None:
@@ -67,30 +105,25 @@ def make_swap(config: Serve, pool: KvPool) -> KvPool | None:
 
 
 def make_engine(
-    config: Serve, manifest: Manifest, model: Decoder, runner: Runner, num_blocks: int
+    config: Serve,
+    info: DecoderInfo,
+    eos_token_ids: tuple[int, ...],
+    runner: StepRunner,
+    scheduler: Scheduler | WholeScheduler,
 ) -> DecoderEngine:
     """The engine around a loaded model. Without a tokenizer it takes token ids only."""
-    info = manifest.decoder or model.info
     directory = Path(config.artifact_dir)
     tokenizer = Tokenizer.load(directory) if info.has_tokenizer else None
     template = None
     if tokenizer is not None and info.has_chat_template:
         template = ChatTemplate.load(directory, tokenizer)
-    scheduler = Scheduler(
-        num_blocks,
-        config.block_size,
-        config.max_batch_tokens,
-        config.max_sequences,
-        num_swap_blocks=0 if runner.swap is None else runner.swap.num_blocks,
-        poisons_blocks=config.poisons_blocks,
-    )
     return DecoderEngine(
         runner,
         scheduler,
         tokenizer,
         info=info,
         chat_template=template,
-        eos_token_ids=model.eos_token_ids,
+        eos_token_ids=eos_token_ids,
     )
 
 
