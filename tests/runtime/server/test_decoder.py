@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 
-from runtime import protocol
 from runtime.protocol import (
     LENGTH,
     MAX_FRAME_BYTES,
@@ -25,6 +24,7 @@ from runtime.protocol import (
     Step,
     WireError,
     encode_frame,
+    frames,
 )
 from runtime.server import connection, decoder, engine_thread, memory
 from runtime.server.decoder import DecoderServer
@@ -329,7 +329,7 @@ async def test_a_lost_block_ends_it(
 async def test_a_step_too_large_for_a_frame_is_sent_in_parts(
     engine: FakeEngine, server: DecoderServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(protocol, "MAX_FRAME_BYTES", 1000)
+    monkeypatch.setattr(frames, "MAX_FRAME_BYTES", 1000)
     engine.text = "x" * 300
     async with Stream(server) as peer:
         await start(peer, "a", 1, num_choices=4)
@@ -342,7 +342,7 @@ async def test_a_step_too_large_for_a_frame_is_sent_in_parts(
 async def test_an_output_too_large_for_any_frame_fails_its_request_alone(
     engine: FakeEngine, server: DecoderServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(protocol, "MAX_FRAME_BYTES", 1000)
+    monkeypatch.setattr(frames, "MAX_FRAME_BYTES", 1000)
     async with Stream(server) as peer:
         engine.text = "x" * 2000
         await start(peer, "a", 10_000, num_choices=2)

@@ -6,7 +6,6 @@ import threading
 import pytest
 import torch
 
-from runtime import protocol
 from runtime.protocol import (
     Cancel,
     Drain,
@@ -19,6 +18,7 @@ from runtime.protocol import (
     Serve,
     Tensor,
     TensorSpec,
+    frames,
 )
 from runtime.server import memory
 from runtime.server.tensor import TensorServer
@@ -162,7 +162,7 @@ async def test_a_peer_that_does_not_read_stops_the_runs() -> None:
 async def test_an_answer_too_large_for_a_frame_is_a_failure(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(protocol, "MAX_FRAME_BYTES", 500)
+    monkeypatch.setattr(frames, "MAX_FRAME_BYTES", 500)
     widths = iter([1000, 1])
     server = TensorServer(
         lambda inputs: [inputs[0].repeat(1, next(widths))], SCHEMA, Serve(artifact_dir="/")
