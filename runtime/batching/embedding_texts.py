@@ -52,6 +52,8 @@ class EmbeddingTexts:
         if not text:
             raise refusal(f"input[{index}] is empty", "input")
         text = self._prompt + text
+        if (least := self._tokenizer.num_tokens_at_least(text)) > self._info.max_tokens:
+            raise too_long(index, least, self._info.max_tokens)
         try:
             ids = self._tokenizer.encode(text.lower() if self._lowercases else text)
         except TokenizerError as error:

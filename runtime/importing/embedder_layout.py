@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from runtime.importing.huggingface_directory import read_json
+from runtime.importing.huggingface_directory import read_json, refuse_code
 from runtime.importing.program import ImportFailure
 
 MODULES_NAME = "modules.json"
@@ -99,6 +99,7 @@ def read_layout(directory: Path) -> EmbedderLayout:
             matryoshka_dimensions=_matryoshka(directory),
             notes=[note],
         )
+    refuse_code(directory, read_json(directory / "config.json"))
     modules = _modules(directory)
     (_, transformer), (_, pooling_path), *rest = modules
     settings = read_json(transformer / "sentence_bert_config.json")

@@ -34,7 +34,7 @@ def check_files(directory: Path) -> dict[str, Any]:
             "There is no config.json. Upload a directory written by model.save_pretrained().",
         )
     config = read_json(directory / "config.json")
-    _refuse_code(directory, config)
+    refuse_code(directory, config)
     _refuse_adapters(directory)
     _refuse_quantized(config)
     _require_safetensors(directory)
@@ -71,7 +71,8 @@ def eos_token_ids(config: dict[str, Any], generation_config: dict[str, Any]) -> 
     return ()
 
 
-def _refuse_code(directory: Path, config: dict[str, Any]) -> None:
+def refuse_code(directory: Path, config: dict[str, Any]) -> None:
+    """Raises `ImportFailure` for Python files, and for a configuration that needs them."""
     tokenizer_config = read_json(directory / "tokenizer_config.json")
     for name, content in (("config.json", config), ("tokenizer_config.json", tokenizer_config)):
         if "auto_map" in content:

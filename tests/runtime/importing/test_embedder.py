@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import nn
 
+from runtime.compiling.packaging import add_directory, add_module_directories
 from runtime.execution.pooling import pool
 from runtime.importing.embedder import load_embedder
 from runtime.importing.embedder_layout import is_embedder, read_layout
@@ -115,6 +116,29 @@ def test_half_precision_is_kept_and_pooled_in_float32(tmp_path: Path):
     vectors = embedder.embed(TEXTS)
     assert vectors.dtype == torch.float32
     torch.testing.assert_close(vectors.norm(dim=1), torch.ones(3))
+
+
+def test_an_old_directory_with_the_model_in_one_of_its_own(tmp_path: Path):
+    flat = save_embedder(tmp_path / "flat")
+    nested, artifact = tmp_path / "nested", tmp_path / "artifact"
+    expected = load_embedder(flat).embed(TEXTS)
+    (flat / "0_Transformer").mkdir(parents=True)
+    for path in list(flat.iterdir()):
+        if path.is_file() and path.name != "modules.json":
+            path.rename(flat / "0_Transformer" / path.name)
+    modules = json.loads((flat / "modules.json").read_text())
+    modules[0]["path"] = "0_Transformer"
+    write_json(flat / "modules.json", modules)
+    flat.rename(nested)
+    artifact.mkdir()
+    assert is_embedder(nested)
+    add_module_directories(nested, artifact, read_layout(nested).modules)
+    assert add_directory(nested, artifact) == ["0_Transformer", "1_Pooling"]
+    served = load_embedder(artifact)
+    assert served.info.has_tokenizer
+    torch.testing.assert_close(served.embed(TEXTS), expected)
+    (artifact / "evil.py").write_text("raise SystemExit")
+    assert refusal(artifact) == "remote_code"
 
 
 def test_the_default_prompt_and_lower_case_are_read(tmp_path: Path):
