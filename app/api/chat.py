@@ -1,5 +1,6 @@
 """`/v1/chat/completions`: what its fields mean to a model, and its answers."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import msgspec
@@ -8,6 +9,7 @@ from msgspec import UNSET
 from app.api.dialect import Dialect
 from app.api.openai_types import (
     AssistantMessage,
+    CalledFunction,
     ChatChoice,
     ChatChunk,
     ChatCompletion,
@@ -18,12 +20,22 @@ from app.api.openai_types import (
     ContentPart,
     Delta,
     Message,
+    ToolCallDelta,
+    ToolCallView,
     TopLogprob,
     Usage,
 )
 from app.api.sampling import TIER_OF_CLASS, json_logprob, not_supported, sampling_params
+from app.api.tools import json_schema_of, tool_calls_of, tool_choice_of, tools_of
 from app.core.errors import InvalidRequest
-from runtime.protocol import ChatMessage, DecoderInfo, Generate, SequenceOutput, TokenLogprob
+from runtime.protocol import (
+    ChatMessage,
+    DecoderInfo,
+    Generate,
+    SequenceOutput,
+    TokenLogprob,
+    ToolCall,
+)
 
 ROLE_OF = {"developer": "system"}  # templates know the older word
 
@@ -41,19 +53,16 @@ class ChatDialect(Dialect[ChatRequest]):
             raise InvalidRequest(
                 "top_logprobs is only allowed when logprobs is true.", param="top_logprobs"
             )
-        if request.tools:
-            raise not_supported("tools", "calling tools is")
-        if request.tool_choice not in (None, "none", "auto"):
-            raise not_supported("tool_choice", "calling tools is")
-        if request.functions:
-            raise not_supported("functions", "calling functions is")
-        if request.function_call not in (None, "none", "auto"):
-            raise not_supported("function_call", "calling functions is")
-        if request.response_format is not None and request.response_format.type != "text":
-            raise not_supported("response_format", "formats other than text are")
+        for old, new in (("functions", "tools"), ("function_call", "tool_choice")):
+            if getattr(request, old) not in (None, [], "none", "auto"):
+                raise not_supported(old, f"the older form of {new} is")
+        self._json_schema = json_schema_of(request)
+        self._tools = tools_of(request)
+        self._tool_choice = tool_choice_of(request)
         if request.modalities is not None and set(request.modalities) != {"text"}:
             raise not_supported("modalities", "modalities other than text are")
         self._started: set[int] = set()
+        self._num_calls: dict[int, int] = defaultdict(int)  # sent, per choice
 
     def generate(self, decoder: DecoderInfo, cache_salt: bytes) -> Generate:
         """Without a limit of its own a chat may run to the end of the context."""
@@ -68,6 +77,10 @@ class ChatDialect(Dialect[ChatRequest]):
             cache_salt=cache_salt,
             messages=flattened(request.messages),
             num_choices=self.num_choices,
+            json_schema=self._json_schema,
+            tools=self._tools,
+            tool_choice=self._tool_choice,
+            allows_several_calls=request.parallel_tool_calls is not False,
             service_class=self.service_class,
             fairness_key=self.principal.organization_id,
         )
@@ -78,7 +91,14 @@ class ChatDialect(Dialect[ChatRequest]):
             self.created,
             self.request.model,
             [
-                ChatChoice(index, AssistantMessage(text), _logprobs(logprobs), finish_reason)
+                ChatChoice(
+                    index,
+                    _message(
+                        text, [call for o in outputs if o.choice == index for call in o.tool_calls]
+                    ),
+                    _logprobs(logprobs),
+                    finish_reason,
+                )
                 for index, text, logprobs, finish_reason in self.joined(outputs)
             ],
             usage,
@@ -91,14 +111,23 @@ class ChatDialect(Dialect[ChatRequest]):
             index = output.choice
             if index not in self._started:
                 self._started.add(index)
-                events.append(self._chunk(ChunkChoice(index, Delta("assistant", ""))))
+                first = Delta("assistant", None if output.tool_calls else "")
+                events.append(self._chunk(ChunkChoice(index, first)))
             if output.text or output.logprobs:
                 delta = Delta(content=output.text)
                 events.append(self._chunk(ChunkChoice(index, delta, _logprobs(output.logprobs))))
+            for call in output.tool_calls:
+                delta = Delta(tool_calls=[self._call_delta(index, call)])
+                events.append(self._chunk(ChunkChoice(index, delta)))
             if output.finish_reason is not None:
                 choice = ChunkChoice(index, Delta(), None, output.finish_reason)
                 events.append(self._chunk(choice))
         return events
+
+    def _call_delta(self, index: int, call: ToolCall) -> ToolCallDelta:
+        at = self._num_calls[index]
+        self._num_calls[index] = at + 1
+        return ToolCallDelta(at, call.id, CalledFunction(call.name, call.arguments))
 
     def usage_event(self, usage: Usage) -> ChatChunk:
         return ChatChunk(
@@ -120,18 +149,36 @@ def flattened(messages: Sequence[Message]) -> list[ChatMessage]:
     """Messages whose content is one text each. Raises `InvalidRequest` for any other part."""
     flat: list[ChatMessage] = []
     for i, message in enumerate(messages):
-        if message.tool_calls or message.role in ("tool", "function"):
-            raise not_supported(f"messages[{i}]", "messages about tools are")
-        if message.content is None:
+        if message.role == "function":
+            raise not_supported(f"messages[{i}].role", "the older form of the role tool is")
+        calls = tool_calls_of(message, i)
+        if message.role == "tool" and message.tool_call_id is None:
+            where = f"messages[{i}].tool_call_id"
+            raise InvalidRequest(f"{where} is required.", param=where)
+        if message.content is None and not calls:
             raise InvalidRequest(
                 f"messages[{i}].content is required.", param=f"messages[{i}].content"
             )
-        content = message.content
+        content = message.content or ""
         if not isinstance(content, str):
             content = "".join(_text_of(part, i, j) for j, part in enumerate(content))
-        role = ROLE_OF.get(message.role, message.role)
-        flat.append(ChatMessage(role=role, content=content, name=message.name))
+        flat.append(
+            ChatMessage(
+                role=ROLE_OF.get(message.role, message.role),
+                content=content,
+                name=message.name,
+                tool_calls=calls,
+                tool_call_id=message.tool_call_id if message.role == "tool" else None,
+            )
+        )
     return flat
+
+
+def _message(text: str, calls: list[ToolCall]) -> AssistantMessage:
+    if not calls:
+        return AssistantMessage(text)
+    views = [ToolCallView(call.id, CalledFunction(call.name, call.arguments)) for call in calls]
+    return AssistantMessage(text or None, tool_calls=views)
 
 
 def _text_of(part: ContentPart, i: int, j: int) -> str:

@@ -29,6 +29,10 @@ class CompletionsDialect(Dialect[CompletionRequest]):
         request = self.request
         if request.suffix:
             raise not_supported("suffix", "filling in between a prompt and a suffix is")
+        if request.response_format is not None and request.response_format.type != "text":
+            raise not_supported(
+                "response_format", "formats of completions, unlike those of chats, are"
+            )
         if request.best_of is not None and request.best_of != self.num_choices:
             raise not_supported("best_of", "choosing among more completions than n is")
 

@@ -14,11 +14,13 @@ from runtime.protocol import FinishReason
 MAX_CHOICES = 64
 MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20
+MAX_TOOLS = 128
 _INT64 = 2**63
 
 Tokens = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Stop = Annotated[str, Meta(min_length=1, max_length=512)]
+FunctionName = Annotated[str, Meta(pattern="^[a-zA-Z0-9_-]{1,64}$")]
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
@@ -53,6 +55,20 @@ class SamplingRequest(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool | None = None
 
 
+class JsonSchemaFormat(msgspec.Struct, frozen=True):
+    """`strict` or not, the answer keeps to the schema."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=64)]
+    description: str | None = None
+    schema: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct, frozen=True):
+    type: str
+    json_schema: JsonSchemaFormat | None = None
+
+
 class CompletionRequest(SamplingRequest, frozen=True, kw_only=True):
     """`POST /v1/completions`."""
 
@@ -61,6 +77,7 @@ class CompletionRequest(SamplingRequest, frozen=True, kw_only=True):
     echo: bool | None = None
     logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     suffix: str | None = None
+    response_format: ResponseFormat | None = None
     best_of: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
     # Beyond OpenAI's: the ids beside the text. A model without a tokenizer always gives them.
     return_token_ids: bool | None = None
@@ -71,17 +88,52 @@ class ContentPart(msgspec.Struct, frozen=True):
     text: str | None = None
 
 
+class CalledFunction(msgspec.Struct, frozen=True):
+    """`arguments` is JSON as text."""
+
+    name: FunctionName
+    arguments: str
+
+
+class AssistantToolCall(msgspec.Struct, frozen=True):
+    """A call that an earlier answer made, sent back."""
+
+    id: Annotated[str, Meta(min_length=1, max_length=200)]
+    function: CalledFunction
+    type: Literal["function"] = "function"
+
+
 class Message(msgspec.Struct, frozen=True):
     """One message as sent."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[ContentPart] | None = None
     name: str | None = None
-    tool_calls: list[Any] | None = None
+    tool_calls: list[AssistantToolCall] | None = None
+    tool_call_id: str | None = None
 
 
-class ResponseFormat(msgspec.Struct, frozen=True):
+class FunctionDefinition(msgspec.Struct, frozen=True):
+    """`parameters` is a JSON schema, kept as it was sent. `strict` is always so."""
+
+    name: FunctionName
+    description: str | None = None
+    parameters: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    strict: bool | None = None
+
+
+class FunctionTool(msgspec.Struct, frozen=True):
     type: str
+    function: FunctionDefinition | None = None
+
+
+class NamedFunction(msgspec.Struct, frozen=True):
+    name: str
+
+
+class NamedToolChoice(msgspec.Struct, frozen=True):
+    type: str
+    function: NamedFunction | None = None
 
 
 class ChatRequest(SamplingRequest, frozen=True, kw_only=True):
@@ -92,8 +144,9 @@ class ChatRequest(SamplingRequest, frozen=True, kw_only=True):
     max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    tools: list[Any] | None = None
-    tool_choice: Any = None
+    tools: Annotated[list[FunctionTool], Meta(max_length=MAX_TOOLS)] | None = None
+    tool_choice: str | NamedToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     functions: list[Any] | None = None
     function_call: Any = None
     response_format: ResponseFormat | None = None
@@ -161,10 +214,19 @@ class ChatLogprobs(msgspec.Struct, frozen=True):
     refusal: None = None
 
 
+class ToolCallView(msgspec.Struct, frozen=True):
+    id: str
+    function: CalledFunction
+    type: str = "function"
+
+
 class AssistantMessage(msgspec.Struct, frozen=True):
-    content: str
+    """`content` is null where the answer only calls tools."""
+
+    content: str | None
     role: str = "assistant"
     refusal: None = None
+    tool_calls: list[ToolCallView] | UnsetType = UNSET
 
 
 class ChatChoice(msgspec.Struct, frozen=True):
@@ -185,9 +247,19 @@ class ChatCompletion(msgspec.Struct, frozen=True):
     system_fingerprint: str | None = None
 
 
+class ToolCallDelta(msgspec.Struct, frozen=True):
+    """A whole call; `index` counts the calls of the choice."""
+
+    index: int
+    id: str
+    function: CalledFunction
+    type: str = "function"
+
+
 class Delta(msgspec.Struct, frozen=True, omit_defaults=True):
     role: str | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChunkChoice(msgspec.Struct, frozen=True):

@@ -20,6 +20,7 @@ MAX_TENSORS = 256
 MAX_DIMENSIONS = 32
 MAX_VOCAB_SIZE = 16_000_000
 MAX_CONTEXT_TOKENS = 100_000_000
+MAX_TOOL_FACTOR = 16
 MAX_TEMPLATE_TOKENS = 100_000
 MAX_EMBEDDING_DIMENSIONS = 1_000_000  # at least one vector fits a frame
 
@@ -142,6 +143,8 @@ def _check_decoder(decoder: DecoderInfo) -> None:
         and decoder.kv_bytes_per_token >= 0
         and 0 <= decoder.template_tokens <= MAX_TEMPLATE_TOKENS
         and 0 <= decoder.template_tokens_per_message <= MAX_TEMPLATE_TOKENS
+        and 0 <= decoder.template_tokens_per_tool_use <= MAX_TEMPLATE_TOKENS
+        and 1 <= decoder.template_tool_factor <= MAX_TOOL_FACTOR
     )
     if not is_plausible:
         raise NotAcceptable("its description of the decoder is implausible")

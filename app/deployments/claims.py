@@ -5,6 +5,7 @@ that the request, the manifest or our own clock contradicts. Owns the bounds; ac
 is `link.py`'s.
 """
 
+import json
 import math
 
 from app.core.errors import AppError, RuntimeFailure
@@ -22,6 +23,8 @@ from runtime.protocol import (
 )
 
 SPECIAL_TOKENS = 8  # that a tokenizer may put around plain text
+INDENT = 64  # bytes before a line of JSON, in a template that lays it out
+NO_PARAMETERS = 64  # what a template writes where a tool has none
 CLOCK_SLACK_NS = 10_000_000
 MAX_MESSAGE_CHARS = 2_000
 MAX_TOKEN_CHARS = 1_024  # of text per token; the longest of known vocabularies have a few hundred
@@ -68,15 +71,40 @@ def max_prompt_tokens(request: Generate, decoder: DecoderInfo) -> int:
     if request.token_ids is not None:
         return len(request.token_ids)
     if request.text is not None:
-        return len(request.text.encode("utf-8", "replace")) + SPECIAL_TOKENS
+        return _num_bytes(request.text) + SPECIAL_TOKENS
     messages = request.messages or []
     num_bytes = sum(
-        len(part.encode("utf-8", "replace"))
+        _num_bytes(part)
         for message in messages
-        for part in (message.role, message.content, message.name or "")
+        for part in (message.role, message.content, message.name or "", message.tool_call_id or "")
     )
     template = decoder.template_tokens + decoder.template_tokens_per_message * len(messages)
-    return num_bytes + template + SPECIAL_TOKENS
+    return num_bytes + template + _max_tool_tokens(request, decoder) + SPECIAL_TOKENS
+
+
+def _max_tool_tokens(request: Generate, decoder: DecoderInfo) -> int:
+    """What tools, calls and results can add, which a template may lay out as it likes."""
+    calls = [call for message in request.messages or [] for call in message.tool_calls]
+    num_results = sum(message.role == "tool" for message in request.messages or [])
+    num_uses = len(calls) + num_results + bool(request.tools)
+    num_bytes = sum(_laid_out(call.name + call.arguments) for call in calls)
+    num_bytes += sum(
+        _laid_out(tool.name + tool.description) + _laid_out(tool.parameters) + NO_PARAMETERS
+        for tool in request.tools
+    )
+    per_use = decoder.template_tokens_per_tool_use
+    return num_uses * per_use + num_bytes * decoder.template_tool_factor
+
+
+def _laid_out(text: str) -> int:
+    """At least the bytes of JSON when every member has a line of its own and every character
+    outside ASCII is escaped."""
+    num_lines = text.count(",") + 2 * (text.count("{") + text.count("["))
+    return len(json.dumps(text)) + text.count(":") + INDENT * num_lines
+
+
+def _num_bytes(text: str) -> int:
+    return len(text.encode("utf-8", "replace"))
 
 
 def check_prepared(prepared: Prepared, request: Generate, decoder: DecoderInfo) -> None:

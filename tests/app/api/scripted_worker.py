@@ -2,7 +2,8 @@
 
 Text prompts are counted by words and answered `w0 w1 w2 ...`, eight words unless `ignore_eos`;
 one with `unready` is never prepared.
-A word such as `die@3` in the prompt makes something happen after so many tokens.
+A word such as `die@3` in the prompt makes something happen after so many tokens. A request that
+must call tools gets two calls of the first, after one word of text.
 """
 
 import asyncio
@@ -36,6 +37,7 @@ from runtime.protocol import (
     Tensor,
     TensorSpec,
     TokenLogprob,
+    ToolCall,
     ToWorker,
     WireError,
     encode_frame,
@@ -60,6 +62,7 @@ DECODER = Manifest(
         has_chat_template=True,
         template_tokens=8,
         template_tokens_per_message=8,
+        template_tokens_per_tool_use=8,
     ),
 )
 TENSOR = Manifest(
@@ -202,6 +205,8 @@ class ScriptedWorker:
         num_cached = num_prompt_tokens - 1 if key in self._seen else 0
         self._seen.add(key)
         scripted = SCRIPT.search(text_of(generate))
+        if generate.tools and generate.tool_choice not in ("none", "auto"):
+            return self._call_tools(generate, num_cached)
         event, at = (scripted[1], int(scripted[2])) if scripted else ("", -1)
         num_words = max_tokens if generate.sampling.ignore_eos else NUM_WORDS
         for i in range(max_tokens):
@@ -222,6 +227,13 @@ class ScriptedWorker:
             if reason == "stop":
                 return None
         return None
+
+    def _call_tools(self, generate: Generate, num_cached: int) -> None:
+        self._step(generate, [0], "w0 ", num_cached, None)
+        name = generate.tools[0].name
+        for at, reason in ((1, None), (2, "tool_calls")):
+            call = ToolCall(id=f"call_{at}", name=name, arguments=f'{{"at": {at}}}')
+            self._step(generate, [at], "", num_cached, reason, [call])
 
     async def _happen(self, event: str, generate: Generate) -> None:
         if event == "fail":
@@ -245,6 +257,7 @@ class ScriptedWorker:
         text: str,
         num_cached: int,
         reason: FinishReason | None,
+        calls: list[ToolCall] | None = None,
     ) -> None:
         """All choices walk in step."""
         wanted = generate.sampling.logprobs
@@ -264,6 +277,7 @@ class ScriptedWorker:
                 device_ns=1_000 if token_ids else 0,
                 logprobs=logprobs,
                 finish_reason=reason,
+                tool_calls=calls or [],
             )
             for choice in range(generate.num_choices)
         ]

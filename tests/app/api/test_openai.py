@@ -235,10 +235,7 @@ CHAT_ERRORS: list[tuple[dict[str, Any], str]] = [
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
         "messages[0].content[0].type",
     ),
-    ({"tools": [{"type": "function"}]}, "tools"),
-    ({"tool_choice": "required"}, "tool_choice"),
     ({"functions": [{}]}, "functions"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"modalities": ["audio"]}, "modalities"),
     ({"model": 5}, "model"),
 ]
@@ -263,6 +260,7 @@ COMPLETION_ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": [1, -1]}, "prompt"),
     ({"prompt": 5}, "prompt"),
     ({"suffix": "end"}, "suffix"),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"best_of": 3}, "best_of"),
     ({"logprobs": 21}, "logprobs"),
     ({"max_tokens": 0}, "max_tokens"),
