@@ -6,6 +6,7 @@ raises `NotPageable` for what is not understood; whether the result equals the o
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,9 +89,12 @@ def page(program: ExportedProgram, *, max_context_tokens: int | None = None) -> 
 
     context = find_context(frontier, evaluator, limit, check_length)
     specs: list[AttentionSpec] = []
+    known: dict[tuple[Any, ...], AttentionSpec] = {}
     for function in functions:
-        spec, context = _classify(function, context)
-        specs.append(spec)
+        structure = function.structure()
+        if structure not in known:
+            known[structure], context = _classify(function, context)
+        specs.append(known[structure])
     if context < limit:
         notes.append(f"The graph's own constants reach {context} tokens, which is its context.")
     elif not limits:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from runtime.compiling.paging.evaluation import Evaluator
 from runtime.compiling.paging.layout import Heads
@@ -29,6 +30,11 @@ class PositionTables:
     def __init__(self, evaluator: Evaluator) -> None:
         self._evaluator = evaluator
         self._values: dict[tuple[Node, int, bool], Any] = {}
+        self._numbers: dict[Any, int] = {}
+
+    def number(self, expression: Any) -> int:
+        """A small number that stands for an expression."""
+        return self._numbers.setdefault(expression, len(self._numbers))
 
     def at(self, nodes: list[Node], length: int, is_wide: bool) -> list[Any]:
         """Raises `TooLong` where an axis stays shorter than the sequence."""
@@ -160,6 +166,35 @@ class ScoreFunction:
         given = {site.softmax: probabilities.reshape(shape)}
         weights = self._evaluator.run([site.weights], num_tokens, given, is_wide=True)[0]
         return weights.reshape(self.heads.num_heads, num_tokens, num_tokens).double()
+
+    def structure(self) -> tuple[Any, ...]:
+        """Equal for two sites whose scores go the same way through the same constants."""
+        names: dict[Node, Any] = {}
+        site = self.site
+        if site.fused is not None:
+            fused = (self._spell(site.fused["mask"], names), *self._fused_numbers())
+            return ("fused", fused, self.heads)
+        assert site.scores is not None, "written out"
+        assert site.softmax is not None, "written out"
+        names[site.scores.node] = "scores", self._evaluator.lengths.shape(site.scores.node, 5)
+        logits = self._spell(self.root, names)
+        return (logits, self._spell(site.weights, {site.softmax: "softmax"}), self.heads)
+
+    def _fused_numbers(self) -> tuple[Any, ...]:
+        assert self.site.fused is not None, "a fused attention"
+        return self.site.fused["is_causal"], self.site.fused["scale"]
+
+    def _spell(self, value: Any, names: dict[Node, Any]) -> Any:
+        """A number for each distinct expression, which is written in those of its parts."""
+        if not isinstance(value, Node):
+            return repr(value)
+        if value not in names:
+            parts = [self._spell(source, names) for source in value.all_input_nodes]
+            arguments = map_arg((value.args, value.kwargs), lambda _: None)
+            target = value.name if value.op == "placeholder" else str(value.target)
+            spelled = (value.op, target, tuple(parts), repr(arguments))
+            names[value] = self._tables.number(spelled)
+        return names[value]
 
     def literals(self) -> set[int]:
         """Every whole number that the mask's or bias's part of the graph mentions."""
