@@ -39,6 +39,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     max_upload_bytes: int = 64 * 1024**3
     max_request_bytes: int = 8 * 1024**2
     kv_cache_bytes: int = 512 * 1024**2
+    kv_swap_bytes: int = 0
+    kv_poison: bool = False
     request_timeout_seconds: int = 600
     drain_seconds: int = 30
     session_days: int = 14
@@ -104,6 +106,12 @@ def _count(text: str) -> int:
     return number
 
 
+def _flag(text: str) -> bool:
+    if text not in {"0", "1"}:
+        raise ValueError("must be 0 or 1")
+    return text == "1"
+
+
 _UNITS = {"": 1, "k": 1024, "m": 1024**2, "g": 1024**3, "t": 1024**4}
 
 
@@ -158,6 +166,8 @@ FIELDS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "MAX_UPLOAD": ("max_upload_bytes", _bytes, "largest upload"),
     "MAX_REQUEST": ("max_request_bytes", _bytes, "largest request body"),
     "KV_CACHE": ("kv_cache_bytes", _bytes, "KV cache of each decoder replica"),
+    "KV_SWAP": ("kv_swap_bytes", _bytes, "host memory for preempted sequences; 0: recompute"),
+    "KV_POISON": ("kv_poison", _flag, "fill freed cache blocks with NaN (debugging): 0 or 1"),
     "REQUEST_TIMEOUT_SECONDS": ("request_timeout_seconds", _positive, "a request ends after this"),
     "DRAIN_SECONDS": ("drain_seconds", _positive, "how long SIGTERM lets requests finish"),
     "SESSION_DAYS": ("session_days", _positive, "how long a sign-in lasts"),

@@ -154,7 +154,12 @@ class RunningReplica:
         self._process = process = await box.launcher.start(launch)
         self.link = link = ReplicaLink(box.commit, manifest=desired.manifest)
         await process.connect(lambda: link.stream, timing.connect)
-        serving: dict[str, Any] = {"kv_cache_bytes": settings.kv_cache_bytes, **desired.serving}
+        serving: dict[str, Any] = {
+            "kv_cache_bytes": settings.kv_cache_bytes,
+            "swap_bytes": settings.kv_swap_bytes,
+            "poisons_blocks": settings.kv_poison,
+            **desired.serving,
+        }
         serve = Serve(
             artifact_dir=process.path(artifact_dir),
             device=settings.device,

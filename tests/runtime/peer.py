@@ -230,7 +230,7 @@ def make_decoder_artifact(directory: Path, *, has_tokenizer: bool = True) -> Pat
     )
     LlamaForCausalLM(config).save_pretrained(directory)
     if has_tokenizer:
-        _save_tokenizer(directory)
+        save_tokenizer(directory)
     model = load_decoder(directory)
     parameters = list(model.module.parameters())
     manifest = Manifest(
@@ -244,7 +244,7 @@ def make_decoder_artifact(directory: Path, *, has_tokenizer: bool = True) -> Pat
     return directory
 
 
-def _save_tokenizer(directory: Path) -> None:
+def save_tokenizer(directory: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

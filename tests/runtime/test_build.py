@@ -232,21 +232,32 @@ def test_a_decoder_is_built(build, built, llama):
     progress, message = built()
     assert list(dict.fromkeys(each.phase for each in progress)) == PHASES
     manifest, receipt = message.manifest, message.receipt
-    assert (manifest.kind, manifest.format) == ("decoder", "huggingface")
+    assert manifest.kind == "decoder"
     info = manifest.decoder
     assert info is not None
     assert info.architecture == "LlamaForCausalLM"
+    assert info.is_paged
+    assert info.eos_token_ids == [1]
     assert info.has_tokenizer
     assert info.has_chat_template
     assert info.template_tokens > 0
     assert receipt.verdict == "equal"
-    assert list(receipt.candidates[0].p50_ms) == [1, 8, 32]
-    assert receipt.candidates[0].device_ms_max > 0
-    names = sorted(path.name for path in build.output_dir.iterdir())
-    assert names == [
-        *("config.json", "generation_config.json", "model.safetensors", "program.json"),
+    assert {check.form for check in receipt.checks} == {"eager, float32", "fused, float32"}
+    eager, fused = receipt.candidates
+    assert (eager.name, fused.name) == ("eager", "fused")
+    for candidate in receipt.candidates:
+        assert list(candidate.p50_ms) == [1, 8, 32]
+        assert candidate.prefill_ms is not None
+        assert candidate.device_ms_max > 0
+    # The weights lie there once, as the form that won needs them.
+    assert manifest.form == ("fused" if fused.is_chosen else "eager")
+    assert manifest.format == ("pt2" if fused.is_chosen else "huggingface")
+    weights = "program.pt2" if fused.is_chosen else "model.safetensors"
+    names = {path.name for path in build.output_dir.iterdir()}
+    assert names == {
+        *("config.json", "generation_config.json", weights, "program.json"),
         *("receipt.json", "tokenizer.json", "tokenizer_config.json"),
-    ]
+    }
     assert read_manifest(build.output_dir) == manifest
     assert any("README.md" in note for note in receipt.notes)
 
