@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from runtime.compiling.paging import NotPageable, PagedGraph, attending
-from runtime.compiling.paging.signature import read_decoder_signature
+from runtime.compiling.paging.signature import embedding_rows, read_decoder_signature
 from runtime.execution.attention import LayerSpec
 from runtime.execution.runner import Attend
 from runtime.importing.exported import ExportedProgramModel
@@ -105,6 +105,7 @@ class UncachedGraph:
         int64 `[sequences, tokens]` without padding."""
         last = token_ids.shape[1] - 1
         if self._length is not None:
+            assert last < self._length, "the context is the graph's own length"
             token_ids = nn.functional.pad(token_ids, (0, self._length - token_ids.shape[1]))
         if self._batch is None:
             return self._run(token_ids)[:, last]
@@ -135,7 +136,7 @@ def is_causal(model: ExportedProgramModel) -> bool:
     output_at = sum(1 for leaf in model.signature.outputs[: signature.output_at] if leaf.spec)
     module = model.program.module(check_guards=False)
     generator = torch.Generator().manual_seed(0)
-    num_ids = signature.vocab_size
+    num_ids = min([signature.vocab_size, *embedding_rows(model.program, signature)])
     ids = torch.randint(0, num_ids, (batch, length), generator=generator)
     other = torch.randint(0, num_ids, (batch, length), generator=generator)
     before = model.call(module, [ids])[output_at].double()

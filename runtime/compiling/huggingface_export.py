@@ -30,7 +30,8 @@ def export_huggingface(module: PreTrainedModel) -> ExportedProgram:
     """A functional program with a batch of 1 and any length. `module` must attend eagerly or by
     `sdpa`. Raises `ImportFailure` when torch cannot trace it."""
     device = next(module.parameters()).device
-    example = torch.arange(EXAMPLE_TOKENS, device=device)[None] % module.config.vocab_size
+    num_ids = module.get_input_embeddings().weight.shape[0]
+    example = torch.arange(EXAMPLE_TOKENS, device=device)[None] % num_ids
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")

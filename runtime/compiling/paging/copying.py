@@ -60,6 +60,11 @@ def _copy_nodes(source: fx.Graph, target: fx.Graph, copies: dict[Node, Any]) -> 
                 raise NotPageable("The graph calls a module that cannot be looked into.")
         elif is_wrapper(node):
             copies[node] = _lay_open(node, target, copies)
+        elif isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise NotPageable(
+                f"The graph holds control flow or a wrapped region ({node.target.__name__}) that "
+                "cannot be looked into."
+            )
         elif node in copies or node.op == "placeholder" or _is_graph(node):
             continue
         elif _takes_from(node, copies):

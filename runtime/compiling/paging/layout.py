@@ -128,6 +128,20 @@ class Packer:
             return node
         return self.call(aten.constant_pad_nd.default, node, [0, missing])
 
+    def convert(self, node: Node, source: Node, dtype: torch.dtype) -> Node:
+        """In the dtype that keys and values are stored in, which is the model's."""
+        tensor = tensor_of(source)
+        if tensor is None or tensor.dtype == dtype:
+            return node
+        return self.call(aten.to.dtype, node, dtype)
+
+    def restore(self, node: Node, output: Node, dtype: torch.dtype) -> Node:
+        """From the model's dtype to that of the output that is replaced."""
+        tensor = tensor_of(output)
+        if tensor is None or tensor.dtype == dtype:
+            return node
+        return self.call(aten.to.dtype, node, tensor.dtype)
+
     def _expand(
         self, node: Node, axes: str, operand: Operand, heads: str, full: tuple[int, ...]
     ) -> tuple[Node, str, list[str]]:

@@ -5,6 +5,7 @@ raises `NotPageable` for what is not understood; whether the result equals the o
 `runtime.proving`'s question.
 """
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ from runtime.compiling.paging.site import AttentionSite
 from runtime.compiling.paging.sites import Site, find_sites
 from runtime.execution.attention import AttentionSpec, LayerSpec
 
+logger = logging.getLogger(__name__)
 aten = torch.ops.aten
 
 DEFAULT_MAX_CONTEXT_TOKENS = 32768  # where neither the graph nor its owner sets a limit
@@ -64,6 +66,17 @@ class _Layer:
 
 def page(program: ExportedProgram, *, max_context_tokens: int | None = None) -> PagedGraph:
     """Rewrite a program `(input_ids) -> logits`. Raises `NotPageable` with the reason why not."""
+    try:
+        return _page(program, max_context_tokens)
+    except (NotPageable, MemoryError):
+        raise
+    # A graph may be written in ways that nobody foresaw; it is then refused like any other.
+    except Exception as error:
+        logger.exception("a graph could not be analysed")
+        raise NotPageable(f"The graph could not be analysed: {_first_line(error)}.") from error
+
+
+def _page(program: ExportedProgram, max_context_tokens: int | None) -> PagedGraph:
     decoder = normalise(program)
     evaluator = Evaluator(decoder)
     graph = decoder.module.graph
@@ -124,8 +137,14 @@ def _classify(function: ScoreFunction, context: int) -> tuple[AttentionSpec, int
     try:
         return classify(function, context)
     except (RuntimeError, IndexError, ValueError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise NotPageable(f"An attention's mask cannot be evaluated: {first}") from error
+        raise NotPageable(
+            f"An attention's mask cannot be evaluated: {_first_line(error)}."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300].rstrip(".")
 
 
 def _pack_operands(
@@ -172,8 +191,9 @@ def _probe(decoder: DecoderGraph, evaluator: Evaluator, wanted: list[Node]) -> d
     try:
         values = evaluator.run(wanted, PROBE_TOKENS, given)
     except (RuntimeError, IndexError, ValueError) as error:
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise NotPageable(f"The graph does not run on {PROBE_TOKENS} tokens: {first}") from error
+        raise NotPageable(
+            f"The graph does not run on {PROBE_TOKENS} tokens: {_first_line(error)}."
+        ) from error
     return dict(zip(wanted, values, strict=True))
 
 
@@ -187,14 +207,15 @@ def _cut(decoder: DecoderGraph, layer: _Layer, layer_index: int, evaluator: Eval
         packer = Packer(graph, evaluator.lengths)
         size = max(heads.key_width, heads.value_width)
         operands = tuple(
-            packer.pad(node, size - width)
-            for node, width in (
-                (layer.query, heads.key_width),
-                (layer.key, heads.key_width),
-                (layer.value, heads.value_width),
+            packer.convert(packer.pad(node, size - width), operand.node, decoder.dtype)
+            for node, operand, width in (
+                (layer.query, layer.site.query, heads.key_width),
+                (layer.key, layer.site.key, heads.key_width),
+                (layer.value, layer.site.value, heads.value_width),
             )
         )
         attended = graph.call_module(name, operands)
+        attended = packer.restore(attended, layer.site.output, decoder.dtype)
         if heads.value_width < size:
             attended = packer.call(aten.slice.Tensor, attended, 2, 0, heads.value_width)
         output = packer.unpack(attended, layer.site, heads)

@@ -163,9 +163,11 @@ class ScoreFunction:
         assert site.weights is not None, "written out"
         num_tokens = probabilities.shape[1]
         shape = self._evaluator.lengths.shape(site.softmax, num_tokens)
-        given = {site.softmax: probabilities.reshape(shape)}
+        fake = tensor_of(site.softmax)
+        assert fake is not None, "a softmax is a tensor"
+        given = {site.softmax: probabilities.reshape(shape).to(fake.device)}
         weights = self._evaluator.run([site.weights], num_tokens, given, is_wide=True)[0]
-        return weights.reshape(self.heads.num_heads, num_tokens, num_tokens).double()
+        return weights.reshape(self.heads.num_heads, num_tokens, num_tokens).double().cpu()
 
     def structure(self) -> tuple[Any, ...]:
         """Equal for two sites whose scores go the same way through the same constants."""

@@ -61,3 +61,12 @@ def test_a_bias_rounded_on_purpose_is_refused() -> None:
     model = tiny("falcon", {**FALCON, "alibi": True, "multi_query": False})
     with pytest.raises(NotPageable, match="mask or bias"):
         page(export_huggingface(model))
+
+
+def test_scores_in_float32_inside_a_half_precision_model() -> None:
+    """GPT-J widens queries and keys; what is cached has the model's dtype all the same."""
+    model = tiny("gptj", {**GPT, "rotary_dim": 4}).bfloat16()
+    paged = page(export_huggingface(model))
+    assert paged.dtype == torch.bfloat16
+    difference = largest_difference(paged, lambda ids: model(ids, use_cache=False).logits, VOCAB)
+    assert difference < 0.05

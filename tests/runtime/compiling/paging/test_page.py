@@ -255,3 +255,11 @@ def test_no_attention() -> None:
 
     with pytest.raises(NotPageable, match="No attention"):
         page(export(Recurrent()))
+
+
+def test_control_flow_on_values() -> None:
+    def branch(hidden: Tensor) -> Tensor:
+        return torch.cond(hidden.sum() > 0, lambda x: x + 1, lambda x: x - 1, (hidden,))
+
+    with pytest.raises(NotPageable, match="cond"):
+        page(export(HandWritten(decoders.fused, between=branch)))
