@@ -1,6 +1,7 @@
 """The whole box as a user meets it: `tapeout serve` as a process of its own, driven through the
 command line, the openai SDK and HTTP, and killed where it hurts."""
 
+import json
 import os
 import signal
 import socket
@@ -199,6 +200,89 @@ def test_the_openai_sdk_streams_a_chat_with_usage(box: Box) -> None:
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == 12
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
+
+
+ASKED: Any = [{"role": "user", "content": "Where is it?"}]
+PLACE: Any = {
+    "type": "object",
+    "properties": {
+        "x": {"type": "integer", "minimum": -99, "maximum": 99},
+        "kind": {"enum": ["a", "b"]},
+    },
+    "required": ["x", "kind"],
+    "additionalProperties": False,
+}
+
+
+def format_of(schema: Any) -> Any:
+    return {"type": "json_schema", "json_schema": {"name": "place", "schema": schema}}
+
+
+def check_place(text: str | None) -> None:
+    place = json.loads(text or "")
+    assert place.keys() == {"x", "kind"}
+    assert isinstance(place["x"], int)
+    assert place["x"] <= 99
+    assert place["kind"] in ("a", "b")
+
+
+def test_a_random_model_keeps_to_a_schema(box: Box) -> None:
+    answer = box.openai.chat.completions.create(
+        model="tiny-llama",
+        messages=ASKED,
+        response_format=format_of(PLACE),
+        temperature=0.7,
+        n=2,
+    )
+    for choice in answer.choices:
+        assert choice.finish_reason == "stop"
+        check_place(choice.message.content)
+
+
+def test_a_random_model_calls_the_tool_it_must(box: Box) -> None:
+    tools: Any = [{"type": "function", "function": {"name": "place", "parameters": PLACE}}]
+    answer = box.openai.chat.completions.create(
+        model="tiny-llama",
+        messages=ASKED,
+        tools=tools,
+        tool_choice="required",
+        parallel_tool_calls=False,
+        max_tokens=500,
+    )
+    choice = answer.choices[0]
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.content is None
+    (call,) = choice.message.tool_calls or []
+    assert call.type == "function"
+    assert call.function.name == "place"
+    check_place(call.function.arguments)
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens > 200, "the tool is told to the model"
+    # The result goes back, and the answer is free.
+    said: Any = choice.message.model_dump(exclude_none=True)
+    result: Any = {"role": "tool", "tool_call_id": call.id, "content": "done"}
+    after = box.openai.chat.completions.create(
+        model="tiny-llama", messages=[*ASKED, said, result], tools=tools, max_tokens=5
+    )
+    assert after.choices[0].finish_reason is not None
+
+
+def test_a_bad_schema_fails_alone(box: Box) -> None:
+    stream = box.openai.chat.completions.create(
+        model="tiny-llama",
+        messages=ASKED,
+        max_tokens=300,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    next(iter(stream))
+    for schema in ({"type": "objec"}, {"type": "string", "pattern": "("}, {"not": {}}):
+        with pytest.raises(openai.BadRequestError) as caught:
+            box.openai.chat.completions.create(
+                model="tiny-llama", messages=ASKED, response_format=format_of(schema)
+            )
+        assert caught.value.param == "response_format"
+    assert [c.choices[0].finish_reason for c in stream if c.choices][-1] == "length"
 
 
 @pytest.mark.parametrize(
