@@ -178,6 +178,28 @@ CASES = {
     "everything, bfloat16": Case(
         RAGGED, dtype=torch.bfloat16, soft_cap=5.0, has_slopes=True, has_sinks=True
     ),
+    "bfloat16, several tiles and splits": Case(
+        ((1, 1100), (150, 700), (1, 513), (2, 64)),
+        num_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        block_size=32,
+        dtype=torch.bfloat16,
+    ),
+    "bfloat16, eight rows of odd blocks": Case(
+        ((1, 600), (31, 90)), 8, 1, head_dim=96, block_size=5, dtype=torch.bfloat16
+    ),
+    "bfloat16, window and sinks": Case(
+        ((1, 700), (200, 333), (3, 65)),
+        head_dim=128,
+        dtype=torch.bfloat16,
+        sliding_window=130,
+        has_slopes=True,
+        has_sinks=True,
+    ),
+    "bfloat16, width that fills no register": Case(
+        ((1, 600), (70, 90)), head_dim=80, dtype=torch.bfloat16
+    ),
 }
 
 # Largest deviation from float64 that rounding explains, of outputs of magnitude about 1.

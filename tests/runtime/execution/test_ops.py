@@ -1,6 +1,7 @@
 """A decoder layer's operators against float64, in every compiled variant and plain torch."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -92,6 +93,21 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(
     assert torch.equal(layer(x), whole)
     x[1:] = torch.nan
     assert torch.equal(layer(x)[0], whole[0])
+
+
+def test_threads_that_compute_at_once_do_not_disturb_each_other(variant: Variant | None) -> None:
+    if variant is None:
+        pytest.skip("torch's own threads")
+    layer = linear.PackedLinear(torch.randn(1024, 256).bfloat16())
+    inputs = [torch.randn(9, 256).bfloat16() for _ in range(4)]
+    expected = [layer(x) for x in inputs]
+
+    def repeat(index: int) -> bool:
+        torch.set_num_threads(2)
+        return all(torch.equal(layer(inputs[index]), expected[index]) for _ in range(200))
+
+    with ThreadPoolExecutor(len(inputs)) as threads:
+        assert all(threads.map(repeat, range(len(inputs))))
 
 
 def test_packed_linear_keeps_leading_dimensions_and_joins_siblings(
