@@ -15,6 +15,7 @@ from runtime.compiling.fusions.activations import activation_of
 from runtime.compiling.fusions.constants import constant_nodes
 from runtime.compiling.fusions.evaluated import EvaluatedGraph, op_name
 from runtime.compiling.fusions.regions import order_of
+from runtime.compiling.fusions.tied import share_embeddings
 from runtime.execution import ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -26,6 +27,7 @@ class Linear:
 
     output: fx.Node
     source: fx.Node
+    weight_node: fx.Node
     weight: Tensor
     bias: Tensor | None
 
@@ -37,20 +39,23 @@ class Linear:
 def pack_linears(graph: EvaluatedGraph) -> int:
     """Returns how many linear layers were packed."""
     constants = constant_nodes(graph)
-    found = {
-        linear.output: linear
-        for node in graph.graph.nodes
-        if (linear := _linear(graph, node, constants)) is not None
-    }
     groups: dict[fx.Node, list[Linear]] = {}
-    for linear in found.values():
-        groups.setdefault(linear.source, []).append(linear)
+    for node in graph.graph.nodes:
+        if (linear := _linear(graph, node, constants)) is not None:
+            groups.setdefault(linear.source, []).append(linear)
     num_packed = 0
+    alone: dict[fx.Node, ops.PackedLinear] = {}
     for name, group in enumerate(groups.values()):
-        if _pack(graph, f"packed_{name}", _ordered(group)):
+        weights = [each.weight_node for each in group]
+        packed = _pack(graph, f"packed_{name}", _ordered(group))
+        if packed is not None:
             num_packed += len(group)
+            if len(group) == 1 and weights[0].op == "get_attr" and weights[0].users:
+                alone[weights[0]] = packed
         del group[:]  # the originals are let go before the next are packed
-        release_unused(graph)
+        _release(graph, [weight for weight in weights if weight not in alone])
+    share_embeddings(graph, alone)
+    _release(graph, alone)
     return num_packed
 
 
@@ -78,7 +83,8 @@ def _linear(graph: EvaluatedGraph, node: fx.Node, constants: set[fx.Node]) -> Li
     if vector is not None and vector.shape != matrix.shape[:1]:
         return None
     assert isinstance(source, fx.Node)
-    return Linear(node, source, matrix.detach(), vector)
+    assert isinstance(weight, fx.Node)
+    return Linear(node, source, weight, matrix.detach(), vector)
 
 
 def _ordered(group: list[Linear]) -> list[Linear]:
@@ -108,7 +114,7 @@ def _gate_of(linear: Linear, group: dict[fx.Node, Linear]) -> Linear | None:
     return found if is_alike and len(gate.users) == 1 else None
 
 
-def _pack(graph: EvaluatedGraph, name: str, group: list[Linear]) -> bool:
+def _pack(graph: EvaluatedGraph, name: str, group: list[Linear]) -> ops.PackedLinear | None:
     order = order_of(graph)
     before = min((linear.output for linear in group), key=order.__getitem__)
     weights, biases = [each.weight for each in group], [each.bias for each in group]
@@ -124,12 +130,12 @@ def _pack(graph: EvaluatedGraph, name: str, group: list[Linear]) -> bool:
         if not product.users:
             graph.graph.erase_node(product)
             graph.module.delete_submodule(name)
-        return False
+        return None
     for linear, part in zip(group, parts, strict=True):
         linear.output.replace_all_uses_with(part, propagate_meta=False)
         graph.graph.erase_node(linear.output)
         graph.values.pop(linear.output)
-    return True
+    return packed
 
 
 def _parts(
@@ -161,13 +167,27 @@ def _parts(
     return parts
 
 
+def _release(graph: EvaluatedGraph, nodes: Iterable[fx.Node]) -> None:
+    """Drop constants that nothing reads any more, with the tensors behind them."""
+    for node in nodes:
+        if node.users:
+            continue
+        inputs = node.all_input_nodes
+        graph.graph.erase_node(node)
+        graph.values.pop(node, None)
+        if node.op == "get_attr":
+            path, _, name = str(node.target).rpartition(".")
+            delattr(graph.module.get_submodule(path), name)
+        _release(graph, inputs)
+
+
 def release_unused(graph: EvaluatedGraph) -> None:
-    """Drop parameters and buffers that the graph does not read any more, and their values."""
-    graph.drop_dead()
+    """Drop all parameters and buffers that the graph does not read, but those of submodules that
+    it calls."""
     used = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
-    used_modules = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
+    called = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
     for prefix, module in graph.module.named_modules():
-        if any(prefix == each or prefix.startswith(f"{each}.") for each in used_modules):
+        if prefix in called:
             continue
         for tensors in (module._parameters, module._buffers):
             for name in list(tensors):

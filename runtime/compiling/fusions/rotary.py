@@ -40,7 +40,8 @@ TOLERANCE = 1e-5
 
 @dataclass
 class Angles:
-    """Of one kind of rotation: float32 `[positions, rotary_dim]` each."""
+    """Of one kind of rotation, `[positions, rotary_dim]` each: float32, or float64 in a graph of
+    that dtype."""
 
     cosines: Tensor
     sines: Tensor
@@ -203,6 +204,12 @@ def _probe_all(rotations: Rotations, region: Region, is_heads_first: bool) -> An
     return None
 
 
+def _probe_dtype(rotations: Rotations, region: Region) -> torch.dtype:
+    output = rotations.graph.tensor(region.nodes[-1])
+    assert output is not None
+    return torch.promote_types(output.dtype, torch.float32)
+
+
 def _rotary_dim(
     rotations: Rotations, region: Region, is_heads_first: bool, positions: Tensor
 ) -> int | None:
@@ -210,7 +217,8 @@ def _rotary_dim(
     size = rotations.graph.shape(region.nodes[-1])
     assert size is not None
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn((len(positions), *size[1:]), generator=generator)
+    dtype = _probe_dtype(rotations, region)
+    x = torch.randn((len(positions), *size[1:]), generator=generator, dtype=dtype)
     y = _apply(rotations, region, is_heads_first, positions, x)
     if y.shape != x.shape:
         return None
@@ -231,7 +239,8 @@ class _Probe:
         """(cosines, sines) `[positions, rotary_dim]`, if the region is a rotation."""
         size = self.rotations.graph.shape(self.region.nodes[-1])
         assert size is not None
-        x = torch.zeros((2, len(positions), *size[1:]))
+        dtype = _probe_dtype(self.rotations, self.region)
+        x = torch.zeros((2, len(positions), *size[1:]), dtype=dtype)
         firsts, seconds = self._halves()
         x[0][..., firsts] = 1
         x[1][..., seconds] = 1
@@ -239,10 +248,10 @@ class _Probe:
             _apply(self.rotations, self.region, self.is_heads_first, positions, each)[:, 0]
             for each in x
         )
-        cosines = torch.empty(len(positions), self.rotary_dim)
+        cosines = torch.empty(len(positions), self.rotary_dim, dtype=dtype)
         sines = torch.empty_like(cosines)
-        cosines[:, firsts], sines[:, seconds] = one[:, firsts].float(), one[:, seconds].float()
-        cosines[:, seconds], sines[:, firsts] = other[:, seconds].float(), -other[:, firsts].float()
+        cosines[:, firsts], sines[:, seconds] = one[:, firsts], one[:, seconds]
+        cosines[:, seconds], sines[:, firsts] = other[:, seconds], -other[:, firsts]
         return cosines, sines
 
     def _halves(self) -> tuple[slice, slice]:
@@ -255,7 +264,8 @@ class _Probe:
         size = self.rotations.graph.shape(self.region.nodes[-1])
         assert size is not None
         generator = torch.Generator().manual_seed(1)
-        x = torch.randn((len(positions), *size[1:]), generator=generator)
+        dtype = _probe_dtype(self.rotations, self.region)
+        x = torch.randn((len(positions), *size[1:]), generator=generator, dtype=dtype)
         y = _apply(self.rotations, self.region, self.is_heads_first, positions, x).double()
         cosines, sines = self.angles(positions)
         rotated = ops.rotate(x.double(), cosines.double(), sines.double(), self.is_interleaved)
@@ -273,7 +283,7 @@ def _apply(
     positions: Tensor,
     x: Tensor,
 ) -> Tensor:
-    """The region on x `[tokens, heads, head_dim]` float32 at other positions."""
+    """The region on x `[tokens, heads, head_dim]` at other positions, in x's dtype."""
     shape = rotations.graph.shape(region.source)
     assert shape is not None
     device = next(iter(rotations.graph.values[rotations.graph.positions])).device
@@ -313,7 +323,7 @@ def _emit(rotations: Rotations, region: Region, angles: Angles, is_heads_first: 
         heads = graph.call(output, "reshape", heads, -1, *shape[1:])
     if not graph.is_dense(heads):
         heads = graph.call(output, "contiguous", heads)
-    if angles.gathered is None:
+    if angles.gathered is None or angles.gathered[0] not in graph.values:  # dropped with a misfit
         angles.gathered = _gather(graph, angles)
     new = graph.call(output, ops.rotate, heads, *angles.gathered, angles.is_interleaved)
     for node in (*angles.gathered, heads, new):
