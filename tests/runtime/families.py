@@ -5,25 +5,26 @@
 
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+from runtime.building.directory_routes import directory_source
+from runtime.building.routes import NotThisWay
 from runtime.execution.attention import LayerSpec
-from runtime.importing.huggingface import PAGE_ANOTHER_WAY, load_decoder
-from runtime.importing.huggingface_uncached import load_uncached
+from runtime.importing.archive import UnpackedUpload
 from runtime.importing.program import ImportFailure
-from runtime.proving.decoder import DecoderProver
-from runtime.proving.forms import Form, WholeForm, paged_form
+from runtime.proving.decoder import DecoderProof, DecoderProver
+from runtime.proving.forms import PagedForm
 from runtime.proving.huggingface_original import HuggingFaceOriginal
 from tests.runtime.decoders import WINDOW, save_decoder
 
 BLOCK_SIZE = 8
-REGISTRY, GRAPH, UNCACHED = "attention interface", "graph", "uncached"
+# As a build tries them.
+WAYS = REGISTRY, GRAPH, UNCACHED = "attention interface", "graph", "uncached"
 HALF_WINDOW = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
 MOE |= {"moe_intermediate_size": 32, "decoder_sparse_step": 1}
@@ -33,6 +34,7 @@ DEEPSEEK = {**MLA, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_interme
 DEEPSEEK |= {"n_group": 2, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1}
 MAMBA2 = {"mamba_n_heads": 6, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
 MAMBA2 |= {"mamba_chunk_size": 8, "mamba_expand": 2}
+MAMBA_LAYERS = ["mamba", "attention", "mamba"]
 LINEAR = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8}
 LINEAR |= {"linear_value_head_dim": 8}
 LINEAR_LAYERS = ["linear_attention", "full_attention", "linear_attention"]
@@ -101,7 +103,6 @@ FAMILIES = [
     Family("deepseek_v3", "DeepSeek-V3, R1", DEEPSEEK),
     Family("mamba", "Mamba", {"state_size": 8}),
     Family("jamba", "Jamba", {"attn_layer_period": 2, "attn_layer_offset": 1, **MOE}),
-    Family("qwen3_next", "Qwen3-Next", {**LINEAR, **MOE, "layer_types": LINEAR_LAYERS}),
     Family(
         "llama4_text",
         "Llama 4 (text)",
@@ -112,9 +113,10 @@ FAMILIES = [
     Family("exaone4", "EXAONE 4", {"sliding_window": WINDOW, **HALF_WINDOW}),
     tail("apertus", "Apertus"),
     tail("arcee", "AFM"),
-    tail("afmoe", "Trinity", MOE),
+    tail("afmoe", "Trinity", {**MOE, "sliding_window": WINDOW, **HALF_WINDOW}),
     tail("bamba", "Bamba", {**MAMBA2, "attn_layer_indices": [1]}),
     tail("bert", "a BERT decoder", {"is_decoder": True}),
+    Family("bert", "a BERT that looks ahead", {"is_decoder": False}, False, "bidirectional"),
     tail("biogpt", "BioGPT"),
     tail("codegen", "CodeGen", {"rotary_dim": 4, "hidden_size": 64, "num_attention_heads": 4}),
     tail("ctrl", "CTRL"),
@@ -132,7 +134,7 @@ FAMILIES = [
     tail("glm4_moe", "GLM-4.5", {**DEEPSEEK, "head_dim": 16}),
     tail("gpt_bigcode", "StarCoder, SantaCoder"),
     tail("granitemoe", "Granite 3 MoE", MOE),
-    tail("granitemoehybrid", "Granite 4", {**MAMBA2, **MOE, "layer_types": ["mamba", "attention", "mamba"]}),
+    tail("granitemoehybrid", "Granite 4", {**MAMBA2, **MOE, "layer_types": MAMBA_LAYERS}),
     tail("hunyuan_v1_dense", "Hunyuan"),
     tail("jetmoe", "JetMoe", MOE),
     tail("laguna", "Laguna", MOE),
@@ -147,6 +149,7 @@ FAMILIES = [
     tail("openai-gpt", "GPT"),
     tail("persimmon", "Persimmon, Fuyu (text)", {"head_dim": 8}),
     tail("phimoe", "Phi-3.5-MoE", {**MOE, "sliding_window": WINDOW}),
+    tail("qwen3_next", "Qwen3-Next", {**LINEAR, **MOE, "layer_types": LINEAR_LAYERS}),
     tail("recurrent_gemma", "RecurrentGemma", {"lru_width": 48, "attention_window_size": 16}),
     tail("roberta", "a RoBERTa decoder", {"is_decoder": True}),
     tail("rwkv", "RWKV-4", {"attention_hidden_size": 48, "context_length": 256}),
@@ -158,65 +161,126 @@ FAMILIES = [
 
 @dataclass(frozen=True)
 class Row:
-    """What came of one family. `closeness` is the largest error as a share of its tolerance."""
+    """What came of one family: `attention` is what kinds were found; `code` says why the
+    attention interface did not take it."""
 
     family: Family
+    way: str
     architecture: str
     attention: str
-    route: str
-    verdict: str
-    closeness: float
-    reasons: list[str]  # why the routes before it were not taken
+    code: str
+    proof: DecoderProof
+
+    @property
+    def line(self) -> str:
+        """Its line in the table, of which nothing depends on the machine."""
+        is_equal = self.proof.verdict == "equal"
+        way = self.way if is_equal else "refused"
+        how = REASONS[self.code] if self.way == UNCACHED else self.attention
+        verdict = "equal" if is_equal else "not equal to the original"
+        name = f"`{self.architecture}` {self.family.variant}".rstrip()
+        return f"| {name} | {self.family.examples} | {way} | {how} | {verdict} |"
+
+    @property
+    def closeness(self) -> float:
+        """The largest error as a share of its tolerance."""
+        checks = [check for check in self.proof.checks if check.tolerance]
+        return max((check.error or 0.0) / (check.tolerance or 1.0) for check in checks)
 
 
-def serve(directory: Path) -> tuple[str, str, str, Form, list[str]]:
-    """(route, architecture, attention, form, why not the routes before), as a build chooses."""
-    reasons: list[str] = []
-    try:
-        decoder = load_decoder(directory)
-        form = paged_form(
-            decoder, lambda dtype: load_decoder(directory, dtype=dtype), block_size=BLOCK_SIZE
-        )
-        return REGISTRY, decoder.info.architecture, describe(decoder.layers), form, reasons
-    except ImportFailure as failure:
-        if failure.error.code not in PAGE_ANOTHER_WAY:
-            raise
-        reasons.append(failure.error.message)
-    model = load_uncached(directory, unpaged_reason=reasons[-1])
-    form = WholeForm(
-        name="whole",
-        dtype=model.dtype,
-        max_context_tokens=model.info.max_context_tokens,
-        load=lambda dtype: load_uncached(directory, dtype=dtype),
-    )
-    return UNCACHED, model.info.architecture, "", form, reasons
+def examine(family: Family, directory: Path, dtype: torch.dtype = torch.float32) -> Row:
+    """Save a tiny model of the family, serve it by the first of a build's routes that is proved,
+    and say how."""
+    save_decoder(family.model_type, directory / "model", dtype, **family.config)
+    upload = UnpackedUpload(kind="huggingface", path=directory / "model")
+    prover = DecoderProver(HuggingFaceOriginal(upload.path), block_size=BLOCK_SIZE)
+    code, row = "", None
+    for way, route in zip(WAYS, directory_source(upload, directory).routes, strict=True):
+        try:
+            served = route.load(code)
+        except NotThisWay as error:
+            if not code and isinstance(error.__cause__, ImportFailure):
+                code = error.__cause__.error.code
+            continue
+        form = served.form
+        if isinstance(form, PagedForm):
+            form = replace(form, block_size=BLOCK_SIZE)
+        attention = describe(served.decoder.layers if served.decoder else [])
+        proof = prover.prove(form)
+        row = Row(family, way, served.info.architecture, attention, code, proof)
+        if proof.verdict == "equal":
+            break
+    assert row is not None, "the last route takes whatever runs"
+    return row
 
 
 def describe(layers: list[LayerSpec]) -> str:
     """What kinds of attention were found, in few words."""
+    specs = [layer.attention for layer in layers]
     kinds = [
-        ("sliding window", [layer.attention.sliding_window is not None for layer in layers]),
-        ("soft cap", [layer.attention.soft_cap is not None for layer in layers]),
-        ("ALiBi", [layer.attention.alibi_slopes is not None for layer in layers]),
-        ("sinks", [layer.attention.sinks is not None for layer in layers]),
+        ("sliding window", [spec.sliding_window is not None for spec in specs]),
+        ("soft cap", [spec.soft_cap is not None for spec in specs]),
+        ("ALiBi", [spec.alibi_slopes is not None for spec in specs]),
+        ("sinks", [spec.sinks is not None for spec in specs]),
     ]
     words = [name if all(has) else f"{name} in some layers" for name, has in kinds if any(has)]
     return ", ".join(words) or "causal"
 
 
-def examine(family: Family, directory: Path) -> Row:
-    """Save a tiny model of the family, serve it as a build would, and prove it."""
-    save_decoder(family.model_type, directory, **family.config)
-    route, architecture, attention, form, reasons = serve(directory)
-    prover = DecoderProver(HuggingFaceOriginal(directory), block_size=BLOCK_SIZE)
-    proof = prover.prove(form)
-    closeness = max(
-        (check.error or 0.0) / check.tolerance for check in proof.checks if check.tolerance
-    )
-    return Row(family, architecture, attention, route, proof.verdict, closeness, reasons)
+DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
+# In the table, of a family that is not paged.
+REASONS = {
+    "attention_not_found": "a recurrent state instead of attention",
+    "attention_unsupported": "its mask depends on what tokens are",
+    "mask_unsupported": "its mask is neither causal nor a sliding window",
+    "mixes_tokens": "a recurrent state or a convolution beside attention",
+    "positions_unsupported": "positions that depend on what tokens are",
+}
+HEAD = f"""# Decoders that are known to work
+
+Any causal language model of transformers can be uploaded; none is known to the code by name. This
+table is what came of building a tiny random model of each family, as wide as it takes to show
+what the family has (a sliding window shorter than the prompts, several query heads per key head,
+odd widths). It is written by `python -m tests.runtime.families` with transformers
+{transformers.__version__}, and held to the code by `tests/runtime/test_families.py`.
+
+How a model is **served**:
+
+- **{REGISTRY}**: paged, batched and cached; its layers attend through transformers' registry.
+- **{GRAPH}**: paged, batched and cached; exported as a graph in which attention was found.
+- **{UNCACHED}**: computed whole for every token, and batched where lengths are equal, because keys
+  and values in blocks do not hold all that its layers remember. The receipt says why.
+- **refused**: the build fails and says why.
+
+**Equal** means that every logit of every replayed prompt is within the tolerance of the original's
+own rounding, and every clear greedy token the same: alone, in chunks, batched, on a shared prefix
+and after preemption.
+
+| Architecture | Models of it | Served | Attention, or why there is no cache | Verdict |
+| --- | --- | --- | --- | --- |
+"""
+FOOT = """
+Refused before anything is loaded, each with what to do instead: uploads with Python code of their
+own, pickled weights, weights that are quantised already, adapters that were not merged,
+encoder-decoder models, and configurations that describe far more than the files hold.
+"""
 
 
-def examine_all(families: list[Family]) -> Iterator[Row]:
-    for family in families:
+def document(rows: list[Row]) -> str:
+    return HEAD + "".join(f"{row.line}\n" for row in rows) + FOOT
+
+
+def main() -> None:
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    rows: list[Row] = []
+    for family in FAMILIES:
         with tempfile.TemporaryDirectory() as directory:
-            yield examine(family, Path(directory))
+            row = examine(family, Path(directory))
+        sys.stdout.write(f"{row.line} {row.closeness:.2g} of the tolerance\n")
+        rows.append(row)
+    DOCUMENT.write_text(document(rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
