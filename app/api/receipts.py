@@ -12,6 +12,7 @@ from app.api.relay import Relay
 from app.billing.prices import PriceTable
 from app.core.database import Database
 from app.core.errors import Forbidden
+from app.deployments.serving_notes import serving_note
 from app.metering.receipts import ReceiptLine, read_receipt
 
 AnyRequest = Request[Any, Any, Any]
@@ -44,6 +45,7 @@ class ReceiptAnswer(msgspec.Struct, frozen=True, kw_only=True):
     finished_at: datetime
     duration_ns: int
     first_token_ns: int | None
+    serving_note: str = ""  # how the model is served, where that makes its tokens cost more
     object: str = "receipt"
 
 
@@ -59,12 +61,14 @@ async def get_receipt(request: AnyRequest, request_id: FromPath[str]) -> Respons
     prices: PriceTable = request.app.state.prices
     async with database.read() as session:
         receipt = await read_receipt(session, principal.organization_id, request_id)
+        note = await serving_note(session, receipt.model, receipt.version)
     book = prices.book(receipt.price_book_id)
     fields = msgspec.structs.asdict(receipt)
     del fields["price_book_id"]
     return Response(
         ReceiptAnswer(
             **fields,
+            serving_note=note,
             price_book=ReceiptBook(
                 receipt.price_book_id, book and book.number, book and book.sha256
             ),

@@ -11,6 +11,7 @@ import msgspec
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from app.console.proof_view import FormProof, proofs_by_form
 from app.console.templating import format_bytes, format_short
 from app.core.errors import NotFound
 from app.deployments.tables import Deployment, Endpoint, Replica, Revision
@@ -118,6 +119,23 @@ class ModelView(msgspec.Struct, frozen=True):
     def verdict(self) -> Lamp:
         assert self.receipt is not None
         return VERDICTS[self.receipt.verdict]
+
+    @property
+    def proofs(self) -> list[FormProof]:
+        return proofs_by_form(self.receipt.checks) if self.receipt else []
+
+    @property
+    def has_forms(self) -> bool:
+        return any(proof.name for proof in self.proofs)
+
+    @property
+    def judges_tokens(self) -> bool:
+        return any(proof.judges_tokens for proof in self.proofs)
+
+    @property
+    def has_prefill(self) -> bool:
+        candidates = self.receipt.candidates if self.receipt else []
+        return any(candidate.prefill_ms is not None for candidate in candidates)
 
     @property
     def phase(self) -> str:

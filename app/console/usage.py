@@ -11,6 +11,7 @@ from app.console.templating import PageRequest, page
 from app.console.usage_view import DIMENSION_NAMES, read_usage, spend_chart
 from app.core.database import Database
 from app.core.money import write_amount
+from app.deployments.serving_notes import serving_note
 from app.metering.receipts import read_receipt
 from app.settings import Settings
 
@@ -60,7 +61,10 @@ async def show_receipt(request: PageRequest, request_id: FromPath[str]) -> Respo
     database: Database = request.app.state.database
     async with database.read() as session:
         receipt = await read_receipt(session, principal.organization_id, request_id)
-    return page(request, "receipts/receipt.html", receipt=receipt, dimensions=DIMENSION_NAMES)
+        note = await serving_note(session, receipt.model, receipt.version)
+    return page(
+        request, "receipts/receipt.html", receipt=receipt, note=note, dimensions=DIMENSION_NAMES
+    )
 
 
 router = Router("", route_handlers=[show_usage, change_limit, show_receipt])

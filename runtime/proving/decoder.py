@@ -123,7 +123,7 @@ def _check(run: Run, label: str, dtype: torch.dtype, references: References) -> 
         name=run.name,
         form=label,
         is_equal=error <= tolerance and num_same == num_judged,
-        detail=f"{run.description}; largest difference of a logit, of a range of {logit_range}",
+        detail=f"{run.description}; in logits, which span {logit_range}",
         error=error,
         tolerance=tolerance,
         num_judged=num_judged,

@@ -69,6 +69,24 @@ TENSOR = Manifest(
         is_batched=True,
     ),
 )
+UNPAGED = Manifest(
+    kind="decoder",
+    format="pt2",
+    num_parameters=44_160,
+    weight_bytes=176_640,
+    decoder=DecoderInfo(
+        architecture="MambaForCausalLM",
+        vocab_size=96,
+        max_context_tokens=256,
+        num_layers=3,
+        kv_bytes_per_token=0,
+        dtype="float32",
+        has_tokenizer=False,
+        has_chat_template=False,
+        is_paged=False,
+        unpaged_reason="It keeps a recurrent state.",
+    ),
+)
 RECEIPT = BuildReceipt(
     verdict="equal",
     checks=[
@@ -104,6 +122,7 @@ async def add_model(
     *,
     owner: str = "default",
     manifest: Manifest = TENSOR,
+    receipt: BuildReceipt = RECEIPT,
     **version: Any,
 ) -> ModelVersion:
     """A model with one version; a ready one has an endpoint with one ready replica."""
@@ -127,7 +146,7 @@ async def add_model(
         status=status,
         manifest=msgspec.to_builtins(manifest) if is_ready else None,
         # Through JSON, where a batch size becomes text, as in the database.
-        receipt=msgspec.json.decode(msgspec.json.encode(RECEIPT)) if is_ready else None,
+        receipt=msgspec.json.decode(msgspec.json.encode(receipt)) if is_ready else None,
         created_at=clock.now(),
         **version,
     )

@@ -2,6 +2,7 @@
 
 import re
 
+import msgspec
 import pytest
 from sqlalchemy import select
 
@@ -15,8 +16,17 @@ from app.organizations.service import create_organization
 from app.organizations.tables import ApiKey
 from app.registry.tables import Model, ModelVersion
 from app.registry.uploads import UploadStore
+from runtime.protocol import Check
 from tests.app.console.conftest import ORIGIN, Console
-from tests.app.console.samples import DECODER, EMBEDDER, add_model, add_usage, organization_id
+from tests.app.console.samples import (
+    DECODER,
+    EMBEDDER,
+    RECEIPT,
+    UNPAGED,
+    add_model,
+    add_usage,
+    organization_id,
+)
 
 REFUSAL = "This is a pickled module. Export it instead:\n    torch.export.save(program, 'm.pt2')"
 
@@ -258,6 +268,46 @@ async def test_usage_adds_up_and_leads_to_receipts(owned: Console) -> None:
     receipt = (await owned.client.get(f"/console/receipts/{request_id}")).text
     for shown in ("$0.000100100", "$0.000010000", "after 40 ms"):
         assert shown in receipt, shown
+
+
+async def test_what_is_served_uncached_says_so_on_its_page_and_receipts(owned: Console) -> None:
+    async with owned.database.write() as session:
+        await add_model(session, "state", manifest=UNPAGED)
+        request_id = await add_usage(session, model="state")
+    said = "Served uncached: every token recomputes the whole sequence."
+    for path in ("models/state", f"receipts/{request_id}"):
+        page = (await owned.client.get(f"/console/{path}")).text
+        assert said in page, path
+        assert "It keeps a recurrent state." in page, path
+
+
+async def test_a_proof_is_shown_by_the_forms_it_was_about(owned: Console) -> None:
+    checks = [
+        Check(
+            name=name,
+            form=form,
+            is_equal=name != "batched",
+            detail="all prompts",
+            error=3e-6 if name != "batched" else 0.5,
+            tolerance=4e-5,
+            num_judged=90,
+            num_same=90 if name != "batched" else 13,
+            seconds=1.5,
+        )
+        for form, names in (("eager, float32", ["paged"]), ("fused, float32", ["paged", "batched"]))
+        for name in names
+    ]
+    receipt = msgspec.structs.replace(
+        RECEIPT, checks=checks, route="Paged by rewriting its graph.", notes=["A note."]
+    )
+    async with owned.database.write() as session:
+        await add_model(session, "llama", manifest=DECODER, receipt=receipt)
+    page = " ".join((await owned.client.get("/console/models/llama")).text.split())
+    assert "Paged by rewriting its graph." in page
+    assert "1 of 1 checks equal, 90 of 90 tokens, error at most 3e-06 of 4e-05 allowed" in page
+    assert "1 of 2 checks equal, 103 of 180 tokens, error at most 0.5 of 4e-05 allowed" in page
+    assert page.count("differs</span>") == 1
+    assert "A note." in page
 
 
 async def test_usage_before_the_first_call_teaches(owned: Console) -> None:
