@@ -30,7 +30,7 @@ def export_huggingface(module: PreTrainedModel) -> ExportedProgram:
     """A functional program with a batch of 1 and any length. `module` must attend eagerly or by
     `sdpa`. Raises `ImportFailure` when torch cannot trace it."""
     device = next(module.parameters()).device
-    num_ids = module.get_input_embeddings().weight.shape[0]
+    num_ids = len(module.get_input_embeddings().weight)  # pyright: ignore[reportArgumentType]
     example = torch.arange(EXAMPLE_TOKENS, device=device)[None] % num_ids
     try:
         with torch.no_grad(), warnings.catch_warnings():

@@ -249,7 +249,7 @@ def _check_weights(function: ScoreFunction, spec: AttentionSpec) -> None:
     view = _direct(function, SHORT // 2)
     scores = torch.randn(function.heads.num_heads, SHORT // 2, SHORT // 2, dtype=torch.float64)
     probabilities = _expected(view, spec, scores).softmax(-1)
-    weights = function.weights(probabilities)
+    weights = function.weights(scores, probabilities)
     if not torch.allclose(weights, probabilities[..., : SHORT // 2], atol=1e-6, rtol=1e-5):
         raise NotPageable("The weights of an attention are changed after the softmax.")
 

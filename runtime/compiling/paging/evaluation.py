@@ -194,7 +194,7 @@ class Evaluator:
         if isinstance(value, torch.SymInt):
             return self.lengths.at(value, num_tokens)
         if isinstance(value, torch.SymFloat | torch.SymBool):
-            number = value.node.expr.subs({self.lengths.tokens: num_tokens})
+            number = value.node.expr.subs([(self.lengths.tokens, num_tokens)])
             return bool(number) if isinstance(value, torch.SymBool) else float(number)
         return value
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
 
 from runtime.compiling.paging.evaluation import Evaluator
 from runtime.compiling.paging.layout import Heads
@@ -156,16 +157,20 @@ class ScoreFunction:
         if self._frontier is not None:
             self._tables.at(self._frontier, length, is_wide=True)
 
-    def weights(self, probabilities: Tensor) -> Tensor:
-        """What the softmax's result has become when it meets the values: `[heads, n, n]`."""
+    def weights(self, scores: Tensor, probabilities: Tensor) -> Tensor:
+        """What the softmax's result has become when it meets the values: `[heads, n, n]`. What
+        becomes of it may look at the scores (for rows that see nothing, say)."""
         site = self.site
         assert site.softmax is not None, "written out"
         assert site.weights is not None, "written out"
+        assert site.scores is not None, "written out"
         num_tokens = probabilities.shape[1]
-        shape = self._evaluator.lengths.shape(site.softmax, num_tokens)
-        fake = tensor_of(site.softmax)
-        assert fake is not None, "a softmax is a tensor"
-        given = {site.softmax: probabilities.reshape(shape).to(fake.device)}
+        given: dict[Node, Any] = {}
+        for node, value in ((site.scores.node, scores), (site.softmax, probabilities)):
+            fake = tensor_of(node)
+            assert fake is not None, "scores and weights are tensors"
+            shape = self._evaluator.lengths.shape(node, num_tokens)
+            given[node] = value.reshape(shape).to(fake.device)
         weights = self._evaluator.run([site.weights], num_tokens, given, is_wide=True)[0]
         return weights.reshape(self.heads.num_heads, num_tokens, num_tokens).double().cpu()
 
@@ -180,7 +185,8 @@ class ScoreFunction:
         assert site.softmax is not None, "written out"
         names[site.scores.node] = "scores", self._evaluator.lengths.shape(site.scores.node, 5)
         logits = self._spell(self.root, names)
-        return (logits, self._spell(site.weights, {site.softmax: "softmax"}), self.heads)
+        names[site.softmax] = "softmax"
+        return (logits, self._spell(site.weights, names), self.heads)
 
     def _fused_numbers(self) -> tuple[Any, ...]:
         assert self.site.fused is not None, "a fused attention"
@@ -202,7 +208,7 @@ class ScoreFunction:
         """Every whole number that the mask's or bias's part of the graph mentions."""
         found: set[int] = set()
         for node in self._ancestors():
-            for argument in torch.utils._pytree.tree_leaves((node.args, node.kwargs)):
+            for argument in pytree.tree_leaves((node.args, node.kwargs)):
                 if isinstance(argument, int | float) and math.isfinite(argument):
                     found.add(abs(int(argument)))
         return found

@@ -34,7 +34,7 @@ class Lengths:
 
     def __init__(self, tokens: sympy.Symbol, batch: sympy.Symbol | None) -> None:
         self.tokens = tokens
-        self._fixed = {batch: 1} if batch is not None else {}
+        self._fixed = [(batch, 1)] if batch is not None else []
         self._sizes: dict[tuple[sympy.Expr, int], int] = {}  # substituting is slow
 
     def at(self, size: Any, num_tokens: int) -> int:
@@ -43,7 +43,7 @@ class Lengths:
             return size
         key = expression(size), num_tokens
         if key not in self._sizes:
-            value = key[0].subs({**self._fixed, self.tokens: num_tokens})
+            value = key[0].subs([*self._fixed, (self.tokens, num_tokens)])
             if value.free_symbols or not value.is_Integer:
                 raise NotPageable("The shape of a value depends on the tokens' contents.")
             self._sizes[key] = int(value)  # type: ignore[arg-type]

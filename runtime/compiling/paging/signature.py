@@ -97,8 +97,8 @@ def _logits(signature: Signature, batch: sympy.Expr, length: sympy.Expr) -> tupl
 def embedding_rows(program: ExportedProgram, signature: DecoderSignature) -> list[int]:
     """The row counts of the tables that the token ids are looked up in."""
     placeholders = program.graph.find_nodes(op="placeholder")
-    names = program.graph_signature.user_inputs
-    ids = next(node for node in placeholders if node.name == names[signature.input_at])
+    name = list(program.graph_signature.user_inputs)[signature.input_at]
+    ids = next(node for node in placeholders if node.name == name)
     rows: list[int] = []
     pending: list[Node] = [ids]
     seen: set[Node] = set()

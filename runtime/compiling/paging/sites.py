@@ -135,7 +135,7 @@ def _written_site(softmax: Node, evaluator: Evaluator) -> Site:
     source = softmax.args[0]
     assert isinstance(source, Node), "a softmax of a tensor"
     scores = read_contraction(_find_scores(source, evaluator))
-    weights, product = _find_values(softmax)
+    weights, product = _find_values(softmax, evaluator)
     values = read_contraction(product)
     query, key, heads = _read_scores(scores, evaluator)
     weight_axes, value, value_axes = values.side(weights)
@@ -225,13 +225,14 @@ def _find_scores(source: Node, evaluator: Evaluator) -> Node:
     return products.pop()
 
 
-def _find_values(softmax: Node) -> tuple[Node, Node]:
+def _find_values(softmax: Node, evaluator: Evaluator) -> tuple[Node, Node]:
     """(the weights as they meet the values, the product)."""
     node = softmax
     for _ in range(MAX_PATH):
-        if len(node.users) != 1:
+        users = [user for user in node.users if node in evaluator.sources(user)]
+        if len(users) != 1:
             raise NotPageable("The weights of an attention are used for more than its output.")
-        user = next(iter(node.users))
+        user = users[0]
         if is_product(user):
             return node, user
         if tensor_of(user) is None:

@@ -1,5 +1,6 @@
 """Hand-written decoders become paged graphs that compute the same; others are refused."""
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -52,6 +53,17 @@ def test_attention_in_any_spelling(attention: Attention, num_kv_heads: int) -> N
     assert [layer.num_kv_heads for layer in paged.layers] == [num_kv_heads] * 2
     assert paged.layers[0].num_heads == HEADS
     assert paged.max_context_tokens == CONTEXT  # the learned table's
+
+
+def test_attention_that_torch_took_apart() -> None:
+    """A program decomposed to core operators has no fused attention any more."""
+    model = HandWritten(decoders.fused_mask, positions="rotary")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's own, about its tree specs
+        program = export(model).run_decompositions()
+    paged = page(program)
+    assert paged.layers[0].attention.sliding_window == WINDOW
+    assert largest_difference(paged, model, VOCAB) < 2e-5
 
 
 @pytest.mark.parametrize("attention", [decoders.fused_mask, decoders.sliding])
