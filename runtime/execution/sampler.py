@@ -13,6 +13,7 @@ from struct import pack
 from weakref import WeakKeyDictionary
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from runtime.execution.grammar_mask import mask_disallowed
@@ -23,6 +24,7 @@ from runtime.text.grammars import GrammarState
 GREEDY_TEMPERATURE = 1e-5  # at and below it, division by the temperature means nothing
 # How many of the likeliest tokens are tried before a whole row is sorted for top_p.
 NUM_CANDIDATES = 1024
+BLOCK_TOKENS = 16  # tokens whose probabilities are summed, or compared, together first
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +203,7 @@ def _draw_from_top(
     vocab_size = scores.shape[-1]
     top_k = _column(scores, [each.top_k if each.top_k > 0 else vocab_size for each in params])
     top_p = _column(scores, [max(each.top_p, 1e-9) for each in params])
-    kept, ids = scores.topk(num_candidates)  # [rows, candidates], likeliest first
+    kept, ids = _likeliest(scores, num_candidates)
     kept = kept.masked_fill(torch.arange(num_candidates, device=kept.device) >= top_k, -inf)
     # top_p is a share of what top_k left, which without top_k is the whole row.
     total = torch.where(top_k < vocab_size, kept.logsumexp(-1, True), scores.logsumexp(-1, True))
@@ -215,6 +217,28 @@ def _draw_from_top(
     return [token_id if enough else None for token_id, enough in pairs]
 
 
+def _likeliest(scores: Tensor, num_candidates: int) -> tuple[Tensor, Tensor]:
+    """(scores, ids) `[rows, candidates]`, best first.
+
+    On CPUs `topk` over a whole vocabulary costs more than a small model. The k-th largest of the
+    maxima of blocks is at most the k-th largest score, so only what reaches it is sorted.
+    """
+    num_whole = scores.shape[-1] // BLOCK_TOKENS * BLOCK_TOKENS
+    if scores.device.type != "cpu" or 2 * num_candidates * BLOCK_TOKENS > num_whole:
+        return scores.topk(num_candidates)
+    found = [_likeliest_of_row(row, num_candidates, num_whole) for row in scores]
+    return torch.stack([kept for kept, _ in found]), torch.stack([ids for _, ids in found])
+
+
+def _likeliest_of_row(row: Tensor, num_candidates: int, num_whole: int) -> tuple[Tensor, Tensor]:
+    """One row alone, so that the order of equal scores does not depend on its neighbours."""
+    maxima = row[:num_whole].view(-1, BLOCK_TOKENS).amax(-1)
+    threshold = maxima.topk(num_candidates, sorted=False).values.amin()
+    ids = (row >= threshold).nonzero().flatten()
+    kept, order = row[ids].sort(descending=True, stable=True)
+    return kept[:num_candidates], ids[order[:num_candidates]]
+
+
 def _heat(scores: Tensor, sequences: list[Sequence]) -> Tensor:
     """Apply the temperatures; the best score of each row becomes 0, so that none overflows."""
     temperatures = _column(scores, [each.sampling.temperature for each in sequences])
@@ -224,12 +248,22 @@ def _heat(scores: Tensor, sequences: list[Sequence]) -> Tensor:
 def _pick(scores: Tensor, sequences: list[Sequence]) -> Tensor:
     """Apply min_p to scores whose best is 0, then draw a column of each row in proportion to its
     probability: [rows, 1]."""
-    min_p = _column(scores, [each.sampling.min_p for each in sequences])
-    scores = scores.masked_fill(scores < min_p.log(), -inf)
-    cumulative = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
-    uniforms = _column(cumulative, [uniform(each) for each in sequences])
-    # right=True skips columns of probability 0, whose cumulative value equals their neighbour's.
-    return torch.searchsorted(cumulative, uniforms * cumulative[:, -1:], right=True)
+    if any(each.sampling.min_p for each in sequences):
+        min_p = _column(scores, [each.sampling.min_p for each in sequences])
+        scores = scores.masked_fill(scores < min_p.log(), -inf)
+    # First the block of tokens is drawn, then the token inside it: sums of float64 are what costs.
+    weights = F.pad(scores.exp(), (0, -scores.shape[-1] % BLOCK_TOKENS))
+    blocks = weights.view(len(scores), -1, BLOCK_TOKENS)
+    sums = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    targets = _column(sums, [uniform(each) for each in sequences]) * sums[:, -1:]
+    # right=True skips what has probability 0, whose cumulative value equals its neighbour's.
+    block = torch.searchsorted(sums, targets, right=True)
+    targets = targets - F.pad(sums, (1, 0)).gather(-1, block)
+    inside = blocks[torch.arange(len(scores), device=scores.device), block.flatten()]
+    inside = inside.cumsum(-1, dtype=torch.float64)
+    # The two sums of a block may differ in their last bit: the target stays below this one's.
+    targets = torch.minimum(targets, inside[:, -1:] * (1 - 2**-50))
+    return block * BLOCK_TOKENS + torch.searchsorted(inside, targets, right=True)
 
 
 def _column(like: Tensor, values: list[float]) -> Tensor:

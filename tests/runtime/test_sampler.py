@@ -254,3 +254,15 @@ def test_a_low_temperature_does_not_overflow(rules: dict[str, Any]) -> None:
     logits = random_logits(1) * 1e37
     sequence = sequence_with(temperature=2e-5, **rules)
     assert ids_of(Sampler().sample(logits, [sequence])) == [int(logits.argmax())]
+
+
+def test_the_likeliest_of_a_large_vocabulary_are_those_of_a_full_sort() -> None:
+    torch.manual_seed(0)
+    scores = torch.randn(4, 40_001) * 3
+    scores[1] = scores[1].round()  # many equal scores
+    scores[2] = 0.0
+    scores[3, 100:] = -torch.inf
+    kept, ids = sampler_module._likeliest(scores, 1024)
+    expected = scores.sort(descending=True, stable=True)
+    assert torch.equal(kept, expected.values[:, :1024])
+    assert torch.equal(ids, expected.indices[:, :1024])
