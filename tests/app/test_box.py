@@ -18,9 +18,11 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from runtime.text.tokenizer import Tokenizer
 from tests.app.conftest import ADMIN_KEY
+from tests.runtime.compiling.paging.decoders import HandWritten, export, masked_fill
 from tests.runtime.importing.programs import export_digits
-from tests.runtime.peer import make_decoder_artifact
+from tests.runtime.peer import make_decoder_artifact, save_tokenizer
 
 TAPEOUT = Path(sys.executable).with_name("tapeout")
 START_SECONDS = 60
@@ -184,7 +186,41 @@ def test_greedy_tokens_equal_generate_and_a_repeat_is_cached(box: Box, llama: Pa
         usages.append(answer["usage"])
     assert usages[0]["prompt_tokens"] == usages[1]["prompt_tokens"] == 100
     assert usages[0]["prompt_tokens_details"]["cached_tokens"] == 0
-    assert usages[1]["prompt_tokens_details"]["cached_tokens"] == 96
+    assert usages[1]["prompt_tokens_details"]["cached_tokens"] == 99
+
+
+def test_a_graph_pushed_with_a_tokenizer_completes_text(box: Box, tmp_path: Path) -> None:
+    model = HandWritten(masked_fill, positions="rotary").eval()
+    torch.export.save(export(model), tmp_path / "hand-written.pt2")
+    (tmp_path / "tokenizer").mkdir()
+    save_tokenizer(tmp_path / "tokenizer")
+    pushed = box.tapeout(
+        *("push", tmp_path / "hand-written.pt2", "--name", "hand-written"),
+        *("--tokenizer", tmp_path / "tokenizer"),
+    )
+    assert pushed.returncode == 0, pushed.stderr
+    prompt = "#$%&!"
+    answer = box.http.post(
+        "/v1/completions",
+        json={
+            "model": "hand-written",
+            "prompt": prompt,
+            "max_tokens": 8,
+            "temperature": 0,
+            "ignore_eos": True,
+            "return_token_ids": True,
+        },
+    ).json()
+    tokens = Tokenizer.load(tmp_path / "tokenizer").encode(prompt)
+    assert answer["usage"]["prompt_tokens"] == len(tokens)
+    with torch.inference_mode():
+        for _ in range(8):
+            tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+    assert answer["choices"][0]["token_ids"] == tokens[-8:]
+    version = box.http.get("/api/models/hand-written").json()["latest_version"]
+    assert version["manifest"]["decoder"]["is_paged"]
+    assert version["receipt"]["route"] == "Paged by rewriting its graph."
+    assert {check["name"] for check in version["receipt"]["checks"]} >= {"partial", "swapped"}
 
 
 def test_the_openai_sdk_streams_a_chat_with_usage(box: Box) -> None:
