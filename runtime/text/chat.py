@@ -57,14 +57,17 @@ class ChatTemplate:
 
     @classmethod
     def load(cls, directory: Path, tokenizer: Tokenizer) -> "ChatTemplate | None":
-        """From `chat_template.jinja`, else `tokenizer_config.json`. None when there is neither."""
+        """From `chat_template.jinja`, else `chat_template.json`, as processors are saved with,
+        else `tokenizer_config.json`. None when there is none."""
         path = directory / "chat_template.jinja"
         if path.is_file():
             try:
                 return cls(path.read_text("utf-8"), tokenizer.special_tokens)
             except UnicodeDecodeError as error:
                 raise ChatTemplateError(f"chat_template.jinja is not UTF-8: {error}") from error
-        source: object = read_json(directory / "tokenizer_config.json").get("chat_template")
+        source: object = read_json(directory / "chat_template.json").get("chat_template")
+        if source is None:
+            source = read_json(directory / "tokenizer_config.json").get("chat_template")
         if isinstance(source, list):  # several named ones
             named = [each for each in cast(list[object], source) if isinstance(each, dict)]
             templates = {each.get("name"): each.get("template") for each in named}

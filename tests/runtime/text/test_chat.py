@@ -107,6 +107,14 @@ def test_a_template_file_comes_before_the_configuration(
         ChatTemplate.load(directory, tokenizer)
 
 
+def test_a_processors_template_file_counts(save_tokenizer: Callable[..., Path]) -> None:
+    directory = save_tokenizer()
+    (directory / "chat_template.json").write_text('{"chat_template": "of a processor"}')
+    template = ChatTemplate.load(directory, Tokenizer.load(directory))
+    assert template is not None
+    assert template.render(CHAT) == "of a processor"
+
+
 def test_no_template_is_none(save_tokenizer: Callable[..., Path]) -> None:
     directory = save_tokenizer()
     assert ChatTemplate.load(directory, Tokenizer.load(directory)) is None
