@@ -30,7 +30,11 @@ def one_thread() -> None:
 
 @pytest.mark.filterwarnings("default")  # of transformers' own, which differ between families
 @pytest.mark.parametrize("family", PARAMETERS)
-def test_family_is_served_as_documented(family: Family, tmp_path: Path) -> None:
+def test_family_is_served_as_documented(
+    family: Family, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if not family.is_required and "slow" not in request.config.option.markexpr:
+        pytest.skip("the long tail of families runs with -m slow (make soak)")
     row = examine(family, tmp_path)
     assert row.line in DOCUMENT.read_text(encoding="utf-8").splitlines(), (
         "docs/models.md says otherwise: run python -m tests.runtime.families"
