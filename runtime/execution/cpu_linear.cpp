@@ -15,6 +15,8 @@
 namespace {
 
 constexpr int64_t kSerialBytes = 1 << 15;  // of weights, below which threads cost more
+constexpr int64_t kTallTotal = 64;         // rows up to which tall tiles are the faster ones,
+constexpr int64_t kTallMaxBlocks = 1024;   // unless there are very many outputs
 constexpr int64_t kChunkRows = 192;        // rows that stay in the second-level cache
 
 // The rows as the kernels want them: dense, of `depth` inputs (zeros behind the last).
@@ -66,24 +68,54 @@ void linear_as(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& 
   const T* weights = packed.const_data_ptr<T>();
   const float* biases = bias.numel() ? bias.const_data_ptr<float>() : nullptr;
   T* out = output.mutable_data_ptr<T>();
-  // `count` blocks from `block` on against the rows [begin, end).
-  const auto run_blocks = [&](int64_t block, int64_t count, int64_t begin, int64_t end) {
+  // `n` rows from `row` on, `count` blocks from `block` on.
+  const auto finish_tile = [&](const float* sums, int64_t width, int64_t row, int64_t n,
+                               int64_t block, int64_t count) {
+    const int64_t first = block * kBlock, real = std::min(count * kBlock, outputs - first);
+    finish(sums, n, width, biases ? biases + first : nullptr, out + row * outputs + first, outputs,
+           real);
+  };
+  const auto run_wide = [&](int64_t block, int64_t count, int64_t begin, int64_t end) {
     constexpr int kWidth = kTileBlocks * kBlock;
     alignas(64) float sums[kTileRowsMax * kWidth];
-    const int64_t first = block * kBlock, real = std::min(count * kBlock, outputs - first);
     for (int64_t row = begin; row < end; row += kTileRowsMax) {
       const int64_t n = std::min<int64_t>(kTileRowsMax, end - row);
       linear_blocks<T, kAheadBytes>(rows.data + row * rows.stride, rows.stride, n,
-                                    weights + first * depth, depth, count, sums, kWidth);
-      finish(sums, n, kWidth, biases ? biases + first : nullptr, out + row * outputs + first,
-             outputs, real);
+                                    weights + block * kBlock * depth, depth, count, sums, kWidth);
+      finish_tile(sums, kWidth, row, n, block, count);
     }
+  };
+#if defined(__AVX512F__)
+  const bool is_tall =
+      num_rows > kTileRowsMax && num_rows <= kTallTotal && num_blocks <= kTallMaxBlocks;
+  const auto run_tall = [&](int64_t block, int64_t count) {
+    constexpr int kWidth = kTallBlocks * kBlock;
+    alignas(64) float sums[kTallRows * kWidth];
+    const int64_t passes = (num_rows + kTallRows - 1) / kTallRows;
+    for (int64_t b = block; b < block + count; b += kTallBlocks) {
+      const int64_t blocks = std::min<int64_t>(kTallBlocks, block + count - b);
+      for (int64_t pass = 0; pass < passes; ++pass) {  // of nearly equal height
+        const int64_t row = num_rows * pass / passes;
+        const int64_t n = num_rows * (pass + 1) / passes - row;
+        linear_tall<T, kAheadBytes>(rows.data + row * rows.stride, rows.stride, n,
+                                    weights + b * kBlock * depth, depth, blocks, sums, kWidth);
+        finish_tile(sums, kWidth, row, n, b, blocks);
+      }
+    }
+  };
+#endif
+  const auto run_blocks = [&](int64_t block, int64_t count, int64_t begin, int64_t end) {
+#if defined(__AVX512F__)
+    if (is_tall) return run_tall(block, count);
+#endif
+    run_wide(block, count, begin, end);
   };
   const int64_t bytes = packed.numel() * static_cast<int64_t>(sizeof(T));
   const int64_t num_threads =
       bytes * std::max<int64_t>(1, num_rows / 8) < kSerialBytes ? 1 : at::get_num_threads();
   // Smaller chunks where there are few, so that all threads finish together.
-  const int64_t size = num_blocks < 8 * kTileBlocks * num_threads ? (kTileBlocks + 1) / 2 : kTileBlocks;
+  const bool has_few = num_blocks < 8 * kTileBlocks * num_threads;
+  const int64_t size = has_few ? (kTileBlocks + 1) / 2 : kTileBlocks;
   const int64_t num_groups = (num_blocks + size - 1) / size;
   const int64_t num_spans = (num_rows + kChunkRows - 1) / kChunkRows;
   tapeout::for_chunks(num_groups * num_spans, num_threads, [&](int64_t chunk) {
@@ -96,7 +128,8 @@ void linear_as(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& 
 // x [rows, inputs], its last dimension dense; packed [blocks, ...]; bias float32 [outputs] or empty.
 at::Tensor linear(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& bias,
                   int64_t outputs) {
-  TORCH_CHECK(x.dim() == 2 && (x.stride(1) == 1 || x.size(1) <= 1), "rows must be dense in their last dimension");
+  TORCH_CHECK(x.dim() == 2 && (x.stride(1) == 1 || x.size(1) <= 1),
+              "rows must be dense in their last dimension");
   TORCH_CHECK(packed.is_contiguous() && packed.scalar_type() == x.scalar_type() &&
                   packed.size(0) == (outputs + kBlock - 1) / kBlock,
               "the weights must be packed, in the rows' dtype");

@@ -17,6 +17,8 @@ constexpr int kBlockVectors = kBlock / kLanes;   // vectors that hold them
 #if defined(__AVX512F__)
 constexpr int kTileBlocks = 4;   // of 32 registers 6 x 4 accumulate
 constexpr int kTileRowsMax = 6;
+constexpr int kTallRows = 12;  // or 12 x 2
+constexpr int kTallBlocks = 2;
 #elif defined(__AVX2__)
 constexpr int kTileBlocks = 1;   // of 16 registers 4 x 2 accumulate
 constexpr int kTileRowsMax = 4;
@@ -91,7 +93,7 @@ inline void linear_tile(const typename Meeting<T>::Row* rows, int64_t row_stride
       for (int i = 0; i < kBlockVectors; ++i)
         w[v * kBlockVectors + i] = M::weights(at + i * kLanes * M::kStep);
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v)
@@ -119,6 +121,27 @@ inline void linear_rows(const typename Meeting<T>::Row* rows, int64_t row_stride
 #endif
   }
 }
+
+#if defined(__AVX512F__)
+// 5 to kTallRows rows by one or two blocks. For weights that come from memory, fewer passes over
+// them count for more than how often a register of them is used.
+template <typename T, int kAhead, int R = 5>
+void linear_tall(const typename Meeting<T>::Row* rows, int64_t row_stride, int64_t num_rows,
+                 const T* weights, int64_t depth, int64_t num_blocks, float* out,
+                 int64_t out_stride) {
+  if constexpr (R <= kTallRows) {
+    const int64_t block_size = depth * kBlock;
+    if (num_rows != R)
+      linear_tall<T, kAhead, R + 1>(rows, row_stride, num_rows, weights, depth, num_blocks, out,
+                                    out_stride);
+    else if (num_blocks == kTallBlocks)
+      linear_tile<T, kAhead, R, kTallBlocks>(rows, row_stride, weights, depth, out, out_stride,
+                                             block_size);
+    else
+      linear_tile<T, kAhead, R, 1>(rows, row_stride, weights, depth, out, out_stride, block_size);
+  }
+}
+#endif
 
 // Up to kTileRowsMax rows by up to kTileBlocks blocks. Blocks hold `pitch` inputs, of which the
 // first `depth` are used; 0 means all.
