@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from runtime.cache.transfer import send
+
 
 @dataclass(frozen=True)
 class KvShape:
@@ -93,7 +95,8 @@ class KvPool:
             return
         sources, destinations = (list(ids) for ids in zip(*pairs, strict=True))
         assert len(set(destinations)) == len(destinations), "a block is written twice"
-        self.storage[destinations] = self.storage[sources]
+        to, of = (send(torch.tensor(ids), self.device) for ids in (destinations, sources))
+        self.storage[to] = self.storage[of]
 
     def copy_blocks_to(self, other: "KvPool", pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks into another pool of the same layout, as (own, other's) ids. Between
@@ -105,7 +108,7 @@ class KvPool:
     def poison(self, block_ids: Sequence[int]) -> None:
         """Fill freed blocks with NaN, so that whoever still reads them shows it."""
         if block_ids:
-            self.storage[list(block_ids)] = torch.nan
+            self.storage[send(torch.tensor(list(block_ids)), self.device)] = torch.nan
 
 
 def zeros(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:

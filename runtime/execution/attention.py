@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from runtime.cache.pool import KvShape
+from runtime.cache.transfer import send
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class AttentionSpec:
 @lru_cache(maxsize=4096)  # a layer's numbers are the same in every step
 def per_head(numbers: tuple[float, ...] | None, device: torch.device) -> Tensor | None:
     """A spec's slopes or sinks as a float32 tensor `[heads]` for a compiled backend."""
-    return None if numbers is None else torch.tensor(numbers, dtype=torch.float32, device=device)
+    return None if numbers is None else send(torch.tensor(numbers, dtype=torch.float32), device)
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,13 @@ class AttentionMetadata:
         cls, batch: Batch, block_size: int, device: torch.device | str = "cpu"
     ) -> "AttentionMetadata":
         """Move a batch's CPU tensors to `device`; the two maxima are taken before, on the CPU."""
+        device = torch.device(device)
         query_lens = batch.query_start[1:] - batch.query_start[:-1]
         return cls(
-            query_start=batch.query_start.to(device, non_blocking=True),
-            context_lens=batch.context_lens.to(device, non_blocking=True),
-            block_tables=batch.block_tables.to(device, non_blocking=True),
-            slots=batch.slots.to(device, non_blocking=True),
+            query_start=send(batch.query_start, device),
+            context_lens=send(batch.context_lens, device),
+            block_tables=send(batch.block_tables, device),
+            slots=send(batch.slots, device),
             block_size=block_size,
             max_query_len=int(query_lens.max()),
             max_context_len=int(batch.context_lens.max()),
@@ -110,9 +112,12 @@ class AttentionBackend(ABC):
     - Scores and sums are accumulated in float32 at least; outputs have the query's dtype.
     - Tensors may be strided in all but their last dimension.
     - Neither call changes its arguments, save `write` the caches.
+    - With `takes_padding`: a token whose slot is -1 is stored nowhere, and the one token of a
+      sequence whose context is 0 sees nothing and gets zeros, whatever its block table holds.
     """
 
     name: str
+    takes_padding = False
 
     @abstractmethod
     def write(

@@ -10,14 +10,17 @@ class ReferenceAttention(AttentionBackend):
     """Works on any device and dtype; one sequence at a time, its past gathered into one tensor."""
 
     name = "reference"
+    takes_padding = True
 
     def write(
         self, keys: Tensor, values: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor
     ) -> None:
         block_size = key_cache.shape[2]
+        is_real = slots >= 0
+        slots = slots[is_real]
         blocks, offsets = slots // block_size, slots % block_size
-        key_cache[blocks, :, offsets] = keys
-        value_cache[blocks, :, offsets] = values
+        key_cache[blocks, :, offsets] = keys[is_real]
+        value_cache[blocks, :, offsets] = values[is_real]
 
     def attend(
         self,
@@ -31,6 +34,9 @@ class ReferenceAttention(AttentionBackend):
         starts = metadata.query_start.tolist()
         for i, context_len in enumerate(metadata.context_lens.tolist()):
             rows = slice(starts[i], starts[i + 1])
+            if context_len == 0:  # padding
+                output[rows] = 0
+                continue
             blocks = metadata.block_tables[i].long()
             keys = gather(key_cache, blocks, context_len)
             values = gather(value_cache, blocks, context_len)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from runtime.cache.pool import KvPool
+from runtime.cache.transfer import send
 from runtime.execution.attention import AttentionBackend, AttentionMetadata, Batch, LayerSpec
 from runtime.scheduling.plan import BlockMoves
 
@@ -78,8 +79,22 @@ class Runner:
     def run(self, batch: PackedBatch) -> Tensor:
         """float32 logits `[sampled, vocab]` on the pool's device; every token's K/V is written."""
         device = self.pool.device
-        metadata = AttentionMetadata.from_batch(batch, self.pool.block_size, device)
+        return self.compute(
+            send(batch.token_ids, device),
+            send(batch.positions, device),
+            send(batch.sample_indices, device),
+            AttentionMetadata.from_batch(batch, self.pool.block_size, device),
+        )
 
+    @torch.inference_mode()
+    def compute(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        sample_indices: Tensor,
+        metadata: AttentionMetadata,
+    ) -> Tensor:
+        """`run` on tensors that lie on the pool's device: nothing here waits for it."""
         num_attended = 0
 
         def attend(layer: int, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -90,11 +105,6 @@ class Runner:
             spec = self.model.layers[layer].attention
             return self.backend.attend(query, key_cache, value_cache, metadata, spec)
 
-        logits = self.model.forward(
-            batch.token_ids.to(device, non_blocking=True),
-            batch.positions.to(device, non_blocking=True),
-            batch.sample_indices.to(device, non_blocking=True),
-            attend,
-        )
+        logits = self.model.forward(token_ids, positions, sample_indices, attend)
         assert num_attended == len(self.model.layers), "a layer kept its keys to itself"
         return logits.float()
