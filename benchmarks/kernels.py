@@ -11,7 +11,7 @@ import argparse
 import os
 import statistics
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -88,7 +88,7 @@ class Step:
         self.backend = choose_backend("cpu")
         self.spec = AttentionSpec(scale=HEAD_DIM**-0.5)
         self.norm = torch.ones(HIDDEN).bfloat16()
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
 
     def prepare(self, num_sequences: int, num_new: int, context: int) -> None:
         batch = make_batch(num_sequences, num_new, context)
@@ -136,6 +136,10 @@ def random(shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape).mul_(0.02).bfloat16()
 
 
+def parts_of(step: Step) -> list[tuple[str, float]]:
+    return sorted(step.seconds.items(), key=lambda part: -part[1])
+
+
 def show_step(step: Step, name: str, sizes: tuple[int, int, int], rounds: int) -> None:
     step.prepare(*sizes)
     step.run()
@@ -143,7 +147,7 @@ def show_step(step: Step, name: str, sizes: tuple[int, int, int], rounds: int) -
     times: list[float] = []
     for _ in range(rounds):
         timed(step.run, times)
-    parts = " ".join(f"{k} {v / rounds * 1e3:.2f}" for k, v in step.seconds.most_common())
+    parts = " ".join(f"{k} {v / rounds * 1e3:.2f}" for k, v in parts_of(step))
     median, best = statistics.median(times) * 1e3, min(times) * 1e3
     print(f"{name:<18} {median:8.2f} ms (best {best:.2f}): {parts}")
 
