@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 # (tokens, sampled rows) of each batch: a size that differs between the two grows with the batch.
 BATCHES = ((3, 2), (5, 4))
+MAX_TOKEN_ID = 32
 # How far a replacement may be from what it replaces, as a share of the largest value.
 TOLERANCES = {
     torch.float64: 1e-9,
@@ -225,7 +226,8 @@ def _batch(
     num_tokens: int, num_sampled: int, vocab_size: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(num_tokens)
-    token_ids = torch.randint(0, vocab_size, (num_tokens,), generator=generator)
+    # Small ids: an output layer may have rows that no token has.
+    token_ids = torch.randint(0, min(vocab_size, MAX_TOKEN_ID), (num_tokens,), generator=generator)
     positions = torch.arange(num_tokens) % 3  # the second batch holds two sequences
     rows = torch.randperm(num_tokens, generator=generator)[:num_sampled]
     return token_ids.to(device), positions.to(device), rows.to(device)
