@@ -141,15 +141,18 @@ class AttentionBackend(ABC):
         """
 
 
-def choose_backend(device: torch.device | str) -> AttentionBackend:
+def choose_backend(
+    device: torch.device | str, max_context_tokens: int | None = None
+) -> AttentionBackend:
     """The fastest backend that works here: Triton on CUDA, the C++ op on CPU if it was compiled
-    for this machine, else the reference."""
+    for this machine, else the reference. No context will be longer than `max_context_tokens`."""
     from runtime.execution.reference import ReferenceAttention
 
     if torch.device(device).type == "cuda":
         from runtime.execution.triton_attention import TritonAttention
 
-        return TritonAttention()
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        return TritonAttention(processors, max_context_tokens)
     if torch.device(device).type == "cpu":
         from runtime.execution.cpu import load_cpu_attention
 

@@ -151,6 +151,9 @@ def make_inputs(case: Case, seed: int = 0) -> PagedInputs:
 # at the end of a block, and one long enough to be split.
 RAGGED = ((1, 300), (1, 3), (37, 37), (30, 90), (2, 64), (1, 1), (1, 16), (3, 20))
 
+# Contexts that no part, one part and several share, and one that all parts do.
+DECODES = ((1, 700), (1, 1), (1, 128), (1, 129), (1, 300), (1, 40))
+
 CASES = {
     "grouped": Case(RAGGED),
     "sharing one kv head": Case(RAGGED, num_heads=8, num_kv_heads=1),
@@ -163,6 +166,14 @@ CASES = {
     "soft cap": Case(RAGGED, soft_cap=1.5),
     "soft cap and window": Case(RAGGED, soft_cap=5.0, sliding_window=20),
     "only decoding": Case(((1, 40), (1, 7), (1, 65)), num_heads=9, num_kv_heads=3, head_dim=64),
+    "decoding": Case(DECODES),
+    "decoding, one kv head": Case(DECODES[1:], num_heads=20, num_kv_heads=1, head_dim=20),
+    "decoding, window and sinks": Case(
+        DECODES, sliding_window=200, has_sinks=True, block_size=5, dtype=torch.float16
+    ),
+    "decoding, everything": Case(
+        DECODES, sliding_window=290, soft_cap=5.0, has_slopes=True, has_sinks=True, head_dim=24
+    ),
     "bfloat16": Case(RAGGED, dtype=torch.bfloat16),
     "float16": Case(RAGGED, dtype=torch.float16, sliding_window=19),
     "alibi": Case(RAGGED, has_slopes=True),

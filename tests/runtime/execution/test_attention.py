@@ -129,6 +129,8 @@ def test_choose_backend_takes_the_compiled_op_where_there_is_one() -> None:
 TRITON_CASES = ["grouped", "odd width", "odd blocks", "soft cap and window", "only decoding"]
 # Not bfloat16: the interpreter keeps it as uint16 and multiplies it as such.
 TRITON_CASES += ["sharing one kv head", "float16", "alibi", "sinks and window", "everything"]
+TRITON_CASES += ["decoding", "decoding, one kv head", "decoding, window and sinks"]
+TRITON_CASES += ["decoding, everything"]
 
 
 @pytest.mark.gpu
@@ -155,24 +157,63 @@ def test_triton_kernels_compile_for_gpus_without_one() -> None:
     assert done.stdout.split() == ["80", "90"]
 
 
-def test_triton_kernels_equal_dense_attention() -> None:
-    """In a process of its own: the interpreter is chosen when the kernels are defined."""
+def in_the_interpreter(script: str, *arguments: str) -> list[str]:
+    """The words that a script prints about the backends `split`, which cuts a context into at most
+    4 parts for 2 kv heads, and `whole`. In a process of its own: the interpreter is chosen when
+    the kernels are defined."""
     pytest.importorskip("triton")
-    script = (
+    preamble = (
         "import sys, torch; torch.set_num_threads(1)\n"
-        "from tests.runtime.execution.attention_cases import CASES, deviation\n"
+        "torch.use_deterministic_algorithms(True)  # fills new memory with NaN\n"
+        "assert torch.empty(3, device='cpu').isnan().all()\n"
+        "from tests.runtime.execution.attention_cases import *\n"
         "from runtime.execution.triton_attention import TritonAttention\n"
-        "for name in sys.argv[1:]: print(deviation(TritonAttention(), CASES[name]))\n"
+        "split, whole = TritonAttention(4), TritonAttention(4, 128)\n"
+        "assert split.num_splits(2) == 4 and whole.num_splits(2) == 1\n"
     )
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", script, *TRITON_CASES],
+        [sys.executable, "-c", preamble + script, *arguments],
         capture_output=True,
         text=True,
-        env=environment,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    deviations = dict(zip(TRITON_CASES, map(float, done.stdout.split()), strict=True))
-    for name, found in deviations.items():
-        assert found < TOLERANCE[CASES[name].dtype], (name, found)
+    return done.stdout.split()
+
+
+def test_triton_kernels_equal_dense_attention() -> None:
+    script = "for name in sys.argv[1:]: print(deviation(split, CASES[name]))\n"
+    found = map(float, in_the_interpreter(script, *TRITON_CASES))
+    for name, worst in dict(zip(TRITON_CASES, found, strict=True)).items():
+        assert worst < TOLERANCE[CASES[name].dtype], (name, worst)
+
+
+# The second and the last sequence become padding, whose blocks are in no pool.
+PADDING_SCRIPT = """
+inputs = make_inputs(Case(DECODES[-4:], has_sinks=True))
+expected = inputs.expected()
+padding = torch.tensor([1, 3])
+real = torch.tensor([0, 2])
+inputs.metadata.slots[padding] = -1
+inputs.metadata.context_lens[padding] = 0
+inputs.metadata.block_tables[padding] = 2**30
+for backend in (split, whole):
+    output = inputs.attend(backend)
+    print(float((output[real] - expected[real]).abs().max()), int(output[padding].count_nonzero()))
+"""
+
+
+def test_triton_lets_padding_see_nothing() -> None:
+    found = in_the_interpreter(PADDING_SCRIPT)
+    assert found[1::2] == ["0", "0"]
+    assert max(map(float, found[::2])) < TOLERANCE[torch.float32]
+
+
+def test_a_triton_result_does_not_depend_on_neighbours() -> None:
+    script = (
+        "inputs = make_inputs(Case(DECODES)); together = inputs.attend(split)\n"
+        "alone = make_inputs(Case(DECODES[:1])); alone.query = inputs.query[:1]\n"
+        "print(torch.equal(alone.attend(split), together[:1]))\n"
+    )
+    assert in_the_interpreter(script) == ["True"]
