@@ -9,7 +9,13 @@ from collections.abc import Callable
 
 from runtime.protocol import ToolCall
 from runtime.text.stream import overlap
-from runtime.text.tool_format import ID_HOLE, ID_LENGTH, NAME_CHARACTERS, ToolFormat
+from runtime.text.tool_format import (
+    ID_HOLE,
+    ID_LENGTH,
+    NAME_CHARACTERS,
+    ToolFormat,
+    common_prefix,
+)
 
 _ALPHANUMERIC = string.ascii_letters + string.digits
 
@@ -20,7 +26,8 @@ def new_call_id() -> str:
 
 class ToolCallReader:
     """Text goes out as soon as it cannot begin a call; a call when its arguments are complete.
-    Of what a format writes around calls nothing goes out."""
+    Of what a format writes around calls nothing goes out; a call that never becomes complete is
+    text in the end, as it was written."""
 
     def __init__(self, form: ToolFormat, trigger: str) -> None:
         """`trigger` as `ToolFormat.trigger` gives it; empty: only the very first character of the
@@ -28,7 +35,11 @@ class ToolCallReader:
         self._form = form
         self._trigger = trigger or form.first[0]
         self._is_bare = not trigger
+        # Characters behind a call's arguments that end it, whether or not another call follows.
+        closing = "" if form.between is None else common_prefix(form.between, form.last)
+        self._num_closing = len(closing) + closing.count(ID_HOLE) * (ID_LENGTH - 1)
         self._held = ""
+        self._begun = ""  # what was read of a call that is not complete, before what is held
         self._read: Callable[[], bool] = self._read_text  # whether there may be more to read
         self._name = ""
         self._scan = _ObjectScan()
@@ -44,9 +55,15 @@ class ToolCallReader:
         return self._taken()
 
     def flush(self) -> str:
-        """What was held and is text after all. A call that is not complete is dropped."""
+        """What is text after all, at the end of the answer."""
         held, self._held = self._held, ""
-        return held if self._read == self._read_text else ""
+        if self._read == self._read_between:
+            begun = held[self._num_closing :]
+            between = self._form.between
+            is_call = between is not None and _match(between, held) is None
+            return begun if is_call and begun.strip() else ""
+        begun, self._begun = self._begun, ""
+        return begun + held
 
     def _taken(self) -> tuple[str, list[ToolCall]]:
         text, calls = "".join(self._text), self._calls
@@ -103,15 +120,20 @@ class ToolCallReader:
         arguments = self._held[:end].strip()
         self._calls.append(ToolCall(id=new_call_id(), name=self._name, arguments=arguments))
         self.num_calls += 1
-        return self._skip(end, self._read_between)
+        self._skip(end, self._read_between)
+        self._begun = ""
+        return True
 
     def _read_between(self) -> bool:
         matched = None if self._form.between is None else _match(self._form.between, self._held)
         if matched is None or matched < 0:
             return False
-        return self._skip(matched, self._read_name)
+        self._skip(matched, self._read_name)
+        self._begun = self._begun[self._num_closing :]
+        return True
 
     def _skip(self, num_characters: int, read: Callable[[], bool]) -> bool:
+        self._begun += self._held[:num_characters]
         self._held = self._held[num_characters:]
         self._read = read
         return True

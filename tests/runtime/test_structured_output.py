@@ -217,11 +217,22 @@ def test_text_then_a_call_as_the_model_likes() -> None:
     assert (call.name, call.arguments) == ("stop", '{"a": 1}')
 
 
-def test_a_call_that_the_limit_cuts_off_is_no_call() -> None:
-    said = '<tool_call>\n{"name": "stop", "arguments": {"a": 1}}\n</tool_call>'
+def test_a_call_that_the_limit_cuts_off_is_text() -> None:
+    said = 'So.\n<tool_call>\n{"name": "stop", "arguments": {"a": 1}}\n</tool_call>'
     bench = reciting(said, TOOLS)
-    assert bench.ask(messages=ASKED, tools=TOOLS, max_tokens=40) == ("", "length")
-    assert calls_of(bench.outputs["r", 0]) == []
+    assert bench.ask(messages=ASKED, tools=TOOLS, max_tokens=40) == (said[:40], "length")
+    outputs = bench.outputs["r", 0]
+    assert calls_of(outputs) == []
+    assert "".join(output.text for output in outputs[:-1]) == "So.\n"
+    assert outputs[-1].text == said[4:40]
+
+
+def test_of_two_calls_the_one_that_is_cut_off_is_text() -> None:
+    call = '<tool_call>\n{"name": "stop", "arguments": {"a": 1}}\n</tool_call>'
+    bench = reciting(f"{call}\n{call}", TOOLS)
+    answer = bench.ask(messages=ASKED, tools=TOOLS, max_tokens=len(call) + 20)
+    assert answer == (f"\n{call}"[:20], "length")
+    assert len(calls_of(bench.outputs["r", 0])) == 1
 
 
 def test_a_model_that_calls_nothing_just_answers() -> None:

@@ -9,7 +9,7 @@ from runtime.protocol import ChatMessage, Tool, ToolCall
 from runtime.text.chat import ChatTemplate, ChatTemplateError
 from runtime.text.tokenizer import Tokenizer
 from runtime.text.tool_calls import ToolCallReader
-from runtime.text.tool_format import PLAIN_FORMAT, ToolFormat
+from runtime.text.tool_format import PLAIN_FORMAT, ToolFormat, common_prefix
 from tests.runtime.text.conftest import CHATML, byte_level
 from tests.runtime.text.tool_templates import TEMPLATES
 
@@ -155,13 +155,40 @@ def test_text_that_calls_nothing_comes_out_whole(name: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_call_that_is_cut_off_leaks_nothing(name: str) -> None:
+@pytest.mark.parametrize("num_calls", [1, 2])
+def test_a_call_that_is_cut_off_is_text_in_the_end(name: str, num_calls: int) -> None:
+    form, trigger = FORMATS[name]
+    if form.between is None and num_calls == 2:
+        return
+    whole = written(form, CALLS[:num_calls])
+    closed = 0  # where what closes the call before ends: what follows is of the last call
+    if num_calls == 2:
+        between, last = (
+            piece.replace("\0", "aB3dE6gH9") for piece in (form.between or "", form.last)
+        )
+        closed = whole.index(between) + len(common_prefix(between, last))
+    end = whole.rindex(CALLS[num_calls - 1].arguments) + len(CALLS[num_calls - 1].arguments)
+    for length in range(closed, end + 1):
+        reader = ToolCallReader(form, trigger)
+        outputs = [reader.add(character) for character in whole[:length]]
+        held = reader.flush()
+        calls = [call.arguments for _, found in outputs for call in found]
+        is_complete = length == end
+        assert calls == [each.arguments for each in CALLS[: num_calls - 1 + is_complete]]
+        assert "".join(text for text, _ in outputs) == ""
+        unfinished = "" if is_complete else whole[closed:length]
+        assert held == (unfinished if unfinished.strip() or num_calls == 1 else "")
+        assert reader.flush() == "", "nothing is said twice"
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_closes_calls_is_no_text_though_cut_off(name: str) -> None:
     form, trigger = FORMATS[name]
     whole = written(form, CALLS[:1])
-    for length in range(len(trigger or "{"), whole.index("{", len(form.first)) + 3):
+    for length in range(whole.rindex(CALLS[0].arguments) + len(CALLS[0].arguments), len(whole) + 1):
         reader = ToolCallReader(form, trigger)
-        assert reader.add(whole[:length]) == ("", [])
-        assert reader.flush() == ""
+        text, calls = reader.add(whole[:length])
+        assert (text, len(calls), reader.flush()) == ("", 1, "")
 
 
 def test_arguments_that_are_no_json_are_refused() -> None:
