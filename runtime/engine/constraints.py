@@ -48,10 +48,13 @@ class Constraints:
         tokenizer: Tokenizer | None,
         chat_template: ChatTemplate | None,
         eos_token_ids: Iterable[int],
+        vocab_size: int,
     ) -> None:
         self._tokenizer = tokenizer
         self._chat_template = chat_template
-        self._compiler = None if tokenizer is None else GrammarCompiler(tokenizer, eos_token_ids)
+        self._compiler = (
+            None if tokenizer is None else GrammarCompiler(tokenizer, eos_token_ids, vocab_size)
+        )
 
     def constraint_of(self, generate: Generate) -> Constraint | None:
         """None where anything may be said. Raises `RequestError`."""

@@ -50,7 +50,7 @@ class Preparation:
         self._chat_template = chat_template
         self._vocab_size = vocab_size
         self._max_sequence_tokens = max_sequence_tokens
-        self._constraints = Constraints(tokenizer, chat_template, eos_token_ids)
+        self._constraints = Constraints(tokenizer, chat_template, eos_token_ids, vocab_size)
 
     def prepare(self, generate: Generate) -> PreparedRequest:
         """Tokenise and validate. Raises `RequestError`."""

@@ -61,8 +61,15 @@ class WindowDetokenizer:
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int]) -> None:
         self._tokenizer = tokenizer
-        visible = self._visible(prompt_ids[-MAX_PROMPT_TOKENS_READ:])
-        self._context = [each for each in visible if not self._is_byte(each)][-1:]
+        # However far back: without any, the answer would lose a space as the first of a text does.
+        self._context = next(
+            (
+                [id_]
+                for id_ in reversed(prompt_ids)
+                if self._visible([id_]) and not self._is_byte(id_)
+            ),
+            [],
+        )
         self._held: list[int] = []
 
     def add(self, token_ids: Iterable[int]) -> str:

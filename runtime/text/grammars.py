@@ -8,16 +8,19 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
+from runtime.text.grammar_literals import literal_characters
 from runtime.text.schema_bounds import SchemaError, check_schema, read_schema
+from runtime.text.spelling import Spelling, SpellingError, spell
 from runtime.text.tokenizer import Tokenizer
 
 MAX_COMPILE_SECONDS = 5.0
 STACK_BYTES = 128 * 1024 * 1024  # of the compiling thread, which recurses; only what is used counts
 NUM_PROBED = 4  # tokens that a grammar is tried with before it runs
+REFUSAL = "this model's tokenizer does not allow structured output: "
 NUM_KEPT = 32  # compiled grammars, for requests with the same schema
 
 # Each bounds work or memory of one sequence; a step's share is a few milliseconds at most.
@@ -51,7 +54,7 @@ class GrammarError(Exception):
 
 
 class GrammarUnavailableError(Exception):
-    """The tokenizer has no spelling that the grammar library knows."""
+    """The tokenizer cannot spell what the grammar asks for."""
 
 
 class GrammarState:
@@ -70,8 +73,8 @@ class GrammarState:
                 self._matcher.consume_token(token_id)
 
     def fill_mask(self, address: int, num_bytes: int) -> None:
-        """Write a bit per token id, set where the token may come next. Ids that the tokenizer
-        does not have are not written."""
+        """Write a bit per token id, set where the token may come next; none beyond the
+        vocabulary that was compiled for, which must fit."""
         self._matcher.unsafe_compute_mask_ptr(address, num_bytes)
 
     @property
@@ -100,11 +103,16 @@ class GrammarCompiler:
     """Compiles for one tokenizer. Safe to use from several threads; nothing is built before the
     first use."""
 
-    def __init__(self, tokenizer: Tokenizer, eos_token_ids: Iterable[int]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, eos_token_ids: Iterable[int], vocab_size: int | None = None
+    ) -> None:
+        """`vocab_size` is the model's, which may have more tokens than its tokenizer or fewer."""
         self._tokenizer = tokenizer
-        self._eos_token_ids = sorted(eos_token_ids)
+        self._vocab_size = tokenizer.vocab_size if vocab_size is None else vocab_size
+        self._eos_token_ids = sorted(id_ for id_ in eos_token_ids if id_ < self._vocab_size)
         self._lock = threading.Lock()
-        self._vocabulary: LLTokenizer | None = None
+        # Once it was asked for; a text says why there is none.
+        self._spelling: tuple[Spelling, LLTokenizer] | str | None = None
         self._kept: OrderedDict[str, LLMatcher] = OrderedDict()
         self._thread: threading.Thread | None = None  # the last that compiled
 
@@ -123,9 +131,7 @@ class GrammarCompiler:
     def _compile_in_time(self, source: str) -> LLMatcher:
         """On a thread with a deep stack. One that takes too long is left to end by itself; until
         then nothing else compiles."""
-        if self._vocabulary is None:
-            self._vocabulary = self._load_vocabulary()
-        vocabulary, results = self._vocabulary, list[LLMatcher]()
+        vocabulary, results = self._spelling_of(source), list[LLMatcher]()
         if self._thread is not None:
             self._thread.join(MAX_COMPILE_SECONDS)
         if self._thread is None or not self._thread.is_alive():
@@ -138,17 +144,29 @@ class GrammarCompiler:
             raise GrammarError(f"it cannot be enforced: {_first_line(matcher.get_error())}")
         return matcher
 
-    def _load_vocabulary(self) -> LLTokenizer:
+    def _spelling_of(self, source: str) -> LLTokenizer:
+        """The vocabulary, when it can spell what the grammar asks for. Raises
+        `GrammarUnavailableError`."""
+        if self._spelling is None:
+            self._spelling = self._load_spelling()
+        if isinstance(self._spelling, str):
+            raise GrammarUnavailableError(REFUSAL + self._spelling)
+        spelling, vocabulary = self._spelling
+        missing = spelling.missing(literal_characters(source))
+        if missing:
+            raise GrammarUnavailableError(f"{REFUSAL}it has no token for {missing!r}")
+        return vocabulary
+
+    def _load_spelling(self) -> tuple[Spelling, LLTokenizer] | str:
+        """Or why there is none."""
         try:
-            return LLTokenizer(
-                self._tokenizer.to_json(),
-                n_vocab=max([self._tokenizer.vocab_size, *(i + 1 for i in self._eos_token_ids)]),
-                eos_token=self._eos_token_ids or None,
+            spelling = spell(self._tokenizer, self._eos_token_ids, self._vocab_size)
+            vocabulary = LLTokenizer(
+                cast(TokenizerWrapper, spelling), eos_token=self._eos_token_ids or None
             )
-        except ValueError as error:
-            raise GrammarUnavailableError(
-                f"this model's tokenizer does not allow structured output: {error}"
-            ) from error
+        except (SpellingError, ValueError) as error:
+            return str(error)
+        return spelling, vocabulary
 
 
 def schema_source(json_schema: str) -> str:

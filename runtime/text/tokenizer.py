@@ -119,10 +119,6 @@ class Tokenizer:
         except BaseException as error:
             raise _failure(error) from error
 
-    def to_json(self) -> str:
-        """The tokenizer as a `tokenizer.json` has it, with every added token."""
-        return self._backend.to_str()
-
     def special_id(self, text: str) -> int | None:
         """The id of a special token by its text; None when there is none."""
         token_id = self._backend.token_to_id(text)

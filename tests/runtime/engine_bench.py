@@ -111,6 +111,7 @@ class Bench:
         eos_token_ids: Sequence[int] = (EOS,),
         num_swap_blocks: int = 0,
         poisons_blocks: bool = True,
+        vocab_size: int = VOCAB_SIZE,
     ) -> None:
         self.runner = FakeRunner(num_blocks, block_size, next_token)
         scheduler = Scheduler(
@@ -127,7 +128,7 @@ class Bench:
             tokenizer,
             info=DecoderInfo(
                 architecture="fake",
-                vocab_size=VOCAB_SIZE,
+                vocab_size=vocab_size,
                 max_context_tokens=max_context_tokens,
                 num_layers=1,
                 kv_bytes_per_token=8,

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from runtime.protocol import Tool
 from runtime.text import grammars
+from runtime.text.detokenizer import make_detokenizer
 from runtime.text.grammars import (
     Grammar,
     GrammarCompiler,
@@ -26,9 +27,10 @@ from runtime.text.tokenizer import Tokenizer
 from runtime.text.tool_calls import ToolCallReader
 from runtime.text.tool_grammar import check_tools, tools_source
 from tests.runtime.text.conftest import BACKENDS
+from tests.runtime.text.metaspace import EOS_ID, metaspace
 from tests.runtime.text.test_tool_format import FORMATS
 
-EOS = {"byte_level": 1, "sentencepiece": 2}
+EOS = {"byte_level": 1, "sentencepiece": 2, "spaced": EOS_ID}
 MAX_TOKENS = 400
 
 
@@ -36,7 +38,8 @@ MAX_TOKENS = 400
 def compilers() -> dict[str, tuple[Tokenizer, GrammarCompiler]]:
     made: dict[str, tuple[Tokenizer, GrammarCompiler]] = {}
     for kind, eos in EOS.items():
-        backend = BACKENDS[kind]()
+        spaced = kind == "spaced"
+        backend = metaspace("never", has_bytes=True) if spaced else BACKENDS[kind]()
         backend.add_special_tokens(["[TOOL_CALLS]", "<calls>"])
         tokenizer = Tokenizer(backend)
         made[kind] = (tokenizer, GrammarCompiler(tokenizer, [eos]))
@@ -179,10 +182,14 @@ def test_an_empty_schema_is_any_object(
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("is_required", [False, True])
+@pytest.mark.parametrize("kind", ["byte_level", "spaced"])
 def test_tools_are_called_with_valid_arguments(
-    compilers: dict[str, tuple[Tokenizer, GrammarCompiler]], name: str, is_required: bool
+    compilers: dict[str, tuple[Tokenizer, GrammarCompiler]],
+    name: str,
+    is_required: bool,
+    kind: str,
 ) -> None:
-    tokenizer, compiler = compilers["byte_level"]
+    tokenizer, compiler = compilers[kind]
     form, trigger = FORMATS[name]
     schemas = {
         "get": object_schema({"n": {"type": "integer", "minimum": 0, "maximum": 99}}, 1),
@@ -198,11 +205,12 @@ def test_tools_are_called_with_valid_arguments(
 
     num_called = 0
     for seed in range(12):
-        ids, is_ended = babble(tokenizer, grammar, EOS["byte_level"], seed, beginning=beginning)
+        ids, is_ended = babble(tokenizer, grammar, EOS[kind], seed, beginning=beginning)
         if not is_ended:
             continue
         reader = ToolCallReader(form, trigger)
-        said = b"".join(map(shown.token_bytes, ids)).decode()
+        detokenizer = make_detokenizer(shown, [])
+        said = detokenizer.add(ids) + detokenizer.flush()
         text, calls = reader.add(said)
         num_called += len(calls)
         assert not is_required or (calls and not text), said
@@ -393,8 +401,41 @@ def test_bad_tools_are_refused(tools: list[Tool], reason: str) -> None:
         check_tools(tools)
 
 
-@pytest.mark.parametrize("kind", ["metaspace", "word_piece"])
-def test_a_tokenizer_without_a_known_spelling_is_refused(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "character"), [("metaspace", '"'), ("word_piece", " ")])
+def test_a_tokenizer_that_cannot_spell_json_is_refused(kind: str, character: str) -> None:
     compiler = GrammarCompiler(Tokenizer(BACKENDS[kind]()), [1])
-    with pytest.raises(GrammarUnavailableError, match="does not allow structured output"):
-        compiler.compile(schema_source("{}"))
+    for _ in range(2):
+        with pytest.raises(GrammarUnavailableError, match=f"structured output.*'{character}'"):
+            compiler.compile(schema_source("{}"))
+
+
+def test_what_only_a_schema_asks_for_is_missed_too(
+    compilers: dict[str, tuple[Tokenizer, GrammarCompiler]],
+) -> None:
+    backend = BACKENDS["byte_level"]()
+    vocabulary = json.loads(backend.to_str())
+    model = vocabulary["model"]
+    model["vocab"] = {piece: at for piece, at in model["vocab"].items() if "z" not in piece}
+    model["merges"] = [pair for pair in model["merges"] if "z" not in "".join(pair)]
+    compiler = GrammarCompiler(Tokenizer(backend.from_str(json.dumps(vocabulary))), [1], 420)
+    compiler.compile(schema_source('{"const": "day", "description": "not crazy"}'))
+    for schema in (
+        '{"enum": ["lazy"]}',
+        '{"properties": {"z": {}}}',
+        '{"items": {"const": ["z"]}}',
+    ):
+        with pytest.raises(GrammarUnavailableError, match="no token for 'z'"):
+            compiler.compile(schema_source(schema))
+        compilers["byte_level"][1].compile(schema_source(schema))
+
+
+@pytest.mark.parametrize("vocab_size", [300, 420, 448])
+def test_masks_have_the_models_size(vocab_size: int) -> None:
+    """Be it padded, or short of tokens that its tokenizer has."""
+    tokenizer = Tokenizer(BACKENDS["byte_level"]())
+    compiler = GrammarCompiler(tokenizer, [1, 419], vocab_size)
+    state = compiler.compile(schema_source('{"type": "string"}')).start()
+    mask = mask_of(state, vocab_size)
+    assert tokenizer.encode('"', is_templated=True)[0] in np.flatnonzero(mask)
+    assert not mask[tokenizer.vocab_size :].any()
+    assert not state.is_failed
