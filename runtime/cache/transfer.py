@@ -21,6 +21,11 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return pinned(tensor, device).to(device, non_blocking=True)
 
 
+def is_at_hand(tensor: Tensor) -> bool:
+    """Whether its numbers can be asked for without waiting for a device."""
+    return tensor.device.type == "cpu"
+
+
 def fetch(*tensors: Tensor) -> list[Tensor]:
     """Several tensors of one device on the CPU, as float64 (which holds token ids exactly), by one
     transfer and so one wait."""

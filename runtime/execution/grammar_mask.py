@@ -9,6 +9,7 @@ from math import inf
 import torch
 from torch import Tensor
 
+from runtime.cache.transfer import send
 from runtime.scheduling.sequence import Sequence
 from runtime.text.grammars import GrammarState
 
@@ -32,9 +33,9 @@ def mask_disallowed(
         grammar.fill_mask(words[at].data_ptr(), num_words * WORD_BITS // 8)
         if grammar.is_failed:
             failed.add(row)
-    packed = words.view(torch.uint8).to(logits.device)  # [rows, bytes], least bit first
+    packed = send(words.view(torch.uint8), logits.device)  # [rows, bytes], least bit first
     shifts = torch.arange(8, dtype=torch.uint8, device=logits.device)
     allowed = ((packed.unsqueeze(-1) >> shifts) & 1).flatten(1)[:, :vocab_size].bool()
-    rows = torch.tensor(list(grammars), device=logits.device)
+    rows = send(torch.tensor(list(grammars)), logits.device)
     logits[rows] = logits[rows].masked_fill(~allowed, -inf)
     return failed

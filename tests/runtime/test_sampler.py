@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from runtime.execution import sampler as sampler_module
 from runtime.execution.sampler import SampledToken, Sampler, SamplingFailure, uniform
 from runtime.protocol import SamplingParams
 from runtime.scheduling.sequence import Sequence
+from tests.runtime.execution.tape import Tape
 
 VOCAB_SIZE = 50
 
@@ -266,3 +268,53 @@ def test_the_likeliest_of_a_large_vocabulary_are_those_of_a_full_sort() -> None:
     expected = scores.sort(descending=True, stable=True)
     assert torch.equal(kept, expected.values[:, :1024])
     assert torch.equal(ids, expected.indices[:, :1024])
+
+
+class Waiting(TorchFunctionMode):
+    """Counts what brings numbers of a device to the processor: `fetch`; refuses all else that would
+    wait for it."""
+
+    ASKS = ("tolist", "item", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_waits = 0
+        self._fetched: list[torch.Tensor] = []
+
+    def fetch(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        self.num_waits += 1
+        self._fetched = [tensor.double() for tensor in tensors]
+        return self._fetched
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_asking = func.__name__ in self.ASKS
+        is_here = any(args[0] is each for each in self._fetched) if is_asking else True
+        assert is_here, f"{func.__name__} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("rules", [{}, {"top_p": 0.999, "temperature": 9.0}], ids=["", "again"])
+def test_the_device_is_waited_for_once(
+    monkeypatch: pytest.MonkeyPatch, rules: dict[str, Any]
+) -> None:
+    """As on a device, whose numbers are not at hand; again only for what candidates lack."""
+    sequences = [
+        sequence_with(temperature=0.0),
+        sequence_with(temperature=0.0, logprobs=3, generated=(4, 5), repetition_penalty=1.3),
+        sequence_with(logit_bias={3: 5.0}, generated=(4, 4), frequency_penalty=0.5),
+        sequence_with(min_p=0.1),
+        sequence_with(top_p=0.6, logprobs=0),
+        sequence_with(top_k=5, temperature=0.3),
+        sequence_with(**rules),
+    ]
+    monkeypatch.setattr(sampler_module, "NUM_CANDIDATES", 20)
+    logits = random_logits(len(sequences))
+    expected = ids_of(Sampler().sample(logits, sequences))
+    waiting = Waiting()
+    monkeypatch.setattr(sampler_module, "is_at_hand", lambda _: False)
+    monkeypatch.setattr(sampler_module, "fetch", waiting.fetch)
+    # A tape refuses operators whose results have a size that only the device knows.
+    with waiting, Tape(lambda _: None):
+        found = Sampler().sample(logits, sequences)
+    assert ids_of(found) == expected
+    assert waiting.num_waits == (2 if rules else 1)
