@@ -39,9 +39,13 @@ class CudaGraphCapture:
                 run()
             current.wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
-            # Other threads may use the device for something else meanwhile.
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-            ):
-                output = run()
+            try:
+                # Other threads may use the device for something else meanwhile.
+                with torch.cuda.graph(
+                    graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+                ):
+                    output = run()
+            finally:
+                # A capture that cannot be ended leaves its stream behind as the current one.
+                torch.cuda.set_stream(current)
             return CudaGraph(graph, output)

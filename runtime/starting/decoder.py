@@ -9,6 +9,7 @@ from runtime.cache.pool import KvPool, num_blocks_within
 from runtime.compiling.loading import load_paged, load_whole
 from runtime.engine import DecoderEngine, StepRunner
 from runtime.execution.attention import choose_backend
+from runtime.execution.decode_graphs import with_decode_graphs
 from runtime.execution.runner import Runner
 from runtime.execution.whole import WholeRunner
 from runtime.protocol import DecoderInfo, Generate, Manifest, Ready, SamplingParams, Serve
@@ -54,7 +55,7 @@ def start_paged(
         dtype=model.dtype,
         device=config.device,
     )
-    backend = choose_backend(config.device)
+    backend = choose_backend(config.device, info.max_context_tokens)
     runner = Runner(model, pool, backend, make_swap(config, pool))
     scheduler = Scheduler(
         num_blocks,
@@ -71,7 +72,8 @@ def start_paged(
         num_blocks=num_blocks,
         block_size=config.block_size,
     )
-    return make_engine(config, info, model.eos_token_ids, runner, scheduler), ready
+    steps = with_decode_graphs(runner, config.max_sequences, info.max_context_tokens)
+    return make_engine(config, info, model.eos_token_ids, steps, scheduler), ready
 
 
 def start_whole(
@@ -131,8 +133,10 @@ def warm_up(engine: DecoderEngine) -> None:
     """Generate two tokens, so that the first caller does not wait for what happens only once.
     Raises `LoadError` when the model cannot."""
     sampling = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+    # A prompt of one token would be computed as a token that is generated, not as a prompt.
+    prompt = [0] * min(2, max(1, engine.max_sequence_tokens - 2))
     request = Generate(
-        request_id=WARM_UP_ID, sampling=sampling, cache_salt=os.urandom(16), token_ids=[0]
+        request_id=WARM_UP_ID, sampling=sampling, cache_salt=os.urandom(16), token_ids=prompt
     )
     engine.add(engine.prepare(request))
     while engine.has_work:

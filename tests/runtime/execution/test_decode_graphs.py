@@ -21,7 +21,7 @@ from runtime.execution.decode_graphs import (
     with_decode_graphs,
 )
 from runtime.execution.reference import ReferenceAttention
-from runtime.execution.runner import PackedBatch, Runner
+from runtime.execution.runner import Runner
 from runtime.importing.huggingface import HuggingFaceDecoder, load_decoder
 from runtime.proving.replay import Replay
 from runtime.scheduling.scheduler import Scheduler
@@ -289,32 +289,3 @@ def test_closeness_of_logits() -> None:
     assert is_close(logits + 0.5, logits)
     assert not is_close(logits + 2, logits)
     assert not is_close(logits.nan_to_num(0.0), logits)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-def test_cuda_graphs_give_the_logits_of_steps_run_anew(llama: HuggingFaceDecoder) -> None:
-    from runtime.execution.attention import choose_backend
-
-    llama.module.to("cuda")
-    shapes = [layer.kv_shape for layer in llama.layers]
-
-    def make(seed: int) -> Replay:
-        sizes = {"num_blocks": 48, "block_size": BLOCK_SIZE, "dtype": llama.dtype}
-        pool = KvPool(shapes, device="cuda", **sizes)
-        return Replay(Runner(llama, pool, choose_backend("cuda")), seed)
-
-    try:
-        replay, expected = make(0), make(1)
-        graphs = with_decode_graphs(replay.runner, MAX_SEQUENCES, 64)
-        assert isinstance(graphs, DecodeGraphs)
-        for work, leaving in random_schedule(0, 120):
-            logits = graphs.run(cast(PackedBatch, replay.pack(work)))
-            found = dict(zip(work, logits.split([len(t) for t in work.values()]), strict=True))
-            equal(found, expected.step(work))
-            for name in leaving:
-                replay.release(name)
-                expected.release(name)
-        assert graphs.captured_sizes == [1, 2, 4, 6]
-    finally:
-        llama.module.to("cpu")
