@@ -2,9 +2,10 @@
 
 import asyncio
 import os
+import secrets
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import click
@@ -15,8 +16,9 @@ from app.cli.listings import print_table
 from app.cli.push import say
 from app.cli.workloads import Endpoint, Result, Shape, WorkloadError, Workloads
 
-NUM_PREDICTIONS = 300
-CONCURRENT_PREDICTIONS = 32
+NUM_REQUESTS = 320
+CONCURRENT_REQUESTS = 32
+TEXT_TOKENS = 32
 
 
 @click.command()
@@ -26,7 +28,8 @@ def bench(name: str, rounds: int) -> None:
     """Measure endpoint NAME with the requests that callers send.
 
     A decoder gets one stream, a shared prefix (unseen and warm), chats, and unrelated prompts; a
-    tensor program single predictions, alone and at once. The calls are real: they are metered.
+    tensor program or an embedder single requests, alone and at once. The calls are real: they are
+    metered.
     """
     box = Box()
     version = box.json("GET", f"/api/models/{name}")["latest_version"]
@@ -38,7 +41,7 @@ def bench(name: str, rounds: int) -> None:
     elif manifest["kind"] == "tensor":
         bench_tensor(box, name, manifest["schema"])
     else:
-        raise Refused(f"{name} is an {manifest['kind']}; only decoders and tensor programs so far.")
+        bench_embedder(box, name, manifest["embedder"])
 
 
 # --- decoders -----------------------------------------------------------------------------
@@ -87,15 +90,32 @@ def decoder_row(runs: list[Result]) -> list[str]:
     ]
 
 
-# --- tensor programs ----------------------------------------------------------------------
+# --- tensor programs and embedders --------------------------------------------------------
 
 
 def bench_tensor(box: Box, name: str, schema: dict[str, Any]) -> None:
-    """Predictions of one row of zeros, one at a time and many at once."""
+    """Predictions of one row of zeros."""
     inputs = {spec["name"]: zeros(spec) for spec in schema["inputs"]}
+    bench_requests(box, f"/models/{name}/predict", lambda: {"inputs": inputs})
+
+
+def bench_embedder(box: Box, name: str, embedder: dict[str, Any]) -> None:
+    """Texts of the same length, each of other tokens."""
+    size: int = embedder["vocab_size"]
+    length = min(TEXT_TOKENS, embedder["max_tokens"] - embedder["special_tokens"])
+
+    def body() -> dict[str, Any]:
+        token_ids = [secrets.randbelow(size) for _ in range(length)]
+        return {"model": name, "input": token_ids}
+
+    bench_requests(box, "/v1/embeddings", body)
+
+
+def bench_requests(box: Box, path: str, body: Callable[[], dict[str, Any]]) -> None:
+    """One request at a time, then many at once."""
     rows: list[list[str]] = []
-    for limit in (1, CONCURRENT_PREDICTIONS):
-        seconds, latencies = asyncio.run(predict_many(box, name, inputs, limit))
+    for limit in (1, CONCURRENT_REQUESTS):
+        seconds, latencies = asyncio.run(send_many(box, path, body, limit))
         latencies.sort()
         rows.append(
             [
@@ -117,10 +137,10 @@ def zeros(spec: dict[str, Any]) -> Any:
     return value
 
 
-async def predict_many(
-    box: Box, name: str, inputs: dict[str, Any], limit: int
+async def send_many(
+    box: Box, path: str, body: Callable[[], dict[str, Any]], limit: int
 ) -> tuple[float, list[float]]:
-    """Seconds in all, and of each prediction. Raises `Refused`."""
+    """Seconds in all, and of each request. Raises `Refused`."""
     headers = {"Authorization": f"Bearer {os.environ['TAPEOUT_API_KEY']}"}
     latencies: list[float] = []
     async with httpx.AsyncClient(base_url=box.url, headers=headers, timeout=60) as http:
@@ -128,15 +148,12 @@ async def predict_many(
         async def one_after_another(count: int) -> None:
             for _ in range(count):
                 began = time.perf_counter()
-                response = await http.post(f"/models/{name}/predict", json={"inputs": inputs})
-                box.checked(response)
+                box.checked(await http.post(path, json=body()))
                 latencies.append(time.perf_counter() - began)
 
         started = time.perf_counter()
         try:
-            await asyncio.gather(
-                *(one_after_another(NUM_PREDICTIONS // limit) for _ in range(limit))
-            )
+            await asyncio.gather(*(one_after_another(NUM_REQUESTS // limit) for _ in range(limit)))
         except httpx.TransportError as error:
             raise Refused(f"the box went away: {error}") from error
         return time.perf_counter() - started, latencies

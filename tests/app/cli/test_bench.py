@@ -92,7 +92,7 @@ def test_zeros_have_the_smallest_shape() -> None:
     assert bench.zeros({"dtype": "bool", "shape": [None], "min_shape": [3]}) == [False] * 3
 
 
-async def test_predictions_are_counted_and_refusals_told(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_requests_are_counted_and_refusals_told(monkeypatch: pytest.MonkeyPatch) -> None:
     class OneBox:
         url = "http://box"
 
@@ -103,7 +103,7 @@ async def test_predictions_are_counted_and_refusals_told(monkeypatch: pytest.Mon
             return response
 
     monkeypatch.setenv("TAPEOUT_API_KEY", "key")
-    monkeypatch.setattr(bench, "NUM_PREDICTIONS", 8)
+    monkeypatch.setattr(bench, "NUM_REQUESTS", 8)
     server = FakeServer(200)
     made = httpx.AsyncClient
     answers: list[httpx.Request] = []
@@ -118,9 +118,9 @@ async def test_predictions_are_counted_and_refusals_told(monkeypatch: pytest.Mon
         lambda **options: made(**options | {"transport": httpx.MockTransport(answer)}),
     )
     box: Any = OneBox()
-    seconds, latencies = await bench.predict_many(box, "digits", {"x": [0]}, 4)
+    seconds, latencies = await bench.send_many(box, "/p", dict, 4)
     assert len(latencies) == len(answers) == 8
     assert seconds > 0
     server.status = 503
     with pytest.raises(Refused, match="no room"):
-        await asyncio.wait_for(bench.predict_many(box, "digits", {"x": [0]}, 1), 10)
+        await asyncio.wait_for(bench.send_many(box, "/p", dict, 1), 10)
