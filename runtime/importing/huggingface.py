@@ -180,6 +180,7 @@ def load_decoder(
     num_tokens = affordable_tokens(module, max_context_tokens)
     probe = _run_probe(module, max_context_tokens, num_tokens)
     module.set_attn_implementation(PAGED)
+    _never_warn_of_padding(module)
     kv_elements = sum(layer.kv_shape.elements_per_token for layer in probe.layers)
     info = DecoderInfo(
         architecture=type(module).__name__,
@@ -196,6 +197,17 @@ def load_decoder(
     if not is_checked:
         check_locality(decoder, info, num_tokens, decoder.device)
     return decoder
+
+
+def _never_warn_of_padding(module: PreTrainedModel) -> None:
+    """Packed tokens are none, and to look for padding waits for the device in every step."""
+    for part in module.modules():
+        if isinstance(part, PreTrainedModel):
+            part.warn_if_padding_and_no_attention_mask = _warn_of_nothing  # type: ignore[method-assign]
+
+
+def _warn_of_nothing(*_: Any) -> None:
+    return None
 
 
 def _run_probe(module: PreTrainedModel, max_context_tokens: int, num_tokens: int) -> Probe:

@@ -34,7 +34,7 @@ BLOCK_SIZE = 8
 NOWHERE = 2**30  # a block that is in no pool
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma2"])
+@pytest.fixture(scope="module", params=["llama", "gemma2", "gpt2"])
 def decoder(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> HuggingFaceDecoder:
