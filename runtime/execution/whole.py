@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from runtime.cache.transfer import send
 from runtime.execution.batch import StepBatch
 from runtime.scheduling.plan import BlockMoves
 
@@ -53,10 +54,10 @@ class WholeRunner:
             for at in range(0, len(rows), self._max_rows):
                 some = rows[at : at + self._max_rows]
                 token_ids = torch.stack([sequences[row] for row in some])
-                logits = self._model.logits(token_ids.to(self._device, non_blocking=True))
+                logits = self._model.logits(send(token_ids, self._device))
                 assert len(logits) == len(some), "the model lost a sequence"
                 found.append((some, logits.float()))
         # Back from the order of the calls to that of the step.
         places = [row for rows, _ in found for row in rows]
         together = torch.cat([logits for _, logits in found])
-        return together[torch.tensor(places, device=together.device).argsort()]
+        return together[send(torch.tensor(places).argsort(), together.device)]

@@ -189,31 +189,27 @@ def test_triton_kernels_equal_dense_attention() -> None:
         assert worst < TOLERANCE[CASES[name].dtype], (name, worst)
 
 
-# The second and the last sequence become padding, whose blocks are in no pool.
-PADDING_SCRIPT = """
+# The second and the last sequence become padding, whose blocks are in no pool; then only the first
+# sequence is left.
+NEIGHBOURS_SCRIPT = """
 inputs = make_inputs(Case(DECODES[-4:], has_sinks=True))
 expected = inputs.expected()
-padding = torch.tensor([1, 3])
-real = torch.tensor([0, 2])
+together = inputs.attend(split)
+padding, real = torch.tensor([1, 3]), torch.tensor([0, 2])
 inputs.metadata.slots[padding] = -1
 inputs.metadata.context_lens[padding] = 0
 inputs.metadata.block_tables[padding] = 2**30
-for backend in (split, whole):
+for backend in (whole, split):
     output = inputs.attend(backend)
     print(float((output[real] - expected[real]).abs().max()), int(output[padding].count_nonzero()))
+alone = make_inputs(Case(DECODES[-4:-3], has_sinks=True))
+alone.query = inputs.query[:1]
+print(torch.equal(output[real], together[real]), torch.equal(alone.attend(split), together[:1]))
 """
 
 
-def test_triton_lets_padding_see_nothing() -> None:
-    found = in_the_interpreter(PADDING_SCRIPT)
-    assert found[1::2] == ["0", "0"]
+def test_a_triton_result_does_not_depend_on_padding_or_neighbours() -> None:
+    *found, is_equal_to_padded, is_equal_alone = in_the_interpreter(NEIGHBOURS_SCRIPT)
+    assert found[1::2] == ["0", "0"], "padding sees nothing"
     assert max(map(float, found[::2])) < TOLERANCE[torch.float32]
-
-
-def test_a_triton_result_does_not_depend_on_neighbours() -> None:
-    script = (
-        "inputs = make_inputs(Case(DECODES)); together = inputs.attend(split)\n"
-        "alone = make_inputs(Case(DECODES[:1])); alone.query = inputs.query[:1]\n"
-        "print(torch.equal(alone.attend(split), together[:1]))\n"
-    )
-    assert in_the_interpreter(script) == ["True"]
+    assert (is_equal_to_padded, is_equal_alone) == ("True", "True")
