@@ -16,6 +16,7 @@ from runtime.execution.attention import AttentionBackend
 from runtime.execution.cpu import load_cpu_attention
 from runtime.execution.decode_graphs import (
     DecodeGraphs,
+    DecodeInputs,
     graph_sizes,
     is_close,
     with_decode_graphs,
@@ -150,6 +151,22 @@ def test_capturing_touches_no_block(llama: HuggingFaceDecoder) -> None:
     graphs._capture_used()
     assert capture.sizes == [4, 1]
     assert runner.pool.storage.isnan().all()
+
+
+def test_rows_that_a_smaller_step_leaves_become_padding(llama: HuggingFaceDecoder) -> None:
+    replay = Replay(make_runner(llama))
+    inputs = DecodeInputs(MAX_SEQUENCES, 64, BLOCK_SIZE, torch.device("cpu"))
+    for names in ("abcde", "cd"):
+        batch = replay.pack({name: [ord(name)] for name in names})
+        inputs.fill(batch)
+    tokens = torch.stack([batch.token_ids, batch.positions, batch.slots])
+    assert torch.equal(inputs._tokens[:, :2], tokens)
+    assert bool((inputs._tokens[:, 2:] == torch.tensor([[0], [0], [-1]])).all())
+    assert inputs._context_lens.tolist() == [2, 2, *[0] * 14]
+    assert torch.equal(inputs._block_tables[:2, :1], batch.block_tables)
+    inputs.clear()
+    assert bool((inputs._tokens[2] == -1).all())
+    assert not inputs._context_lens.any()
 
 
 def test_only_steps_that_decode_one_token_each_are_replayed(llama: HuggingFaceDecoder) -> None:
