@@ -14,7 +14,7 @@ from runtime.execution.whole import WholeModel
 from runtime.importing.program import Decoder
 from runtime.proving.original import Trace
 from runtime.proving.replay import Replay
-from runtime.proving.ways import PAGED_WAYS, WHOLE_WAYS, Pair, Way
+from runtime.proving.ways import PAGED_WAYS, WHOLE_WAYS, Found, Way
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Run:
 
     name: str
     description: str
-    run: Callable[[], list[Pair]]
+    run: Callable[[], list[Found]]
 
 
 class Form(Protocol):
@@ -78,7 +78,7 @@ class PagedForm:
 
     def _run(
         self, way: Way, seed: int, model: Decoder, dtype: torch.dtype, traces: list[Trace]
-    ) -> list[Pair]:
+    ) -> list[Found]:
         num_tokens = sum(len(trace.tokens) for trace in traces)
         num_blocks = 2 * (num_tokens // self.block_size + len(traces)) + 1
         pool, swap = (
@@ -93,8 +93,10 @@ class PagedForm:
         )
         backend = self.backend or choose_backend(model.device)
         found = way.run(Replay(Runner(model, pool, backend, swap), seed), traces)
-        wanted = [trace.reference for trace in traces]
-        return [(logits.cpu(), rows) for logits, rows in zip(found, wanted, strict=True)]
+        return [
+            (logits.cpu(), trace.reference, trace.first_row + torch.arange(len(logits)))
+            for logits, trace in zip(found, traces, strict=True)
+        ]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ paging, nor of what the original is: see `huggingface_original.py` and `exported
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -85,15 +85,19 @@ class Trace:
     num_prompt: int
     reference: Tensor  # float64 [tokens, vocab]
     ends: tuple[int, ...] = ()
+    first_row: int = 0  # its rows' numbers start here: they are counted through all traces
 
 
 @dataclass(frozen=True)
 class References:
-    """`tolerance_of` a dtype is the largest logit error that its own rounding explains."""
+    """`deviations_of` a dtype are what the original itself is off by in it, `tolerance` the largest
+    error in float32 that this explains, and `floor` the least that any is."""
 
     plan: PromptPlan
     traces: list[Trace]
-    tolerance_of: dict[torch.dtype, float]
+    deviations_of: dict[torch.dtype, Tensor]  # float64 [rows]
+    tolerance: float
+    floor: float
     logit_range: float
     is_exact: bool  # the references were computed in float64
 
@@ -159,7 +163,7 @@ def consult_original(
             for tokens, prompt in zip(sequences, prompts, strict=True)
         ]
     asked = list(zip(sequences, ends, strict=True))
-    own: dict[torch.dtype, list[Tensor]] = {torch.float32: _ask(loaded, asked)}
+    own: dict[torch.dtype, list[Tensor]] = {torch.float32: ask(loaded, asked)}
     del loaded  # before the next one takes its place
     references = _in_float64(original, asked) if has_float64 else None
     is_exact = references is not None
@@ -167,21 +171,18 @@ def consult_original(
         references = [logits.double() for logits in own[torch.float32]]
     for dtype in dtypes:
         if dtype not in own:
-            own[dtype] = _ask(original.load(dtype), asked)
+            own[dtype] = ask(original.load(dtype), asked)
     highest = max(float(reference.max()) for reference in references)
     logit_range = highest - min(float(reference.min()) for reference in references)
-    tolerances = {
-        dtype: max(
-            TOLERANCE_FACTOR * largest_error(zip(found, references, strict=True)),
-            TOLERANCE_FLOOR * logit_range,
-        )
-        for dtype, found in own.items()
-    }
-    traces = [
-        Trace(tokens, len(prompt), reference, at)
-        for tokens, prompt, reference, at in zip(sequences, prompts, references, ends, strict=True)
-    ]
-    return References(plan, traces, tolerances, logit_range, is_exact)
+    deviations = {dtype: row_errors(found, references) for dtype, found in own.items()}
+    floor = TOLERANCE_FLOOR * logit_range
+    tolerance = max(TOLERANCE_FACTOR * float(deviations[torch.float32].max()), floor)
+    traces: list[Trace] = []
+    first_row = 0
+    for i, tokens in enumerate(sequences):
+        traces.append(Trace(tokens, plan.lengths[i], references[i], ends[i], first_row))
+        first_row += len(tokens)
+    return References(plan, traces, deviations, tolerance, floor, logit_range, is_exact)
 
 
 def _ends(tokens: list[int], num_prompt: int, all_sequences: list[list[int]]) -> tuple[int, ...]:
@@ -192,9 +193,7 @@ def _ends(tokens: list[int], num_prompt: int, all_sequences: list[list[int]]) ->
     return tuple(sorted({*own, *others}))
 
 
-def _ask(
-    loaded: LoadedOriginal, asked: Sequence[tuple[list[int], tuple[int, ...]]]
-) -> list[Tensor]:
+def ask(loaded: LoadedOriginal, asked: Sequence[tuple[list[int], tuple[int, ...]]]) -> list[Tensor]:
     """Logits `[tokens, vocab]` of each sequence; the rows before its `ends`, if it has any, are
     those of its beginnings alone, and the others 0."""
     found = []
@@ -214,18 +213,21 @@ def _in_float64(
 ) -> list[Tensor] | None:
     """Exact logits, or None if some operation of the model has no float64 form."""
     try:
-        references = _ask(original.load(torch.float64), asked)
+        references = ask(original.load(torch.float64), asked)
     except (RuntimeError, TypeError) as error:
         logger.info("no float64 reference: %s", error)
         return None
     return references if all(each.dtype == torch.float64 for each in references) else None
 
 
-def largest_error(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """The largest absolute difference within pairs; infinite where anything is not a number."""
-    return max(
-        float((found.double() - reference.double()).abs().nan_to_num(nan=torch.inf).max())
-        for found, reference in pairs
+def row_errors(found: Sequence[Tensor], references: Sequence[Tensor]) -> Tensor:
+    """The largest absolute difference in each row, float64 `[rows]`; infinite where something is
+    not a number. Both are lists of `[rows, vocab]`."""
+    return torch.cat(
+        [
+            (logits.double() - reference).abs().nan_to_num(nan=torch.inf).amax(-1)
+            for logits, reference in zip(found, references, strict=True)
+        ]
     )
 
 

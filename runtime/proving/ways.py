@@ -14,8 +14,9 @@ from runtime.execution.whole import WholeModel
 from runtime.proving.original import Trace
 from runtime.proving.replay import Replay
 
-# A form's logits, and the original's for the same tokens: both [tokens, vocab].
-Pair = tuple[Tensor, Tensor]
+# A form's logits, the original's for the same tokens, both [tokens, vocab], and the numbers of
+# these rows [tokens]: see `Trace`.
+Found = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class WholeWay:
 
     name: str
     description: str
-    run: Callable[[WholeModel, list[Trace]], list[Pair]]
+    run: Callable[[WholeModel, list[Trace]], list[Found]]
 
 
 # --- paged ------------------------------------------------------------------------------
@@ -187,19 +188,23 @@ PAGED_WAYS = (
 # --- without a cache --------------------------------------------------------------------
 
 
-def _run_whole(model: WholeModel, traces: list[Trace]) -> list[Pair]:
+def _run_whole(model: WholeModel, traces: list[Trace]) -> list[Found]:
     """The last token of the prompt, and of each sequence one token longer."""
     return [
-        (model.logits(torch.tensor([trace.tokens[:end]])), trace.reference[end - 1 : end])
+        (
+            model.logits(torch.tensor([trace.tokens[:end]])),
+            trace.reference[end - 1 : end],
+            torch.tensor([trace.first_row + end - 1]),
+        )
         for trace in traces
         for end in trace.ends
         if end >= trace.num_prompt
     ]
 
 
-def _run_whole_batched(model: WholeModel, traces: list[Trace]) -> list[Pair]:
+def _run_whole_batched(model: WholeModel, traces: list[Trace]) -> list[Found]:
     """Sequences of equal length side by side: all traces, cut to the length of each in turn."""
-    pairs: list[Pair] = []
+    found: list[Found] = []
     for end in sorted({len(trace.tokens) for trace in traces}):
         long_enough = [trace for trace in traces if len(trace.tokens) >= end]
         # One alone is doubled, with its neighbour's tokens in reverse.
@@ -207,8 +212,9 @@ def _run_whole_batched(model: WholeModel, traces: list[Trace]) -> list[Pair]:
         rows += [rows[0][::-1]] if len(rows) == 1 else []
         logits = model.logits(torch.tensor(rows))
         reference = torch.stack([trace.reference[end - 1] for trace in long_enough])
-        pairs.append((logits[: len(long_enough)], reference))
-    return pairs
+        numbers = torch.tensor([trace.first_row + end - 1 for trace in long_enough])
+        found.append((logits[: len(long_enough)], reference, numbers))
+    return found
 
 
 WHOLE_WAYS = (

@@ -31,13 +31,15 @@ def save_decoder(
     family: str,
     directory: Path,
     dtype: torch.dtype = torch.float32,
+    *,
+    seed: int = 0,
     **overrides: object,
 ) -> PreTrainedModel:
     """A random model with logits spread widely enough that greedy choices are clear.
 
     An override of `...` leaves out what is common, for configurations without such a field.
     """
-    torch.manual_seed(sum(family.encode()))
+    torch.manual_seed(1000 * seed + sum(family.encode()))
     values = {**COMMON, **OVERRIDES.get(family, {}), **overrides}
     config = AutoConfig.for_model(
         family, **{name: value for name, value in values.items() if value is not ...}
