@@ -51,7 +51,7 @@ def test_document_has_every_family_and_nothing_else() -> None:
 
 HALF = [
     (name, dtype)
-    for name in ("llama", "gemma2", "gpt_oss", "deepseek_v3")
+    for name in ("llama", "gemma2", "mixtral", "gpt_oss", "deepseek_v3")
     for dtype in (torch.bfloat16, torch.float16)
 ] + [("jamba", torch.bfloat16)]
 
