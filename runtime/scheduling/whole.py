@@ -16,10 +16,12 @@ class WholeScheduler:
     of tokens holds.
 
     The running take turns: one that has run goes behind those that have not, and one that is
-    longer than the budget runs alone. So every sequence gets its next token within a bounded
-    number of steps. Waiting sequences are admitted, fairly, into what the running leave of the
-    budget. To look at the interface, see `Scheduler`: here, no sequence has blocks or cached
-    tokens, and what a token costs is all that runs for it.
+    longer than the budget runs alone. The waiting are admitted, in the order of their line, into
+    what the running leave of the budget; while they leave too little, every other step begins
+    with a newcomer. So a running sequence gets its next token within `2 * max_sequences` steps,
+    and while there is a place, one waiting is admitted in every other step at least. To look at
+    the interface, see `Scheduler`: here, no sequence has blocks or cached tokens, and what a
+    token costs is all that runs for it.
     """
 
     block_size = 0  # there are no blocks
@@ -34,6 +36,7 @@ class WholeScheduler:
         self.max_sequence_tokens = max_sequence_tokens
         self._line = WaitingLine()
         self._running: deque[Sequence] = deque()  # whose turn is first
+        self._is_newcomers_turn = False
 
     @property
     def num_running(self) -> int:
@@ -75,27 +78,36 @@ class WholeScheduler:
         """Plan the next step. None when nothing is running or waiting."""
         planned: list[Sequence] = []
         budget = self.max_batch_tokens
+        if self._is_newcomers_turn:
+            budget = self._admit(planned, budget, most=1)
+        is_begun_by_newcomer = bool(planned)
         while self._running and (not planned or len(self._running[0].token_ids) <= budget):
             sequence = self._running.popleft()
+            self._line.charge(sequence, len(sequence.token_ids))
             planned.append(sequence)
             budget -= len(sequence.token_ids)
-        for sequence in planned:
-            self._line.charge(sequence, len(sequence.token_ids))
-        if not self._running:  # or the waiting would take the turns of the running
-            self._admit(planned, budget)
+        num_before = len(planned)
+        self._admit(planned, budget, most=self.max_sequences)
+        is_anyone_new = is_begun_by_newcomer or len(planned) > num_before
+        self._is_newcomers_turn = not is_anyone_new
         self._running.extend(planned)
         items = [ScheduledSequence(each, len(each.token_ids), True) for each in planned]
         return StepPlan(items) if items else None
 
-    def _admit(self, planned: list[Sequence], budget: int) -> None:
-        while len(planned) < self.max_sequences and (sequence := self._line.peek()):
+    def _admit(self, planned: list[Sequence], budget: int, most: int) -> int:
+        """Plan those who are first in line, as far as there are places and they fit the budget;
+        alone, anyone does. Returns what is left of it."""
+        num_places = min(most, self.max_sequences - len(self._running) - len(planned))
+        while num_places > 0 and (sequence := self._line.peek()):
             if planned and len(sequence.token_ids) > budget:
-                return
+                break
             self._line.pop()
             self._line.charge(sequence, len(sequence.token_ids))
             sequence.status = SequenceStatus.RUNNING
             planned.append(sequence)
             budget -= len(sequence.token_ids)
+            num_places -= 1
+        return budget
 
     def commit(self, plan: StepPlan, sampled_token_ids: dict[int, int]) -> None:
         """Record that the plan was run; see `Scheduler.commit`."""
