@@ -15,7 +15,7 @@ MAX_REMEMBERED_KEYS = 4096
 class Text:
     """One text that waits. `request_id` and `index` say whose it is."""
 
-    __slots__ = ("index", "is_gone", "key", "request_id", "token_ids")
+    __slots__ = ("__weakref__", "index", "is_gone", "key", "request_id", "token_ids")
 
     def __init__(self, key: str, request_id: str, index: int, token_ids: list[int]) -> None:
         self.key = key
@@ -43,7 +43,7 @@ class LengthQueue:
         self._batching = batching
         self._requests: dict[str, deque[str]] = {}  # key -> its requests with texts left, in order
         self._texts: dict[str, list[Text]] = {}  # request id -> its texts, the longest last
-        self._of_length: dict[int, deque[Text]] = {}
+        self._of_length: dict[int, dict[Text, None]] = {}  # those that wait, in order of arrival
         self._num_waiting: dict[str, int] = {}  # by request id
         self._served: dict[str, int] = {}  # padded tokens by key, at least those of the floor
         self._floor = 0
@@ -58,7 +58,7 @@ class LengthQueue:
         assert request_id not in self._texts, request_id
         made = [Text(key, request_id, index, ids) for index, ids in enumerate(texts)]
         for text in made:
-            self._of_length.setdefault(text.num_tokens, deque()).append(text)
+            self._of_length.setdefault(text.num_tokens, {})[text] = None
         self._texts[request_id] = sorted(made, key=lambda text: text.num_tokens)
         self._num_waiting[request_id] = len(made)
         if key not in self._requests:
@@ -104,16 +104,14 @@ class LengthQueue:
         return texts[-1]
 
     def _first_of_length(self, length: int) -> Text | None:
-        waiting = self._of_length.get(length)
-        while waiting:
-            if not waiting[0].is_gone:
-                return waiting[0]
-            waiting.popleft()
-        self._of_length.pop(length, None)
-        return None
+        return next(iter(self._of_length.get(length, ())), None)
 
     def _take(self, text: Text) -> None:
         text.is_gone = True
+        same_length = self._of_length[text.num_tokens]
+        del same_length[text]
+        if not same_length:
+            del self._of_length[text.num_tokens]
         request_id, key = text.request_id, text.key
         self._num_waiting[request_id] -= 1
         if self._num_waiting[request_id]:

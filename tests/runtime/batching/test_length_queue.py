@@ -1,12 +1,14 @@
 """Which texts share a run."""
 
+import gc
+import weakref
 from collections import Counter
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from runtime.batching.length_queue import SLACK_SHARE, SLACK_TOKENS, LengthQueue
+from runtime.batching.length_queue import SLACK_SHARE, SLACK_TOKENS, LengthQueue, Text
 from runtime.protocol import Batching
 
 
@@ -62,6 +64,22 @@ def test_a_removed_request_runs_no_more():
     queue.remove("1")
     assert runs(queue) == [[("2", 5)]]
     assert len(queue) == 0
+
+
+@pytest.mark.parametrize("batching", ["padded", "equal_lengths", "alone"])
+def test_texts_that_ran_or_were_removed_are_not_kept(batching: Batching):
+    queue = LengthQueue(10, 8, batching)
+    given: list[weakref.ref[Text]] = []
+    for number in range(20):  # all of one length, which is the longest of each run
+        queue.add("a", str(number), texts(60, 60))
+        given += [weakref.ref(text) for text in queue.take()]
+        queue.add("b", f"removed {number}", texts(60))
+        queue.remove(f"removed {number}")
+        queue.remove(str(number))
+    gc.collect()
+    assert len(queue) == 0
+    assert not any(text() for text in given)
+    assert not any((queue._of_length, queue._texts, queue._requests))
 
 
 def test_a_caller_with_one_text_does_not_wait_for_a_caller_with_many():
