@@ -3,6 +3,7 @@
 Owns the order of import, proof and measurement, and what is said of ways that did not do.
 """
 
+import logging
 from pathlib import Path
 
 import msgspec
@@ -11,11 +12,15 @@ from runtime.building.fusing import Chosen, choose_form
 from runtime.building.outcome import Outcome
 from runtime.building.reporter import Reporter
 from runtime.building.routes import NotThisWay, Route, Served, Source, alone
+from runtime.compiling.graph_decoder import GraphDecoder
 from runtime.compiling.packaging import add_directory, add_program, add_text
+from runtime.compiling.plans.writing import add_plan
 from runtime.importing.program import ImportFailure
 from runtime.importing.text_support import check_text
 from runtime.protocol import Check, DecoderInfo, Manifest
-from runtime.proving.decoder import DecoderProof, DecoderProver
+from runtime.proving.decoder import DecoderProof, DecoderProver, available_bytes
+
+logger = logging.getLogger("runtime.build")
 
 NO_TEXT = (
     "Text is not served, only token ids: there is no tokenizer beside the program. Push it with "
@@ -130,6 +135,7 @@ def _package(source: Source, chosen: Chosen, artifact_dir: Path) -> list[str]:
     if chosen.served.program_path is None:
         return add_directory(upload.path, artifact_dir)
     add_program(chosen.served.program_path, artifact_dir)
+    _add_plan(chosen.served, artifact_dir)
     used = add_text(text, artifact_dir) if text else set[str]()
     if upload.kind == "huggingface":
         names = [path.name for path in sorted(upload.path.iterdir())]
@@ -137,3 +143,15 @@ def _package(source: Source, chosen: Chosen, artifact_dir: Path) -> list[str]:
     if text is not None and text != upload.path.parent:
         used = {text.name}
     return [name for name in upload.beside if name not in used]
+
+
+def _add_plan(served: Served, artifact_dir: Path) -> None:
+    if not isinstance(served.decoder, GraphDecoder) or served.program is None:
+        return
+    if served.weight_bytes > available_bytes():
+        lost = "there is too little memory to check it"
+    else:
+        program, form = served.program.program, served.form.name
+        lost = add_plan(artifact_dir, served.decoder, program, form)
+    if lost:
+        logger.warning("no plan of the graph, so that starts take longer: %s", lost)

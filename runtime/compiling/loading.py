@@ -4,6 +4,7 @@ The build uses the same functions for the forms that it proves, so that what is 
 was proved. What a graph may be is `paging`'s to judge; how it gets faster, `fused.py`'s.
 """
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,12 +16,16 @@ from runtime.compiling.graph_decoder import GraphDecoder, UncachedGraph
 from runtime.compiling.packaging import PROGRAM_NAME
 from runtime.compiling.paging import PagedGraph, page
 from runtime.compiling.paging.cast import cast
+from runtime.compiling.plans.plan import PlanUnusable
+from runtime.compiling.plans.reading import load_planned
 from runtime.importing.exported import load_exported
 from runtime.importing.program import Decoder
 from runtime.protocol import DecoderInfo, Manifest
 
 if TYPE_CHECKING:
     from runtime.importing.huggingface_uncached import UncachedHuggingFace
+
+logger = logging.getLogger(__name__)
 
 
 def load_paged(artifact_dir: Path, manifest: Manifest, device: str = "cpu") -> Decoder:
@@ -30,10 +35,15 @@ def load_paged(artifact_dir: Path, manifest: Manifest, device: str = "cpu") -> D
         from runtime.importing.huggingface import load_decoder
 
         return load_decoder(artifact_dir, device, is_checked=True)
+    info = manifest.decoder
+    if device == "cpu":  # where plans are made
+        try:
+            return load_planned(artifact_dir, info, manifest.form)
+        except PlanUnusable as error:
+            logger.warning("the build's plan is not used (%s): deriving the graph anew", error)
     model = load_exported(artifact_dir / PROGRAM_NAME, device)
     # Fused operators are the CPU's own.
     form = manifest.form if device == "cpu" else "eager"
-    info = manifest.decoder
     return graph_decoder(page_in_form(model.program, info.max_context_tokens, form), info)
 
 

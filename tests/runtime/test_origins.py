@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime.compiling.packaging import write_manifest
+from runtime.compiling.plans.plan import PLAN_NAME
 from runtime.importing.huggingface_uncached import load_uncached
 from runtime.protocol import BuildReceipt, Built, Manifest
 from tests.runtime.compiling.paging.decoders import HIDDEN, VOCAB, HandWritten, export, masked_fill
@@ -105,6 +106,8 @@ def test_a_graph_with_a_tokenizer_is_paged_and_generates_what_it_says(build, ser
 
     worker = serve(build.output_dir)
     assert generated(worker) == greedy(model)
+    assert (build.output_dir / PLAN_NAME).is_file()
+    assert "plan is not used" not in worker.log
     text = generate("text", None, text="!", max_tokens=3)
     assert worker.peer.generate(text)["text"]
 
@@ -128,7 +131,9 @@ def test_a_directory_with_attention_of_its_own_is_rewritten(build, serve, tmp_pa
     def logits(tokens: Tensor) -> Tensor:
         return model(input_ids=tokens).logits
 
-    assert generated(serve(build.output_dir)) == greedy(logits)
+    worker = serve(build.output_dir)
+    assert generated(worker) == greedy(logits)
+    assert "plan is not used" not in worker.log
 
 
 class Mixing(nn.Module):

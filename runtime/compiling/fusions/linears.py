@@ -36,6 +36,22 @@ class Linear:
         return self.weight.shape[0]
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What a packed layer was made of: a strided view of the constant at `path`, and a bias."""
+
+    path: str
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int  # elements
+    bias: Tensor | None
+
+
+def origins_of(module: fx.GraphModule) -> dict[str, list[Origin]]:
+    """Of each packed layer, by the name of its submodule."""
+    return module.meta.setdefault("origins", {})
+
+
 def pack_linears(graph: EvaluatedGraph) -> int:
     """Returns how many linear layers were packed."""
     constants = constant_nodes(graph)
@@ -135,7 +151,22 @@ def _pack(graph: EvaluatedGraph, name: str, group: list[Linear]) -> ops.PackedLi
         linear.output.replace_all_uses_with(part, propagate_meta=False)
         graph.graph.erase_node(linear.output)
         graph.values.pop(linear.output)
+    origins_of(graph.module)[name] = [_origin(linear) for linear in group]
     return packed
+
+
+def _origin(linear: Linear) -> Origin:
+    node = linear.weight_node
+    while node.op != "get_attr" and len(node.all_input_nodes) == 1:
+        node = node.all_input_nodes[0]
+    weight = linear.weight
+    return Origin(
+        path=str(node.target) if node.op == "get_attr" else "",
+        size=tuple(weight.shape),
+        stride=weight.stride(),
+        offset=int(weight.storage_offset()),
+        bias=linear.bias,
+    )
 
 
 def _parts(

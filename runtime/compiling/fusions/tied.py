@@ -19,6 +19,10 @@ class PackedEmbedding(nn.Module):
         super().__init__()
         self._linear = [linear]  # a list, so that its weights are not counted twice
 
+    @property
+    def linear(self) -> ops.PackedLinear:
+        return self._linear[0]
+
     def forward(self, token_ids: Tensor) -> Tensor:
         return self._linear[0].weight_rows(token_ids)
 
