@@ -17,7 +17,7 @@ from runtime.scheduling.scheduler import Scheduler
 from runtime.scheduling.whole import WholeScheduler
 from runtime.server.decoder import DecoderServer
 from runtime.starting.failures import LoadError
-from runtime.starting.memory import resident_bytes
+from runtime.starting.memory import settled_bytes
 from runtime.text.chat import ChatTemplate
 from runtime.text.tokenizer import Tokenizer
 
@@ -31,7 +31,7 @@ def load_decoder(config: Serve, manifest: Manifest) -> tuple[DecoderServer, Read
     start = start_paged if manifest.decoder.is_paged else start_whole
     engine, ready = start(config, manifest, manifest.decoder)
     warm_up(engine)
-    ready = msgspec.structs.replace(ready, memory_bytes=resident_bytes())
+    ready = msgspec.structs.replace(ready, memory_bytes=settled_bytes())
     return DecoderServer(engine, config), ready
 
 

@@ -7,7 +7,7 @@ from runtime.importing.embedder import load_embedder as load_directory
 from runtime.importing.embedder_layout import read_layout
 from runtime.protocol import Manifest, Ready, Serve
 from runtime.server.embedder import EmbedderServer
-from runtime.starting.memory import resident_bytes
+from runtime.starting.memory import settled_bytes
 from runtime.text.tokenizer import Tokenizer
 
 
@@ -21,5 +21,5 @@ def load_embedder(config: Serve, manifest: Manifest) -> tuple[EmbedderServer, Re
     tokenizer = Tokenizer.load(layout.transformer) if info.has_tokenizer else None
     embedder.embed([[0]])
     texts = EmbeddingTexts(info, tokenizer, prompt=layout.prompt, lowercases=layout.lowercases)
-    ready = Ready(manifest=manifest, memory_bytes=resident_bytes())
+    ready = Ready(manifest=manifest, memory_bytes=settled_bytes())
     return EmbedderServer(embedder.embed, texts, info, config), ready

@@ -9,7 +9,7 @@ from runtime.compiling.packaging import PROGRAM_NAME
 from runtime.importing.exported import load_exported
 from runtime.protocol import Manifest, Ready, Serve, TensorSpec
 from runtime.server.tensor import TensorServer
-from runtime.starting.memory import resident_bytes
+from runtime.starting.memory import settled_bytes
 
 logger = logging.getLogger("runtime.worker")
 
@@ -31,5 +31,5 @@ def load_tensor(config: Serve, manifest: Manifest) -> tuple[TensorServer, Ready]
     except Exception:  # some graphs refuse zeros; the build has seen this one run
         logger.warning("the warm-up run failed", exc_info=True)
     return TensorServer(model.run, schema, config), Ready(
-        manifest=manifest, memory_bytes=resident_bytes()
+        manifest=manifest, memory_bytes=settled_bytes()
     )
