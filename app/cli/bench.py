@@ -52,7 +52,8 @@ def bench_decoder(box: Box, name: str, decoder: dict[str, Any], rounds: int) -> 
     shape = Shape.within(decoder["max_context_tokens"])
     seed = time.time_ns()
     try:
-        results = asyncio.run(run_rounds(box, name, decoder["vocab_size"], shape, seed, rounds))
+        num_ids = decoder.get("num_embedded_ids") or decoder["vocab_size"]
+        results = asyncio.run(run_rounds(box, name, num_ids, shape, seed, rounds))
     except WorkloadError as error:
         raise Refused(str(error)) from error
     header = ["WORKLOAD", "SPEED", "FIRST TOKEN", "PROMPT TOKENS", "COMPUTED", "OUTPUT TOKENS"]

@@ -139,7 +139,8 @@ def _check_decoder(decoder: DecoderInfo) -> None:
     is_plausible = (
         1 <= decoder.vocab_size <= MAX_VOCAB_SIZE
         and 1 <= decoder.max_context_tokens <= MAX_CONTEXT_TOKENS
-        and decoder.num_layers >= 1
+        and 0 <= decoder.num_embedded_ids <= decoder.vocab_size
+        and decoder.num_layers >= (1 if decoder.is_paged else 0)
         and decoder.kv_bytes_per_token >= 0
         and 0 <= decoder.template_tokens <= MAX_TEMPLATE_TOKENS
         and 0 <= decoder.template_tokens_per_message <= MAX_TEMPLATE_TOKENS

@@ -19,7 +19,7 @@ from runtime.compiling.loading import graph_decoder, page_in_form
 from runtime.compiling.paging import NotPageable
 from runtime.compiling.paging.cast import cast
 from runtime.compiling.paging.page import DEFAULT_MAX_CONTEXT_TOKENS
-from runtime.compiling.paging.signature import read_decoder_signature
+from runtime.compiling.paging.signature import num_embedded_ids, read_decoder_signature
 from runtime.execution.whole import WholeModel
 from runtime.importing.archive import UnpackedUpload
 from runtime.importing.exported import ExportedProgramModel
@@ -116,6 +116,7 @@ def describe_graph(model: ExportedProgramModel, text_directory: Path | None) -> 
         has_tokenizer=False,
         has_chat_template=False,
         eos_token_ids=list(eos_token_ids(config, generation)),
+        num_embedded_ids=num_embedded_ids(model.program, signature),
     )
 
 
@@ -129,7 +130,9 @@ def paged_graph(
     except NotPageable as error:
         raise NotThisWay(error.reason) from error
     found = paged_info(paged, info.architecture, has_tokenizer=False, has_chat_template=False)
-    info = msgspec.structs.replace(found, eos_token_ids=info.eos_token_ids)
+    info = msgspec.structs.replace(
+        found, eos_token_ids=info.eos_token_ids, num_embedded_ids=info.num_embedded_ids
+    )
     decoder = graph_decoder(paged, info)
 
     def load(dtype: torch.dtype) -> Decoder:

@@ -89,14 +89,14 @@ class DecoderEngine:
         self.scheduler = scheduler
         self.max_sequence_tokens = min(info.max_context_tokens, scheduler.max_sequence_tokens)
         self._runner = runner
-        self._sampler = Sampler()
+        self._sampler = Sampler(info.num_ids)
         self._eos_token_ids = frozenset(eos_token_ids)
         if tokenizer is not None and tokenizer.eos_token_id is not None:
             self._eos_token_ids |= {tokenizer.eos_token_id}
         self._preparation = Preparation(
             tokenizer,
             chat_template,
-            vocab_size=info.vocab_size,
+            num_ids=info.num_ids,
             max_sequence_tokens=self.max_sequence_tokens,
             eos_token_ids=self._eos_token_ids,
         )

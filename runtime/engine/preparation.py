@@ -42,20 +42,21 @@ class Preparation:
         tokenizer: Tokenizer | None,
         chat_template: ChatTemplate | None,
         *,
-        vocab_size: int,
+        num_ids: int,
         max_sequence_tokens: int,
         eos_token_ids: Iterable[int] = (),
     ) -> None:
+        """Token ids below `num_ids` may be in a sequence."""
         self._tokenizer = tokenizer
         self._chat_template = chat_template
-        self._vocab_size = vocab_size
+        self._num_ids = num_ids
         self._max_sequence_tokens = max_sequence_tokens
-        self._constraints = Constraints(tokenizer, chat_template, eos_token_ids, vocab_size)
+        self._constraints = Constraints(tokenizer, chat_template, eos_token_ids, num_ids)
 
     def prepare(self, generate: Generate) -> PreparedRequest:
         """Tokenise and validate. Raises `RequestError`."""
         params = generate.sampling
-        check_sampling(params, self._vocab_size, has_tokenizer=self._tokenizer is not None)
+        check_sampling(params, self._num_ids, has_tokenizer=self._tokenizer is not None)
         if not 1 <= generate.num_choices <= MAX_CHOICES:
             raise refusal(f"n must be 1 to {MAX_CHOICES}, not {generate.num_choices}", "n")
         if generate.echo and params.logprobs is not None:
@@ -66,7 +67,7 @@ class Preparation:
         if not token_ids:
             raise refusal("the prompt is empty: it must have at least one token", param)
         self._check_length(len(token_ids), param)
-        check_vocabulary(token_ids, self._vocab_size, param)
+        check_vocabulary(token_ids, self._num_ids, param)
         num_left = self._max_sequence_tokens - len(token_ids)
         max_tokens = min(params.max_tokens, num_left)
         return PreparedRequest(

@@ -71,7 +71,9 @@ class Sampler:
     """Stateless but for the token counts of sequences with penalties and the grammars of those
     that have one, which die with them."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_ids: int | None = None) -> None:
+        """Token ids from `num_ids` on, if it is given, are padding of the vocabulary."""
+        self._num_ids = num_ids
         self._counts: WeakKeyDictionary[Sequence, TokenCounts] = WeakKeyDictionary()
         self._grammars: WeakKeyDictionary[Sequence, GrammarState] = WeakKeyDictionary()
 
@@ -81,8 +83,10 @@ class Sampler:
 
     @torch.inference_mode()
     def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[Sampled]:
-        """One token for each row of `logits` (float32 [sequences, vocab]; the rows of constrained
-        sequences are masked in place)."""
+        """One token for each row of `logits` (float32 [sequences, vocab]; masked in place
+        where the vocabulary is padded, or a grammar allows only some)."""
+        if self._num_ids is not None and self._num_ids < logits.shape[-1]:
+            logits[:, self._num_ids :] = -inf
         constrained = {
             row: grammar
             for row, sequence in enumerate(sequences)

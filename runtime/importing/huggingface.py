@@ -31,6 +31,7 @@ from runtime.importing.huggingface_loading import (
     load_module,
     load_original,
     max_context_tokens_of,
+    num_ids_of,
     vocab_size_of,
 )
 from runtime.importing.huggingface_probe import Probe, attend_padded, attention_not_found
@@ -191,6 +192,7 @@ def load_decoder(
         dtype=str(probe.dtype).removeprefix("torch."),
         has_tokenizer=(directory / "tokenizer.json").is_file(),
         has_chat_template=has_chat_template(directory),
+        num_embedded_ids=num_ids_of(module),
     )
     eos_ids = eos_token_ids(config_json, read_json(directory / "generation_config.json"))
     decoder = HuggingFaceDecoder(module, probe.layers, probe.layers_of, info, eos_ids, notes)
@@ -232,7 +234,7 @@ def _probe_forward(
     module: PreTrainedModel, probe: Probe, like: Tensor, **positions: Tensor
 ) -> Tensor:
     # Not 0 alone: it often is the padding token, which some models leave out.
-    tokens = (like + 3) % vocab_size_of(module)
+    tokens = (like + 3) % num_ids_of(module)
     token = _probe.set(probe)
     try:
         return module(input_ids=tokens, use_cache=False, **positions).logits

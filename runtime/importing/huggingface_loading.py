@@ -16,6 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read once, when transformers is 
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from runtime.importing.huggingface_directory import check_directory
@@ -130,6 +131,13 @@ def vocab_size_of(module: PreTrainedModel) -> int:
             "not_a_decoder", f"{type(module).__name__} has no output layer over its vocabulary."
         )
     return int(head.weight.shape[0])
+
+
+def num_ids_of(module: PreTrainedModel) -> int:
+    """How many ids of its vocabulary the model can look up: its output layer may be padded."""
+    weight = getattr(module.get_input_embeddings(), "weight", None)
+    num_ids = vocab_size_of(module)
+    return min(num_ids, int(weight.shape[0])) if isinstance(weight, Tensor) else num_ids
 
 
 def max_context_tokens_of(config: PreTrainedConfig, notes: list[str]) -> int:

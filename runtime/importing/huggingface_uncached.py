@@ -22,6 +22,7 @@ from runtime.importing.huggingface_loading import (
     first_line,
     load_module,
     max_context_tokens_of,
+    num_ids_of,
     vocab_size_of,
 )
 from runtime.importing.program import ImportFailure
@@ -98,6 +99,7 @@ def load_uncached(
         has_chat_template=has_chat_template(directory),
         is_paged=False,
         unpaged_reason=unpaged_reason,
+        num_embedded_ids=num_ids_of(module),
     )
     eos_ids = eos_token_ids(config_json, read_json(directory / "generation_config.json"))
     model = UncachedHuggingFace(module, info, eos_ids, notes)
@@ -110,7 +112,7 @@ def _try_forward(model: UncachedHuggingFace) -> None:
     num_sequences, num_tokens = TRIAL_TOKENS
     num_tokens = min(num_tokens, model.info.max_context_tokens)
     tokens = torch.arange(num_sequences * num_tokens).view(num_sequences, num_tokens)
-    tokens = (tokens % model.info.vocab_size).to(model.device)
+    tokens = (tokens % model.info.num_ids).to(model.device)
     try:
         logits = model.logits(tokens)
     except Exception as error:  # the model's own code, on a configuration its owner wrote

@@ -28,16 +28,16 @@ def check_locality(
 ) -> None:
     """Raise `ImportFailure` (`mixes_tokens`) if rows of a batch influence each other or know their
     place in it, while attention lets every token see only itself."""
-    if num_tokens < 2 or info.vocab_size < 2:
+    if num_tokens < 2 or info.num_ids < 2:
         return
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(info.vocab_size, (num_tokens,), generator=generator)
+    tokens = torch.randint(info.num_ids, (num_tokens,), generator=generator)
     # Neighbours in the first half, then up to the context's end.
     last, half = info.max_context_tokens - 1, num_tokens // 2
     far = torch.linspace(half, last, num_tokens - half).long()
     positions = torch.cat([torch.arange(half), far]).clamp(max=last)
     sampled = torch.linspace(1, num_tokens - 1, min(NUM_SAMPLED, num_tokens - 1)).long()
-    changed = torch.cat([(tokens[:1] + 1) % info.vocab_size, tokens[1:]])
+    changed = torch.cat([(tokens[:1] + 1) % info.num_ids, tokens[1:]])
 
     def run(tokens: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
         return _run(model, tokens.to(device), positions.to(device), rows.to(device))

@@ -52,6 +52,14 @@ class DecoderInfo(Wire, frozen=True):
     # it writes each byte of their JSON.
     template_tokens_per_tool_use: int = 0
     template_tool_factor: int = 1
+    # Of a vocabulary that is padded in the output layer alone, how many ids have an embedding;
+    # 0: all. The others cannot be taken in, and are never generated.
+    num_embedded_ids: int = 0
+
+    @property
+    def num_ids(self) -> int:
+        """Token ids below it may be in a sequence."""
+        return self.num_embedded_ids or self.vocab_size
 
 
 class EmbedderInfo(Wire, frozen=True):

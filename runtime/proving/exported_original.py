@@ -39,7 +39,9 @@ class ExportedOriginal:
             graph: torch.nn.Module = widen(program)
         else:
             graph = cast(program, dtype).module(check_guards=False)
-        return LoadedExported(self._model, graph, self._logits_at, self._fixed_tokens)
+        return LoadedExported(
+            self._model, graph, self._logits_at, self._fixed_tokens, self.vocab_size
+        )
 
 
 class LoadedExported:
@@ -51,11 +53,13 @@ class LoadedExported:
         graph: torch.nn.Module,
         logits_at: int,
         fixed_tokens: int | None,
+        num_ids: int,
     ) -> None:
         self._model = model
         self._graph = graph
         self._logits_at = logits_at
         self._fixed_tokens = fixed_tokens
+        self._num_ids = num_ids  # a padded vocabulary has more, which cannot be looked up
 
     @torch.inference_mode()
     def logits(self, tokens: list[int]) -> Tensor:
@@ -69,5 +73,6 @@ class LoadedExported:
         """Its most likely token each time, from the whole sequence."""
         generated: list[int] = []
         while len(generated) < num_new:
-            generated.append(int(self.logits(tokens + generated)[-1].argmax()))
+            logits = self.logits(tokens + generated)[-1]
+            generated.append(int(logits[: self._num_ids].argmax()))
         return generated

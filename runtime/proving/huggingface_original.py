@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from runtime.importing.huggingface import load_original
+from runtime.importing.huggingface_loading import num_ids_of
 
 
 class HuggingFaceOriginal:
@@ -46,6 +47,7 @@ class LoadedHuggingFace:
 
     def __init__(self, module: PreTrainedModel) -> None:
         self._module = module
+        self._num_ids = num_ids_of(module)  # a padded vocabulary has more
 
     @torch.inference_mode()
     def logits(self, tokens: list[int]) -> Tensor:
@@ -62,6 +64,6 @@ class LoadedHuggingFace:
                 input_ids=torch.tensor([new]), past_key_values=past, use_cache=True
             )
             past = getattr(output, "past_key_values", None)
-            generated.append(int(output.logits[0, -1].argmax()))
+            generated.append(int(output.logits[0, -1, : self._num_ids].argmax()))
             new = tokens + generated if past is None else generated[-1:]
         return generated

@@ -21,6 +21,11 @@ INTEGERS = (torch.int64, torch.int32)
 # A vocabulary may be padded (to a multiple of 64, say), or lack special tokens on one side.
 MAX_VOCAB_DIFFERENCE = 16
 MAX_VOCAB_DIFFERENCE_SHARE = 0.05
+LOOKUPS = ("aten::embedding", "aten::index_select", "aten::index")
+# Operators that leave the numbers of a tensor as they are.
+LAYOUT = ("_to_copy", "alias", "clone", "contiguous", "detach", "expand", "flatten", "reshape")
+LAYOUT += ("lift_fresh_copy", "permute", "select", "slice", "squeeze", "t", "to", "transpose")
+LAYOUT += ("unsqueeze", "view")
 
 
 @dataclass(frozen=True)
@@ -94,8 +99,11 @@ def _logits(signature: Signature, batch: sympy.Expr, length: sympy.Expr) -> tupl
     return at, int(leaf.axes[2])  # type: ignore[arg-type]
 
 
-def embedding_rows(program: ExportedProgram, signature: DecoderSignature) -> list[int]:
-    """The row counts of the tables that the token ids are looked up in."""
+def embedding_rows(
+    program: ExportedProgram, signature: DecoderSignature, *, is_direct: bool = False
+) -> list[int]:
+    """The row counts of the tables that the token ids, or integers computed of them unless it
+    `is_direct`, are looked up in."""
     placeholders = program.graph.find_nodes(op="placeholder")
     name = list(program.graph_signature.user_inputs)[signature.input_at]
     ids = next(node for node in placeholders if node.name == name)
@@ -107,12 +115,21 @@ def embedding_rows(program: ExportedProgram, signature: DecoderSignature) -> lis
         for user in node.users:
             value = tensor_of(user)
             name = getattr(getattr(user.target, "_schema", None), "name", "")
-            if name in ("aten::embedding", "aten::index_select", "aten::index"):
+            if name in LOOKUPS and user.args[0] is not node:
                 rows += _table_rows(user)
+            elif is_direct and name.removeprefix("aten::") not in LAYOUT:
+                continue
             elif value is not None and value.dtype in INTEGERS and user not in seen:
                 seen.add(user)
                 pending.append(user)
     return rows
+
+
+def num_embedded_ids(program: ExportedProgram, signature: DecoderSignature) -> int:
+    """How many ids of the vocabulary the tables hold that ids are looked up in as they are. What
+    is looked up by a number computed of them, such as a hash, says nothing about ids."""
+    rows = embedding_rows(program, signature, is_direct=True)
+    return min([*rows, signature.vocab_size])
 
 
 def _table_rows(node: Node) -> list[int]:

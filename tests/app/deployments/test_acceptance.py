@@ -39,7 +39,16 @@ def candidate(**values: Any) -> CandidateReport:
 X = TensorSpec(name="x", dtype="float32", shape=[None, 2])
 
 
-@pytest.mark.parametrize("manifest", [DECODER, EMBEDDER, TENSOR, schema(X, replace(X, name="y"))])
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        DECODER,
+        EMBEDDER,
+        TENSOR,
+        schema(X, replace(X, name="y")),
+        decoder(is_paged=False, num_layers=0, kv_bytes_per_token=0),  # a graph, uncached
+    ],
+)
 def test_what_builds_report_is_kept_as_it_is(manifest: Manifest) -> None:
     receipt = replace(
         RECEIPT,
@@ -59,6 +68,8 @@ def test_what_builds_report_is_kept_as_it_is(manifest: Manifest) -> None:
     [
         (decoder(vocab_size=0), "implausible"),
         (decoder(max_context_tokens=10**12), "implausible"),
+        (decoder(num_embedded_ids=10**6), "implausible"),
+        (decoder(num_layers=0), "implausible"),
         (decoder(template_tokens=-1), "implausible"),
         (decoder(template_tokens_per_message=10**6), "implausible"),
         (decoder(architecture="\x1b[2J"), "control characters"),

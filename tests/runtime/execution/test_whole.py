@@ -9,6 +9,7 @@ from runtime.execution.whole import WholeRunner
 from runtime.protocol import DecoderInfo, Generate, SamplingParams, SequenceOutput
 from runtime.scheduling.plan import ScheduledSequence, StepPlan
 from runtime.scheduling.sequence import Sequence
+from runtime.scheduling.validation import RequestError
 from runtime.scheduling.whole import WholeScheduler
 
 VOCAB_SIZE = 50
@@ -61,7 +62,9 @@ def test_equal_lengths_run_together_and_every_row_is_its_own() -> None:
         torch.testing.assert_close(logits[row], alone)
 
 
-def make_engine(model: Recurrent, max_batch_tokens: int = 64) -> DecoderEngine:
+def make_engine(
+    model: Recurrent, max_batch_tokens: int = 64, num_embedded_ids: int = 0
+) -> DecoderEngine:
     info = DecoderInfo(
         architecture="recurrent",
         vocab_size=VOCAB_SIZE,
@@ -71,6 +74,7 @@ def make_engine(model: Recurrent, max_batch_tokens: int = 64) -> DecoderEngine:
         dtype="float32",
         has_tokenizer=False,
         has_chat_template=False,
+        num_embedded_ids=num_embedded_ids,
     )
     scheduler = WholeScheduler(max_batch_tokens, 8, max_sequence_tokens=40)
     return DecoderEngine(WholeRunner(model), scheduler, None, info=info)
@@ -108,6 +112,33 @@ def test_an_engine_without_a_cache_answers_as_the_model_alone(max_batch_tokens: 
     assert (stats.prompt_tokens, stats.cached_tokens, stats.output_tokens) == (40, 0, 24)
     assert (stats.free_blocks, stats.cached_blocks, stats.used_blocks) == (0, 0, 0)
     assert stats.device_ns > 0
+
+
+def test_ids_without_an_embedding_are_refused_and_never_generated() -> None:
+    num_ids = VOCAB_SIZE - 5
+
+    class Padded(Recurrent):
+        """Prefers what it cannot take in."""
+
+        def logits(self, token_ids: torch.Tensor) -> torch.Tensor:
+            assert token_ids.max() < num_ids
+            logits = super().logits(token_ids)
+            logits[:, num_ids:] = 1000.0
+            return logits
+
+    engine = make_engine(Padded(), num_embedded_ids=num_ids)
+    ids = [id_ for each in run(engine, {"a": [1, 2, 3]})["a"] for id_ in each.token_ids]
+    assert len(ids) == 6
+    requests = {
+        "prompt": ([1, num_ids], SamplingParams()),
+        "stop_token_ids": ([1], SamplingParams(stop_token_ids=[num_ids])),
+        "logit_bias": ([1], SamplingParams(logit_bias={num_ids: 1.0})),
+    }
+    for param, (token_ids, sampling) in requests.items():
+        request = Generate(request_id=param, sampling=sampling, cache_salt=b"", token_ids=token_ids)
+        with pytest.raises(RequestError, match=f"outside 0 to {num_ids - 1}") as caught:
+            engine.prepare(request)
+        assert caught.value.error.param == param
 
 
 def test_one_on_which_such_a_model_fails_fails_alone() -> None:

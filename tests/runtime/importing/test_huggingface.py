@@ -13,8 +13,10 @@ from torch import Tensor
 
 from runtime.importing import huggingface
 from runtime.importing.huggingface import PAGE_ANOTHER_WAY, load_decoder
+from runtime.importing.huggingface_loading import num_ids_of, vocab_size_of
 from runtime.importing.huggingface_probe import classify_mask
 from runtime.importing.program import ImportFailure
+from runtime.proving.huggingface_original import LoadedHuggingFace
 from tests.runtime.decoders import WINDOW, save_decoder
 
 
@@ -340,3 +342,11 @@ def test_other_masks_are_refused(mask: Callable[..., Tensor]) -> None:
     with pytest.raises(ImportFailure) as caught:
         classify_mask(mask, 5000, torch.device("cpu"))
     assert caught.value.error.code == "mask_unsupported"
+
+
+def test_ids_that_a_padded_output_layer_adds_are_none(tmp_path: Path) -> None:
+    module = save_decoder("llama", tmp_path)
+    assert num_ids_of(module) == 96
+    module.lm_head = torch.nn.Linear(48, 104)
+    assert (vocab_size_of(module), num_ids_of(module)) == (104, 96)
+    assert max(LoadedHuggingFace(module).continue_greedily([1, 2], 8)) < 96

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from runtime.building.routes import describe_graph
 from runtime.compiling.graph_decoder import UncachedGraph, is_causal
 from runtime.compiling.paging import NotPageable, is_decoder_graph
 from runtime.importing.exported import ExportedProgramModel
 from runtime.importing.signature import read_signature
 from runtime.protocol import DecoderInfo
+from runtime.proving.exported_original import ExportedOriginal
 from tests.runtime.compiling.paging.decoders import HIDDEN, VOCAB, HandWritten, export, fused
 from tests.runtime.compiling.paging.replaying import logits_of
 
@@ -44,6 +46,42 @@ class Bidirectional(nn.Module):
 
 def uncached(program: ExportedProgram) -> UncachedGraph:
     return UncachedGraph(ExportedProgramModel(program, read_signature(program)), INFO, (), [])
+
+
+class PaddedHead(Bidirectional):
+    """Prefers an id that it cannot look up."""
+
+    def __init__(self) -> None:
+        super().__init__(num_outputs=VOCAB + 8)
+        with torch.no_grad():
+            self.head.bias[VOCAB + 3] = 100.0
+
+
+class Hashed(Bidirectional):
+    """Looks ids up in a smaller table too, and their number among the others in another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.small = nn.Embedding(VOCAB // 2, HIDDEN)
+        self.positions = nn.Embedding(VOCAB - 3, HIDDEN)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        positions = (input_ids != 0).long().cumsum(1).clamp(max=VOCAB - 4)
+        hidden = self.embed(input_ids.to(torch.int64).view(-1, input_ids.shape[1]))
+        hidden = hidden + self.small(input_ids % (VOCAB // 2)) + self.positions(positions)
+        return self.head(hidden + hidden.mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    ("decoder", "num_ids"), [(PaddedHead(), VOCAB), (Hashed(), VOCAB), (Bidirectional(), VOCAB)]
+)
+def test_ids_are_those_that_have_an_embedding(decoder: nn.Module, num_ids: int) -> None:
+    program = export(decoder)
+    model = ExportedProgramModel(program, read_signature(program))
+    info = describe_graph(model, None)
+    assert info.num_ids == num_ids
+    original = ExportedOriginal(model)
+    assert max(original.load(torch.float32).continue_greedily([1, 2, 3], 3)) < num_ids
 
 
 @pytest.mark.parametrize("output", ["tensor", "tuple", "dict"])
