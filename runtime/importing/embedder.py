@@ -12,7 +12,6 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read once, when transformers is imported
 
 import safetensors
-import safetensors.torch
 import torch
 import transformers
 from torch import Tensor, nn
@@ -26,6 +25,7 @@ from transformers.models.auto.modeling_auto import (
 from runtime.execution.pooling import pool
 from runtime.importing.embedder_layout import DenseLayout, EmbedderLayout, read_layout
 from runtime.importing.huggingface_directory import check_files
+from runtime.importing.huggingface_loading import by_transformers, check_sizes, first_line
 from runtime.importing.program import ImportFailure
 from runtime.protocol import EmbedderInfo
 from runtime.text.tokenizer import Tokenizer, TokenizerError
@@ -133,9 +133,12 @@ def load_encoder(
 ) -> tuple[PreTrainedModel, list[str]]:
     """The bare encoder on the CPU, and notes. Raises `ImportFailure`."""
     transformers.logging.disable_progress_bar()
-    auto = _auto_class(check_files(directory))
-    try:
-        loaded: Any = auto.from_pretrained(
+    config_json = check_files(directory)
+    auto = _auto_class(config_json)
+    check_sizes(directory, config_json, auto)
+    module, loading = by_transformers(
+        auto,
+        lambda: auto.from_pretrained(
             directory,
             dtype=dtype or "auto",
             attn_implementation=attention,
@@ -143,16 +146,8 @@ def load_encoder(
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
-        )
-    # transformers raises whatever a malformed configuration makes it stumble over.
-    except Exception as error:
-        raise ImportFailure(
-            "load_failed",
-            f"transformers {transformers.__version__} cannot load this model: "
-            f"{first_line(error)}. Check that {auto.__name__}.from_pretrained(directory) works "
-            "with that version.",
-        ) from error
-    module, loading = loaded
+        ),
+    )
     # The pooler, which classifiers are trained with, gives nothing that is used here.
     missing = sorted(key for key in loading["missing_keys"] if not key.startswith("pooler."))
     if missing or loading["mismatched_keys"]:
@@ -229,20 +224,30 @@ def _check_text(layout: EmbedderLayout) -> tuple[int | None, list[str]]:
 
 
 def _load_dense(dense: DenseLayout) -> nn.Module:
-    linear = nn.Linear(dense.in_features, dense.out_features, bias=dense.has_bias)
+    """The file's shapes are compared first: nothing is allocated of a size it does not have."""
+    with torch.device("meta"):
+        linear = nn.Linear(dense.in_features, dense.out_features, bias=dense.has_bias)
+    described = {name: list(tensor.shape) for name, tensor in linear.state_dict().items()}
     try:
-        weights = safetensors.torch.load_file(dense.directory / "model.safetensors")
-        named = {name.removeprefix("linear."): tensor.float() for name, tensor in weights.items()}
-        linear.load_state_dict(named)
-    except (safetensors.SafetensorError, RuntimeError) as error:
+        with safetensors.safe_open(dense.directory / "model.safetensors", "pt") as file:
+            names = {name.removeprefix("linear."): name for name in file.keys()}  # noqa: SIM118
+            stored = {short: file.get_slice(name).get_shape() for short, name in names.items()}
+            if stored != described:
+                raise ImportFailure(
+                    "incomplete_weights",
+                    f"config.json in {dense.directory.name!r} describes a dense layer of "
+                    f"{_shapes(described)}, but model.safetensors holds {_shapes(stored)}. Save "
+                    "the model again and upload the whole directory.",
+                )
+            weights = {short: file.get_tensor(name).float() for short, name in names.items()}
+    except (safetensors.SafetensorError, OSError, RuntimeError) as error:
         raise ImportFailure(
-            "incomplete_weights",
-            f"The weights of the dense layer in {dense.directory.name!r} do not fit its "
-            f"config.json: {first_line(error)}.",
+            "invalid_weights",
+            f"model.safetensors in {dense.directory.name!r} cannot be read: {first_line(error)}.",
         ) from error
+    linear.load_state_dict(weights, assign=True)
     return nn.Sequential(linear, getattr(nn, dense.activation)())
 
 
-def first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300].rstrip(".")
+def _shapes(shapes: dict[str, list[int]]) -> str:
+    return ", ".join(f"{name[:40]} {shape}" for name, shape in sorted(shapes.items())[:3])

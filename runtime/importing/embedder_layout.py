@@ -13,6 +13,7 @@ from runtime.importing.program import ImportFailure
 
 MODULES_NAME = "modules.json"
 MAX_MODULES = 16
+MAX_PATH_BYTES = 255  # which every file system takes
 HUGE_LENGTH = 10**9  # tokenizers without a limit of their own name one beyond it
 
 # The configuration's keys of releases before 6, and the modes' names in later ones.
@@ -129,7 +130,7 @@ def _modules(directory: Path) -> list[tuple[str, Path]]:
         listed = json.loads((directory / MODULES_NAME).read_text(encoding="utf-8"))
         modules = sorted(listed, key=lambda module: int(module["idx"]))
         found = [(str(m["type"]).rsplit(".", 1)[-1], str(m["path"])) for m in modules]
-    except (ValueError, RecursionError, TypeError, KeyError) as error:
+    except (ValueError, RecursionError, TypeError, KeyError, OverflowError) as error:
         raise ImportFailure(
             "invalid_json", f"{MODULES_NAME} is not a list of modules: {error}."
         ) from error
@@ -145,6 +146,11 @@ def _modules(directory: Path) -> list[tuple[str, Path]]:
 
 
 def _inside(directory: Path, path: str) -> Path:
+    if len(path.encode(errors="replace")) > MAX_PATH_BYTES:
+        raise ImportFailure(
+            "archive_path",
+            f"{MODULES_NAME} names a path of more than {MAX_PATH_BYTES} bytes: {path[:40]!r}...",
+        )
     parts = [part for part in path.split("/") if part not in ("", ".")]
     if ".." in parts or "\\" in path or "\0" in path or path.startswith("/"):
         raise ImportFailure("archive_path", f"{MODULES_NAME} names a path outside the directory.")

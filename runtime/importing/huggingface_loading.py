@@ -91,27 +91,29 @@ def from_pretrained(
                 raise attention_not_found() from error
             raise
 
-    return _by_transformers(load)
+    return by_transformers(AutoModelForCausalLM, load)
 
 
-def check_sizes(directory: Path, config_json: dict[str, Any]) -> None:
+def check_sizes(
+    directory: Path, config_json: dict[str, Any], auto: Any = AutoModelForCausalLM
+) -> None:
     """Refuse a configuration that describes much more than the files hold, before any of it is
-    allocated: a number with some zeros too many would otherwise take all memory, or for ever."""
+    allocated: a number with some zeros too many would otherwise take all memory, or for ever.
+    `auto` is the transformers class that the model is going to be loaded with."""
     stored = _measure_files(directory)
     _check_numbers(config_json, max(FEWEST_LAYERS, stored.num_tensors))
-    config: Any = _by_transformers(
+    config: Any = by_transformers(
+        auto,
         lambda: AutoConfig.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False
-        )
+        ),
     )
 
     def outline() -> PreTrainedModel:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                config, trust_remote_code=False, attn_implementation="eager"
-            )
+            return auto.from_config(config, trust_remote_code=False, attn_implementation="eager")
 
-    module = _by_transformers(outline)
+    module = by_transformers(auto, outline)
     num_weights = sum(parameter.numel() for parameter in module.parameters())
     num_made_up = sum(buffer.numel() for buffer in module.buffers())
     allowed = 2 * stored.num_elements + (1 << 20)
@@ -231,7 +233,9 @@ def _check_numbers(config: dict[str, Any], most_layers: int) -> None:
             )
 
 
-def _by_transformers(call: Callable[[], _Loaded]) -> _Loaded:
+def by_transformers(auto: Any, call: Callable[[], _Loaded]) -> _Loaded:
+    """What `call` returns, which loads something with the class `auto`. Raises `ImportFailure`
+    for whatever it raises."""
     try:
         return call()
     except ImportFailure:
@@ -241,6 +245,6 @@ def _by_transformers(call: Callable[[], _Loaded]) -> _Loaded:
         raise ImportFailure(
             "load_failed",
             f"transformers {transformers.__version__} cannot load this model: "
-            f"{first_line(error)}. Check that AutoModelForCausalLM.from_pretrained(directory) "
-            "works with that version.",
+            f"{first_line(error)}. Check that {auto.__name__}.from_pretrained(directory) works "
+            "with that version.",
         ) from error

@@ -2,7 +2,11 @@
 
 import json
 import math
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -86,19 +90,24 @@ def test_a_last_token_decoder_is_an_embedder_where_the_layout_says_so(tmp_path: 
     assert not is_embedder(directory)
 
 
-def test_dense_layers_are_applied(tmp_path: Path):
-    directory = save_embedder(tmp_path, steps=("Dense", "Normalize"))
-    dense = directory / "2_Dense"
+def save_dense(directory: Path, linear: nn.Linear, **said: Any) -> None:
+    """A layer with tanh after it, whose configuration says `said` of it."""
     settings = {
-        "in_features": 32,
-        "out_features": 8,
+        "in_features": linear.in_features,
+        "out_features": linear.out_features,
         "bias": True,
         "activation_function": "torch.nn.modules.activation.Tanh",
     }
-    write_json(dense / "config.json", settings)
-    linear = nn.Linear(32, 8)
+    write_json(directory / "config.json", settings | said)
     weights = {f"linear.{name}": value for name, value in linear.state_dict().items()}
-    safetensors.torch.save_file(weights, dense / "model.safetensors")
+    safetensors.torch.save_file(weights, directory / "model.safetensors")
+
+
+def test_dense_layers_are_applied(tmp_path: Path):
+    directory = save_embedder(tmp_path, steps=("Dense", "Normalize"))
+    dense = directory / "2_Dense"
+    linear = nn.Linear(32, 8)
+    save_dense(dense, linear)
     plain = load_embedder(save_embedder(tmp_path / "plain", steps=())).embed(TEXTS)
     with torch.inference_mode():
         expected = nn.functional.normalize(linear(plain).tanh(), dim=-1)
@@ -192,6 +201,12 @@ def test_an_unknown_module_is_refused_by_name(kind: str, tmp_path: Path):
             ' {"idx": 1, "path": "../secret", "type": "x.Pooling"}]',
             "archive_path",
         ),
+        (
+            '[{"idx": 0, "path": "", "type": "x.Transformer"},'
+            ' {"idx": 1, "path": "' + 300 * "p" + '", "type": "x.Pooling"}]',
+            "archive_path",
+        ),
+        ('[{"idx": Infinity, "path": "", "type": "x.Transformer"}]', "invalid_json"),
     ],
 )
 def test_a_damaged_layout_is_refused(modules: str, code: str, tmp_path: Path):
@@ -223,6 +238,53 @@ def test_missing_weights_are_refused_but_not_a_missing_pooler(tmp_path: Path):
     del kept["encoder.layer.1.output.dense.weight"]
     safetensors.torch.save_file(kept, path, metadata={"format": "pt"})
     assert refusal(directory) == "incomplete_weights"
+
+
+@contextmanager
+def little_memory() -> Iterator[None]:
+    """Room for what a small model needs, and for nothing that is described falsely."""
+    held = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, held[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, held)
+
+
+ABSURD: dict[str, dict[str, Any]] = {
+    "layers without end": {"num_hidden_layers": 10**9},
+    "layers of a larger model": {"num_hidden_layers": 900},
+    "a vocabulary of everything": {"vocab_size": 10**12},
+    "a vocabulary that fits an address space": {"vocab_size": 2**24},
+    "a wide model": {"hidden_size": 2**20},
+    "wide layers": {"intermediate_size": 4_000_000},
+    "a negative width": {"intermediate_size": -64},
+    "a context beyond numbers": {"max_position_embeddings": 10**15},
+}
+
+
+@pytest.mark.filterwarnings("default")  # of transformers' own
+@pytest.mark.timeout(60)  # building any of them up would take longer
+@pytest.mark.parametrize("name", ABSURD)
+def test_absurd_configurations_are_refused_before_they_cost(name: str, tmp_path: Path):
+    directory = save_embedder(tmp_path)
+    config = json.loads((directory / "config.json").read_text())
+    write_json(directory / "config.json", config | ABSURD[name])
+    with little_memory():
+        assert refusal(directory) == "config_mismatch"
+
+
+def test_a_dense_layer_is_refused_for_its_sizes_before_it_costs(tmp_path: Path):
+    directory = save_embedder(tmp_path, steps=("Dense",))
+    save_dense(directory / "2_Dense", nn.Linear(32, 8), in_features=2**19, out_features=2**19)
+    with little_memory(), pytest.raises(ImportFailure, match=r"holds bias \[8\]") as caught:
+        load_embedder(directory)
+    assert caught.value.error.code == "incomplete_weights"
+    save_dense(directory / "2_Dense", nn.Linear(32, 8), bias=False)
+    assert refusal(directory) == "incomplete_weights"
+    (directory / "2_Dense" / "model.safetensors").write_bytes(b"12345678{}")
+    assert refusal(directory) == "invalid_weights"
 
 
 @pytest.mark.parametrize("name", ["BertForSequenceClassification", "BertLMHeadModel"])
