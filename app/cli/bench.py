@@ -23,7 +23,13 @@ TEXT_TOKENS = 32
 
 @click.command()
 @click.argument("name")
-@click.option("--rounds", default=1, show_default=True, help="Repeat and print medians.")
+@click.option(
+    "--rounds",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Repeat and print medians.",
+)
 def bench(name: str, rounds: int) -> None:
     """Measure endpoint NAME with the requests that callers send.
 

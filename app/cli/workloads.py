@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import httpx
 
@@ -81,7 +81,10 @@ class Endpoint:
                 async for line in response.aiter_lines():
                     if not line.startswith("data: {"):
                         continue
-                    for choice in json.loads(line.removeprefix("data: ")).get("choices", ()):
+                    event: dict[str, Any] = json.loads(line.removeprefix("data: "))
+                    if "error" in event:
+                        raise WorkloadError(f"the stream broke off: {_told(event['error'])}")
+                    for choice in event.get("choices", ()):
                         token_ids += choice.get("token_ids") or []
                     if token_ids and first is None:
                         first = time.perf_counter() - started
@@ -104,6 +107,12 @@ class Endpoint:
             "ignore_eos": True,
             "return_token_ids": True,
         }
+
+
+def _told(error: Any) -> str:
+    if isinstance(error, dict):
+        error = cast("dict[str, Any]", error).get("message", cast("object", error))
+    return str(error)[:300]
 
 
 def _check(response: httpx.Response) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import httpx
 import pytest
+from click.testing import CliRunner
 
 from app.cli import bench
 from app.cli.client import Refused
@@ -54,6 +55,15 @@ def endpoint(monkeypatch: pytest.MonkeyPatch, server: FakeServer) -> Endpoint:
     return Endpoint("http://box", "key", "model", VOCAB_SIZE)
 
 
+class BreakingServer(FakeServer):
+    """Starts a stream, then tells of a failure in it."""
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        events = [{"choices": [{"token_ids": [7]}]}, {"error": {"message": "the worker ended"}}]
+        text = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
+        return httpx.Response(200, text=text)
+
+
 async def run_all(monkeypatch: pytest.MonkeyPatch, server: FakeServer) -> list[Result]:
     workloads = Workloads(endpoint(monkeypatch, server), Shape(), seed=1)
     return [await workload() for workload in workloads.all]
@@ -76,6 +86,17 @@ async def test_every_workload_sends_its_requests(monkeypatch: pytest.MonkeyPatch
 async def test_a_refusal_is_told_in_the_servers_words(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(WorkloadError, match="HTTP 507: no room"):
         await run_all(monkeypatch, FakeServer(507))
+
+
+async def test_an_error_within_a_stream_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(WorkloadError, match="broke off: the worker ended"):
+        await run_all(monkeypatch, BreakingServer())
+
+
+def test_no_rounds_at_all_are_refused() -> None:
+    result = CliRunner().invoke(bench.bench, ["model", "--rounds", "0"])
+    assert result.exit_code == 2
+    assert "'--rounds': 0 is not in the range x>=1" in result.output
 
 
 def test_a_short_context_gets_shorter_prompts() -> None:
