@@ -19,6 +19,7 @@ from runtime.compiling.paging.classify import classify
 from runtime.compiling.paging.evaluation import Evaluator
 from runtime.compiling.paging.groups import bypass, find_group, trace_sources
 from runtime.compiling.paging.layout import Heads, Packer, read_heads
+from runtime.compiling.paging.mixing import check_mixing
 from runtime.compiling.paging.normal import DecoderGraph, eliminate, normalise
 from runtime.compiling.paging.positions import TableWriter, find_context, find_frontier
 from runtime.compiling.paging.refusal import NotPageable
@@ -80,6 +81,7 @@ def _page(program: ExportedProgram, max_context_tokens: int | None) -> PagedGrap
     decoder = normalise(program)
     evaluator = Evaluator(decoder)
     graph = decoder.module.graph
+    originals = set(graph.nodes)
     sites = find_sites(list(graph.nodes), evaluator)
     all_heads = [read_heads(site, evaluator.lengths) for site in sites]
     tables = PositionTables(evaluator)
@@ -95,6 +97,7 @@ def _page(program: ExportedProgram, max_context_tokens: int | None) -> PagedGrap
     limit = min(limits, default=DEFAULT_MAX_CONTEXT_TOKENS)
     live = _live(decoder.module)
     frontier = find_frontier(live, evaluator)
+    check_mixing(live, evaluator, originals)
 
     def check_length(length: int) -> None:
         for function in functions:
