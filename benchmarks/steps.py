@@ -32,14 +32,14 @@ def main() -> None:
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     stopwatch = Stopwatch()
     import torch
-    import transformers  # noqa: F401 - for its time
 
     torch.set_num_threads(arguments.threads)
-    stopwatch.lap("import torch and transformers")
+    stopwatch.lap("import torch")
     from runtime.compiling.packaging import read_manifest
     from runtime.protocol import Serve
     from runtime.starting.decoder import start_paged, warm_up
 
+    stopwatch.lap("import the runtime")
     config = Serve(
         artifact_dir=str(arguments.artifact),
         num_threads=arguments.threads,
