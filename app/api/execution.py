@@ -35,8 +35,9 @@ class Execution:
             self.started.set_result(tally)
 
     def push(self, outputs: list[SequenceOutput]) -> None:
-        """`abort` is never an answer: what the caller gets instead is told to `end`."""
-        self._pending += [output for output in outputs if output.finish_reason != "abort"]
+        """`abort` and `refused` are never an answer: what the caller gets instead is told to
+        `end`."""
+        self._pending += [o for o in outputs if o.finish_reason not in ("abort", "refused")]
         if not self._wants_all:
             self._wake()
 

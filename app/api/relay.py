@@ -16,6 +16,7 @@ import msgspec
 
 from app.api.embedding import Answer as EmbeddingAnswer
 from app.api.embedding import Embedding
+from app.api.endings import aborted, client_left, grammar_refused, timed_out
 from app.api.execution import Execution
 from app.api.prediction import Answer, Prediction
 from app.billing.accounts import AccountWriter
@@ -27,7 +28,7 @@ from app.billing.rating import (
     rate,
     tensor_worst_case,
 )
-from app.core.errors import AppError, RuntimeFailure, Unavailable
+from app.core.errors import AppError, Unavailable
 from app.core.ids import new_id
 from app.metering.journal import Journal
 from app.metering.records import AdmitRecord, FinishRecord, Outcome, Tally, Usage, use_of
@@ -132,7 +133,7 @@ class Relay:
         """From admission to settlement. Never raises: its execution tells what happened."""
         loop = asyncio.get_running_loop()
         seconds = self._timeout_seconds
-        expiry = loop.call_later(seconds, execution.expire, _timed_out(seconds))
+        expiry = loop.call_later(seconds, execution.expire, timed_out(seconds))
         try:
             rates = self._prices.rates(call.target.endpoint_name, call.service_class)
             tally = await self._admit(execution, call, request, rates)
@@ -159,7 +160,7 @@ class Relay:
             await self._hold(call, worst)
             if execution.is_cancelled:
                 self._accounts.void(call.request_id)
-                raise _client_left()
+                raise client_left()
         except AppError:
             link.cancel(call.request_id)
             raise
@@ -216,16 +217,19 @@ class Relay:
         if outcome == "completed":
             self._settle(tally, rates, outcome, reason)
             return None
+        # What a stream delivered was had; an answer that never came was not.
+        was_had = execution.is_stream and tally.num_output_tokens > 0
+        if reason == "refused" and not execution.is_expired and not execution.is_cancelled:
+            self._settle(tally, rates, "cancelled" if was_had else "failed", "grammar_too_complex")
+            return grammar_refused()
         if outcome == "cancelled" and execution.is_expired:
-            # What a stream delivered was had; an answer that never came was not.
-            was_had = execution.is_stream and tally.num_output_tokens > 0
             self._settle(tally, rates, "cancelled" if was_had else "failed", "timeout")
-            return _timed_out(self._timeout_seconds)
+            return timed_out(self._timeout_seconds)
         if outcome == "cancelled" and execution.is_cancelled:
             self._settle(tally, rates, outcome, reason)
-            return _client_left()
+            return client_left()
         self._settle(tally, rates, "failed", reason)
-        return _aborted()
+        return aborted()
 
     # --- tensor programs ------------------------------------------------------------------
 
@@ -241,7 +245,7 @@ class Relay:
         await self._hold(call, tensor_worst_case(rates, max_device_ms))
         if prediction.is_cancelled:
             self._accounts.void(call.request_id)
-            raise _client_left()
+            raise client_left()
         tally = Tally(call.admit_record(rates, max_device_ms=max_device_ms))
         self._journal.admit(tally.admitted)
         try:
@@ -272,7 +276,7 @@ class Relay:
                     Predict(request_id=call.request_id, inputs=inputs)
                 )
         except TimeoutError:
-            raise _timed_out(self._timeout_seconds) from None
+            raise timed_out(self._timeout_seconds) from None
 
     # --- embedders ------------------------------------------------------------------------
 
@@ -289,7 +293,7 @@ class Relay:
             await self._hold(call, embedder_worst_case(rates, num_tokens))
             if embedding.is_cancelled:
                 self._accounts.void(call.request_id)
-                raise _client_left()
+                raise client_left()
         except AppError:
             embedding.link.cancel(call.request_id)
             raise
@@ -321,7 +325,7 @@ class Relay:
         usage = tally.usage(record.outcome, record.finish_reason, record.at_ns)
         self._accounts.settle(rate(usage, rates))
         if not is_whole:
-            raise _client_left()
+            raise client_left()
         return embedded, usage
 
     async def _embedded_in_time(self, embedding: Embedding) -> Embedded:
@@ -330,7 +334,7 @@ class Relay:
                 return await embedding.link.embedded(embedding.request_id)
         except TimeoutError:
             embedding.cancel()
-            raise _timed_out(self._timeout_seconds) from None
+            raise timed_out(self._timeout_seconds) from None
 
     # --- all ------------------------------------------------------------------------------
 
@@ -362,36 +366,3 @@ def _max_device_ms(target: "Target", inputs: list[Tensor]) -> int:
     schema = target.manifest.schema
     num_rows = inputs[0].shape[0] if schema is not None and schema.is_batched and inputs else 1
     return held_device_ms(slowest_ms) * max(1, math.ceil(num_rows / largest))
-
-
-def _timed_out(seconds: float) -> RuntimeFailure:
-    return RuntimeFailure(
-        f"The request did not finish within {seconds:.0f} seconds, the limit of this box. "
-        "Ask for fewer tokens, or stream them.",
-        status=504,
-        type="server_error",
-        code="timeout",
-        param=None,
-    )
-
-
-def _client_left() -> RuntimeFailure:
-    return RuntimeFailure(
-        "The client closed the connection.",
-        status=499,
-        type="invalid_request_error",
-        code="cancelled",
-        param=None,
-    )
-
-
-def _aborted() -> RuntimeFailure:
-    failure = RuntimeFailure(
-        "The model's worker gave the request up. This costs nothing; try again.",
-        status=503,
-        type="server_error",
-        code="worker_aborted",
-        param=None,
-    )
-    failure.retry_after_seconds = 1
-    return failure

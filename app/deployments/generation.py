@@ -79,6 +79,9 @@ class Generation:
         self._device_ns += output.device_ns
         check_device_time(self._device_ns, now_ns - self.started_ns, num_devices)
         self._check_size(output, prepared)
+        is_constrained = self.request.json_schema is not None or bool(self.request.tools)
+        if output.finish_reason == "refused" and not is_constrained:
+            raise FalseClaim("refused to follow a schema that it was not given")
         if output.finish_reason is not None:
             self._unfinished.discard(choice)
 

@@ -77,11 +77,12 @@ AnyRecord = AdmitRecord | StepRecord | FinishRecord | SettledRecord
 
 
 def use_of(output: SequenceOutput) -> SequenceUse:
-    """The countable part of what a worker sent: tokens are counted, not believed."""
+    """The countable part of what a worker sent: tokens are counted, not believed, and those of
+    an output that no caller is shown are not counted."""
     return SequenceUse(
         output.request_id,
         output.choice,
-        len(output.token_ids),
+        0 if output.finish_reason == "refused" else len(output.token_ids),
         output.num_cached_tokens,
         output.device_ns,
         output.finish_reason,
@@ -156,6 +157,8 @@ class Tally:
         reasons = set(self.finish_reasons.values())
         if "error" in reasons:
             return "failed", "error"
+        if "refused" in reasons:
+            return "cancelled", "refused"
         if "abort" in reasons:
             return "cancelled", "abort"
         return "completed", self.finish_reasons.get(0, "stop")

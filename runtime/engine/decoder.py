@@ -192,8 +192,8 @@ class DecoderEngine:
 
     def _run_guarded(self, plan: StepPlan) -> dict[int, SampledToken]:
         """The plan's tokens by sequence id; sequences without one to come are finished as
-        `error`. When a step fails as a whole, its sequences run one by one, so that only those
-        fail that fail alone."""
+        `error`, or `refused`. When a step fails as a whole, its sequences run one by one, so that
+        only those fail that fail alone."""
         try:
             results = self._run(plan)
         except torch.AcceleratorError:  # the device is lost, for everyone
@@ -212,7 +212,7 @@ class DecoderEngine:
                 sampled[sequence.sequence_id] = result
             else:
                 log.error("request %s: %s", sequence.request_id, result.message)
-                self.scheduler.finish(sequence, "error")
+                self.scheduler.finish(sequence, "refused" if result.is_refusal else "error")
         return sampled
 
     def _run(self, plan: StepPlan) -> dict[Sequence, SampledToken | SamplingFailure]:

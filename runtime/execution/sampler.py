@@ -41,9 +41,11 @@ class SampledToken:
 
 @dataclass(frozen=True, slots=True)
 class SamplingFailure:
-    """The logits of this sequence are not numbers to choose by."""
+    """The logits of this sequence are not numbers to choose by, or, where `is_refusal`, its
+    caller's own grammar cannot be followed further."""
 
     message: str
+    is_refusal: bool = False
 
 
 Sampled = SampledToken | SamplingFailure
@@ -92,7 +94,7 @@ class Sampler:
             for row, sequence in enumerate(sequences)
             if (grammar := self._grammars.get(sequence)) is not None
         }
-        failed = mask_disallowed(logits, sequences, constrained) if constrained else set[int]()
+        failed = mask_disallowed(logits, sequences, constrained) if constrained else {}
         scores = self._apply_bias_and_penalties(logits, sequences)
         first = _choose(logits, scores, sequences)
         missing = [row for row, each in enumerate(first) if each is None]
@@ -103,8 +105,8 @@ class Sampler:
             again = _choose(logits[rows], scores[rows], those, is_whole=True)
         found = dict(zip(missing, again, strict=True))
         sampled = [each or found[row] for row, each in enumerate(first)]
-        for row in failed:
-            sampled[row] = SamplingFailure("the grammar of the answer became too complex")
+        for row, is_refusal in failed.items():
+            sampled[row] = SamplingFailure("its grammar cannot be followed further", is_refusal)
         assert None not in sampled, "a whole row is enough"
         return [each for each in sampled if each is not None]
 

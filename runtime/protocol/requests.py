@@ -4,7 +4,8 @@ from typing import Literal
 
 from runtime.protocol.frames import Wire
 
-FinishReason = Literal["stop", "length", "tool_calls", "abort", "error"]
+# `refused`: what the caller's own schema asks for cannot be followed further. Never an answer's.
+FinishReason = Literal["stop", "length", "tool_calls", "abort", "error", "refused"]
 ServiceClass = Literal["priority", "standard", "batch"]
 
 

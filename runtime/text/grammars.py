@@ -6,6 +6,7 @@ looks like (tool_format.py), nor how logits are masked (runtime.execution).
 
 import json
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
@@ -21,7 +22,14 @@ MAX_COMPILE_SECONDS = 5.0
 STACK_BYTES = 128 * 1024 * 1024  # of the compiling thread, which recurses; only what is used counts
 NUM_PROBED = 4  # tokens that a grammar is tried with before it runs
 REFUSAL = "this model's tokenizer does not allow structured output: "
+MAX_MASK_SECONDS = 0.015  # of processor time, on average over so many masks
+NUM_AVERAGED = 32
+DISALLOWED = "doesn't satisfy the grammar"  # the library's words for a token that it does not allow
 NUM_KEPT = 32  # compiled grammars, for requests with the same schema
+
+# About 150 bytes each for counted text, of which a character takes up to 10: enough for schemas of
+# `schema_bounds.MAX_COUNTED_CHARACTERS`. Patterns of many kinds of characters take up to 1 KB each.
+MAX_LEXER_STATES = 200_000
 
 # Each bounds work or memory of one sequence; a step's share is a few milliseconds at most.
 LIMITS = LLParserLimits(
@@ -29,7 +37,7 @@ LIMITS = LLParserLimits(
     initial_lexer_fuel=200_000,
     step_lexer_fuel=100_000,
     step_max_items=25_000,
-    max_lexer_states=10_000,
+    max_lexer_states=MAX_LEXER_STATES,
     max_grammar_size=200_000,
     precompute_large_lexemes=False,
     verbose_errors=False,  # they would quote schemas and answers
@@ -63,6 +71,8 @@ class GrammarState:
     def __init__(self, matcher: LLMatcher) -> None:
         self._matcher = matcher
         self._num_followed = 0
+        self._num_masks = 0
+        self._masks_ns = 0  # of processor time
 
     def follow(self, generated_ids: Sequence[int]) -> None:
         """Take in the tokens generated so far, those of earlier calls included; so calling it
@@ -75,12 +85,23 @@ class GrammarState:
     def fill_mask(self, address: int, num_bytes: int) -> None:
         """Write a bit per token id, set where the token may come next; none beyond the
         vocabulary that was compiled for, which must fit."""
+        started_ns = time.thread_time_ns()
         self._matcher.unsafe_compute_mask_ptr(address, num_bytes)
+        self._masks_ns += time.thread_time_ns() - started_ns
+        self._num_masks += 1
 
     @property
     def is_failed(self) -> bool:
         """The grammar met a limit, or a token that it does not allow."""
         return self._matcher.is_error()
+
+    @property
+    def is_too_complex(self) -> bool:
+        """It met a limit, or its masks take too long on average: that is its schema's doing."""
+        if self._matcher.is_error():
+            return DISALLOWED not in self._matcher.get_error()
+        most_ns = max(self._num_masks, NUM_AVERAGED) * MAX_MASK_SECONDS * 1e9
+        return self._masks_ns > most_ns
 
     @property
     def is_complete(self) -> bool:

@@ -7,11 +7,13 @@ patterns, the automaton of a large `multipleOf`. Its own limits do the rest (gra
 import json
 from collections.abc import Iterator
 from decimal import Decimal
+from math import isfinite
 from typing import Any, cast
 
 MAX_SCHEMA_BYTES = 64 * 1024
 MAX_NESTING = 1_500  # levels, with every reference followed once
 MAX_MERGED_PATTERNS = 4  # every further one can double the states of their intersection
+MAX_COUNTED_CHARACTERS = 16_000  # of strings whose length is bounded; see MAX_LEXER_STATES
 MAX_MULTIPLES = 2_000  # states of the automaton of `multipleOf`
 
 _MERGING = ("allOf", "anyOf", "oneOf", "$ref")
@@ -40,7 +42,7 @@ def check_schema(schema: dict[str, Any]) -> None:
     """Raises `SchemaError` for what would take minutes or overflow a stack."""
     levels, references = 0, set[str]()
     num_patterns, is_merging = 0, False
-    factors = set[int]()
+    factors, lengths = set[int](), set[tuple[str, int]]()
     for level, node in _nodes(schema):
         levels = max(levels, level)
         if isinstance(node.get("$ref"), str):
@@ -50,6 +52,8 @@ def check_schema(schema: dict[str, Any]) -> None:
             num_patterns += len(node[named]) if isinstance(node.get(named), dict) else 0
         is_merging = is_merging or _merges(node)
         factors |= _factor(node)
+        lengths |= _length(node)
+    _check_lengths(lengths)
     if (len(references) + 1) * levels > MAX_NESTING:
         raise SchemaError("it is nested too deeply, or through too many references")
     if is_merging and num_patterns > MAX_MERGED_PATTERNS:
@@ -62,6 +66,31 @@ def check_schema(schema: dict[str, Any]) -> None:
         states = states * factor if is_merging else states + factor
     if states > MAX_MULTIPLES:
         raise SchemaError(f"multipleOf is supported up to {MAX_MULTIPLES}")
+
+
+def _check_lengths(lengths: set[tuple[str, int]]) -> None:
+    """A grammar counts characters by a few states each, equal bounds once."""
+    longest, total = max(lengths, key=lambda each: each[1], default=("", 0)), 0
+    for _, length in lengths:
+        total += length
+    if total > MAX_COUNTED_CHARACTERS:
+        keyword, length = longest
+        raise SchemaError(
+            f"{keyword} is {length}: the different maxLength and minLength of a schema may be "
+            f"{MAX_COUNTED_CHARACTERS} together; lower it, or leave it out"
+        )
+
+
+def _length(node: dict[str, Any]) -> set[tuple[str, int]]:
+    """What is counted of a string, with the keyword that says so."""
+    bounds = [
+        (keyword, int(value))
+        for keyword in ("maxLength", "minLength")
+        if isinstance(value := node.get(keyword), int | float)
+        and not isinstance(value, bool)
+        and isfinite(value)
+    ]
+    return {max(bounds, key=lambda each: each[1])} if bounds else set()
 
 
 def _nodes(schema: object) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -46,7 +46,11 @@ def parameters_of(tool: Tool) -> dict[str, Any]:
         schema = checked_schema(tool.parameters) if tool.parameters else {}
     except GrammarError as error:
         raise GrammarError(f"the parameters of {tool.name!r}: {error}") from error
-    if schema.setdefault("type", "object") != "object":
+    kind = schema.get("type", "object")
+    # Arguments are always an object, whatever else a schema made from a type hint allows.
+    if kind == "object" or (isinstance(kind, list) and "object" in kind):
+        schema["type"] = "object"
+    else:
         raise GrammarError(f"the parameters of {tool.name!r} must have the type 'object'")
     return schema
 

@@ -248,6 +248,22 @@ def test_tools_that_may_not_be_called_are_not_told() -> None:
     assert untold.constraint is None
 
 
+def test_a_schema_that_goes_too_far_ends_its_own_answer_alone(scatter: Bench) -> None:
+    choices = [{"properties": {"a": {"const": at}}} for at in range(300)]
+    schema = {
+        "type": "object",
+        "properties": {"t": {"enum": ["some text"]}, "z": {"type": "object", "anyOf": choices}},
+        "required": ["t", "z"],
+        "additionalProperties": False,
+    }
+    scatter.add("far", json_schema=json.dumps(schema), max_tokens=400)
+    scatter.add("near", json_schema=SCHEMA, max_tokens=400)
+    scatter.finish()
+    assert scatter.finish_reason("far") == "refused"
+    assert "some text" in scatter.text("far")
+    assert scatter.finish_reason("near") == "stop"
+
+
 # --- refusals ---------------------------------------------------------------------------
 
 

@@ -45,7 +45,7 @@ from runtime.protocol import (
 
 CONTEXT_TOKENS = 256
 NUM_WORDS = 8
-SCRIPT = re.compile(r"(fail|die|hang|abort|lie|slow)@(\d+)")
+SCRIPT = re.compile(r"(fail|die|hang|abort|refuse|lie|slow)@(\d+)")
 DECODER = Manifest(
     kind="decoder",
     format="huggingface",
@@ -175,7 +175,7 @@ class ScriptedWorker:
     # --- decoders -------------------------------------------------------------------------
 
     def _prepare(self, generate: Generate) -> None:
-        if "refuse" in text_of(generate):
+        if "refuse" in text_of(generate).replace("refuse@", ""):
             error = WireError(
                 type="invalid_request_error", message="no", code="refused", param="prompt"
             )
@@ -213,6 +213,8 @@ class ScriptedWorker:
             is_cancelled = generate.request_id in self._cancelled
             if is_cancelled or (event == "abort" and i == at):
                 return self._step(generate, [], "", num_cached, "abort")
+            if event == "refuse" and i == at:  # with tokens that are shown to nobody
+                return self._step(generate, [1, 1], "unseen", num_cached, "refused")
             if event == "slow":
                 await asyncio.sleep(at / 1000)
             if i == at and event in ("fail", "die", "hang", "lie"):

@@ -124,6 +124,59 @@ async def test_a_failure_without_a_stream_has_its_status(
     assert (await event_of(box, caught.value.request_id))["amount_nano"] == 0
 
 
+HELD_TO_JSON: Any = {"type": "json_object"}
+
+
+@pytest.mark.parametrize("num_choices", [1, 2])
+async def test_a_schema_that_goes_too_far_is_the_callers_to_pay_for(
+    box: Box, client: openai.AsyncOpenAI, num_choices: int
+) -> None:
+    stream = await client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": "refuse@3"}],
+        response_format=HELD_TO_JSON,
+        n=num_choices,
+        stream=True,
+    )
+    texts: list[str] = []
+    with pytest.raises(openai.APIError) as caught:  # noqa: PT012 - raised while it is read
+        async for chunk in stream:
+            texts += [choice.delta.content or "" for choice in chunk.choices]
+    assert "".join(texts).count("w2") == num_choices
+    assert "unseen" not in "".join(texts)
+    assert caught.value.code == "grammar_too_complex"
+    receipt = await event_of(box, stream.response.headers["x-request-id"])
+    assert (receipt["outcome"], receipt["finish_reason"]) == ("cancelled", "grammar_too_complex")
+    assert quantity(receipt, "output") == 3 * num_choices
+    assert receipt["amount_nano"] == 2 * 100 + 3 * num_choices * 400 + 100
+    assert await num_holds(box) == 0
+
+
+async def test_an_answer_that_never_came_is_free_and_not_to_be_tried_again(
+    box: Box, client: openai.AsyncOpenAI
+) -> None:
+    with pytest.raises(openai.UnprocessableEntityError) as caught:
+        await client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": "refuse@3"}],
+            response_format=HELD_TO_JSON,
+        )
+    assert caught.value.code == "grammar_too_complex"
+    assert "retry-after" not in caught.value.response.headers
+    assert caught.value.request_id is not None
+    receipt = await event_of(box, caught.value.request_id)
+    assert (receipt["outcome"], receipt["finish_reason"]) == ("failed", "grammar_too_complex")
+    assert receipt["amount_nano"] == 0
+
+
+async def test_a_worker_cannot_blame_a_schema_that_is_not_there(
+    box: Box, client: openai.AsyncOpenAI
+) -> None:
+    with pytest.raises(openai.InternalServerError) as caught:
+        await client.completions.create(model="tiny", prompt="refuse@3")
+    assert caught.value.code == "worker_untrusted"
+
+
 @pytest.mark.parametrize(
     ("prompt", "code"),
     [("die@2", "worker_lost"), ("lie@2", "worker_untrusted"), ("abort@2", "worker_aborted")],

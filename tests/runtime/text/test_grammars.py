@@ -25,7 +25,7 @@ from runtime.text.grammars import (
 )
 from runtime.text.tokenizer import Tokenizer
 from runtime.text.tool_calls import ToolCallReader
-from runtime.text.tool_grammar import check_tools, tools_source
+from runtime.text.tool_grammar import check_tools, parameters_of, tools_source
 from tests.runtime.text.conftest import BACKENDS
 from tests.runtime.text.metaspace import EOS_ID, metaspace
 from tests.runtime.text.test_tool_format import FORMATS
@@ -366,6 +366,54 @@ def test_what_could_explode_stays_small(
         babble(tokenizer, compiler.compile(schema_source(schema)), EOS["byte_level"], 0)
 
 
+def test_a_long_text_of_a_bounded_length_is_followed_to_its_end(
+    compilers: dict[str, tuple[Tokenizer, GrammarCompiler]],
+) -> None:
+    tokenizer, compiler = compilers["byte_level"]
+    schema = '{"type": "string", "minLength": 4000, "maxLength": 4001}'
+    state = compiler.compile(schema_source(schema)).start()
+    ids = tokenizer.encode('"' + "aéb€" * 1000, is_templated=True)
+    for at in range(0, len(ids), 50):
+        state.follow(ids[: at + 50])
+        mask_of(state, tokenizer.vocab_size)
+        assert not state.is_failed
+    quote = tokenizer.encode('"', is_templated=True)
+    assert mask_of(state, tokenizer.vocab_size)[quote].all()
+    state.follow([*ids, *quote])
+    assert state.is_complete
+
+
+@pytest.mark.parametrize("keyword", ["minLength", "maxLength"])
+def test_a_length_that_could_not_be_followed_is_refused(
+    compilers: dict[str, tuple[Tokenizer, GrammarCompiler]], keyword: str
+) -> None:
+    texts = {f"p{at}": {"type": "string", keyword: 15_000} for at in range(9)}
+    compilers["byte_level"][1].compile(schema_source(json.dumps({"properties": texts})))
+    texts["q"] = {"type": "string", keyword: 5_000}
+    with pytest.raises(GrammarError, match=f"{keyword} is 15000: .* 16000 together"):
+        schema_source(json.dumps({"properties": texts}))
+
+
+def test_only_a_schema_is_too_complex(
+    compilers: dict[str, tuple[Tokenizer, GrammarCompiler]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, compiler = compilers["byte_level"]
+    wrong = compiler.compile(schema_source("{}")).start()
+    wrong.follow(tokenizer.encode("x", is_templated=True))
+    assert wrong.is_failed
+    assert not wrong.is_too_complex
+    choices = [{"properties": {"a": {"const": at}}} for at in range(300)]
+    large = compiler.compile(schema_source(json.dumps({"items": {"anyOf": choices}}))).start()
+    large.follow(tokenizer.encode("[{", is_templated=True))
+    assert large.is_failed
+    assert large.is_too_complex
+    slow = compiler.compile(schema_source("{}")).start()
+    mask_of(slow, tokenizer.vocab_size)
+    assert not slow.is_too_complex
+    monkeypatch.setattr(grammars, "MAX_MASK_SECONDS", 0.0)
+    assert slow.is_too_complex
+
+
 def test_a_compilation_without_end_fails_alone(
     compilers: dict[str, tuple[Tokenizer, GrammarCompiler]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -385,6 +433,11 @@ def test_a_compilation_without_end_fails_alone(
     compiler.compile(schema_source('{"const": "quick"}'))
 
 
+def test_arguments_that_may_also_be_null_are_an_object() -> None:
+    tool = Tool(name="f", parameters='{"type": ["object", "null"], "properties": {"a": {}}}')
+    assert parameters_of(tool) == {"type": "object", "properties": {"a": {}}}
+
+
 @pytest.mark.parametrize(
     ("tools", "reason"),
     [
@@ -393,6 +446,7 @@ def test_a_compilation_without_end_fails_alone(
         ([Tool(name=f"f{at}") for at in range(129)], "at most 128"),
         ([Tool(name="f", description="x" * 300_000)], "characters together"),
         ([Tool(name="f", parameters='{"type": "string"}')], "'f' must have the type"),
+        ([Tool(name="f", parameters='{"type": ["null", "array"]}')], "'f' must have the type"),
         ([Tool(name="f", parameters="{")], "parameters of 'f'.*not valid JSON"),
     ],
 )
