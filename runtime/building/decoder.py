@@ -66,20 +66,35 @@ def _find_route(source: Source, reporter: Reporter) -> tuple[Served, DecoderProo
             notes.append(f"Not served by {route.label}: {error}")
             reason = reason or str(error)
             continue
-        proof = _prove(source.prover, served, reporter)
-        if _only_batching_differs(proof):
-            notes.append(
-                "Sequences are computed one by one: side by side, their answers would change "
-                f"({_failed(proof.checks)})."
-            )
-            served = alone(served)
-            proof = _prove(source.prover, served, reporter)
-        if proof.verdict != "different":
-            return served, proof, notes
-        found = f"That form does not compute what the model does ({_failed(proof.checks)})."
+        try:
+            served, proof = _judge(source.prover, served, reporter, notes)
+        except ImportFailure:
+            raise
+        except Exception as error:  # of code of anyone's making: what cannot run is not equal
+            logger.exception("the proof of a form failed")
+            found = f"That form fails when it runs ({type(error).__name__}: {_line_of(error)})."
+        else:
+            if proof.verdict != "different":
+                return served, proof, notes
+            found = f"That form does not compute what the model does ({_failed(proof.checks)})."
         notes.append(f"Not served by {route.label}: {found}")
         reason = reason or found
     raise ImportFailure("not_servable", "The model is not served. " + " ".join(notes)[:2000])
+
+
+def _judge(
+    prover: DecoderProver, served: Served, reporter: Reporter, notes: list[str]
+) -> tuple[Served, DecoderProof]:
+    """With its proof, the form in which sequences run beside each other if they may."""
+    proof = _prove(prover, served, reporter)
+    if not _only_batching_differs(proof):
+        return served, proof
+    notes.append(
+        "Sequences are computed one by one: side by side, their answers would change "
+        f"({_failed(proof.checks)})."
+    )
+    served = alone(served)
+    return served, _prove(prover, served, reporter)
 
 
 def _load(route: Route, reason: str, reporter: Reporter) -> Served:
@@ -111,6 +126,10 @@ def _only_batching_differs(proof: DecoderProof) -> bool:
     failed = {check.name for check in proof.checks if not check.is_equal}
     names = {check.name for check in proof.checks}
     return failed == {"batched"} and names == {"whole", "batched"}
+
+
+def _line_of(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0][:200]
 
 
 def _failed(checks: list[Check]) -> str:

@@ -29,6 +29,8 @@ from runtime.proving.row_noise import RowNoise
 
 # Reports (what is being proved, fraction of the proof done).
 OnProgress = Callable[[str, float], None]
+# Forms that are judged by the same references: is_whole, window, context, dtype.
+_Kind = tuple[bool, int, int, torch.dtype]
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ class _Replayed:
 
 
 class DecoderProver:
-    """Compares any number of forms with one original, which is consulted once."""
+    """Compares any number of forms with one original, which is consulted once for those that the
+    same prompts suit."""
 
     def __init__(
         self, original: OriginalModel, *, block_size: int = 32, budget_seconds: float = 30.0
@@ -63,8 +66,8 @@ class DecoderProver:
         self._original = original
         self._block_size = block_size
         self._budget_seconds = budget_seconds
-        self._references: dict[bool, References] = {}  # by whether they are of whole forms
-        self._noise: dict[tuple[bool, torch.dtype], RowNoise] = {}
+        self._references: dict[_Kind, References] = {}
+        self._noise: dict[tuple[_Kind, torch.dtype], RowNoise] = {}
 
     def prove(
         self, form: Form, on_progress: OnProgress = lambda _phase, _fraction: None
@@ -80,10 +83,11 @@ class DecoderProver:
         if 5 * num_parameters > free_bytes:
             return _unproved(num_parameters, free_bytes)
         on_progress("the original", 0.0)
-        if form.is_whole not in self._references:
+        kind = _kind_of(form)
+        if kind not in self._references:
             has_float64 = 13 * num_parameters <= free_bytes
-            self._references[form.is_whole] = self._consult(form, has_float64=has_float64)
-        references = self._references[form.is_whole]
+            self._references[kind] = self._consult(form, has_float64=has_float64)
+        references = self._references[kind]
         checks: list[Check] = []
         notes = _plan_notes(references, form.window)
         dtypes = list(dict.fromkeys([torch.float32, form.dtype]))
@@ -107,9 +111,9 @@ class DecoderProver:
         return DecoderProof("equal" if is_equal else "different", checks, notes)
 
     def _noise_of(self, form: Form, dtype: torch.dtype) -> RowNoise:
-        key = form.is_whole, dtype
+        key = kind, _ = _kind_of(form), dtype
         if key not in self._noise:
-            self._noise[key] = RowNoise(self._original, dtype, self._references[form.is_whole])
+            self._noise[key] = RowNoise(self._original, dtype, self._references[kind])
         return self._noise[key]
 
     def _consult(self, form: Form, *, has_float64: bool) -> References:
@@ -131,6 +135,10 @@ class DecoderProver:
             has_float64=has_float64,
             is_whole=form.is_whole,
         )
+
+
+def _kind_of(form: Form) -> _Kind:
+    return form.is_whole, form.window, form.max_context_tokens, form.dtype
 
 
 def _replay(run: Run, dtype: torch.dtype, references: References) -> _Replayed:

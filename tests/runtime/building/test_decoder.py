@@ -18,7 +18,8 @@ from runtime.execution.runner import Attend
 from runtime.importing.archive import UnpackedUpload
 from runtime.importing.huggingface import HuggingFaceDecoder, load_decoder
 from runtime.importing.program import ImportFailure
-from runtime.proving.forms import paged_form
+from runtime.proving.forms import PagedForm, Run, paged_form
+from runtime.proving.original import Trace
 from tests.runtime.decoders import save_decoder
 
 
@@ -76,6 +77,45 @@ def test_a_way_that_differs_gives_way_loudly(source: Source) -> None:
     assert all(check.is_equal for check in outcome.checks)
     assert outcome.notes[0].startswith("Not served by a faulty way: That form does not compute")
     assert any(line == "prove: different: 7 checks" for line in log.lines)
+
+
+def test_a_way_whose_proof_fails_to_run_gives_way_loudly(source: Source) -> None:
+    def load(_: str) -> Served:
+        def fail(_: torch.dtype) -> HuggingFaceDecoder:
+            raise IndexError("index 100 is out of range\nof a table")
+
+        served = source.routes[0].load("")
+        assert isinstance(served.form, PagedForm)
+        return replace(served, form=replace(served.form, load=fail))
+
+    log: Any = Log()
+    outcome = build_decoder(replace(source, routes=[Route("odd code", load), *source.routes]), log)
+    assert outcome.verdict == "equal"
+    failure = "That form fails when it runs (IndexError: index 100 is out of range)."
+    assert outcome.notes[0] == f"Not served by odd code: {failure}"
+
+
+def test_a_way_is_replayed_on_prompts_that_fit_it(source: Source) -> None:
+    def load(_: str) -> Served:
+        served = faulty(source).load("")
+        assert isinstance(served.form, PagedForm)
+        return replace(served, form=replace(served.form, window=100))
+
+    class ShortForm(PagedForm):
+        def runs(self, dtype: torch.dtype, traces: list[Trace]) -> list[Run]:
+            assert max(len(trace.tokens) for trace in traces) <= self.max_context_tokens
+            return super().runs(dtype, traces)
+
+    def load_short(_: str) -> Served:
+        served = source.routes[0].load("")
+        form = ShortForm(**{**vars(served.form), "max_context_tokens": 24})
+        return replace(served, form=form)
+
+    log: Any = Log()
+    routes = [Route("a long context", load), Route("a short one", load_short)]
+    outcome = build_decoder(replace(source, routes=routes), log)
+    assert outcome.verdict == "equal"
+    assert outcome.notes[0].startswith("Not served by a long context: That form does not")
 
 
 def test_a_fused_form_that_cannot_be_made_is_a_noted_loss(source: Source) -> None:
