@@ -1,5 +1,6 @@
 """Recognises an activation that a model spells out, by what it computes."""
 
+import math
 from typing import Any
 
 import torch
@@ -7,8 +8,14 @@ from torch import Tensor, fx
 
 from runtime.compiling.fusions.constants import constant_nodes
 from runtime.compiling.fusions.evaluated import EvaluatedGraph, op_name
-from runtime.compiling.fusions.flattening import POINTWISE
-from runtime.compiling.fusions.regions import Region, order_of, regions_above, run_region
+from runtime.compiling.fusions.regions import (
+    CASTS,
+    Region,
+    is_widening,
+    order_of,
+    regions_above,
+    run_region,
+)
 
 aten = torch.ops.aten
 ACTIVATIONS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -17,8 +24,15 @@ ACTIVATIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "gelu_tanh": (aten.gelu.default, {"approximate": "tanh"}),
     "relu": (aten.relu.default, {}),
 }
+# What an activation may be spelled with. Nothing that chooses or limits: where a clamp begins to
+# matter is not for a comparison on some numbers to find out.
+SMOOTH = {
+    *("add", "sub", "rsub", "mul", "div", "neg", "pow", "square", "sqrt", "rsqrt", "reciprocal"),
+    *("exp", "tanh", "sigmoid", "erf", "silu", "gelu", "relu", *CASTS),
+}
 MAX_OPERATIONS = 12
-TOLERANCE = 2e-6  # over numbers up to 12 in float64; constants are often cut to 6 digits
+TOLERANCE = 2e-6  # in float64; constants are often cut to 6 digits
+TINY, NUM_MAGNITUDES = 1e-30, 400
 
 
 def name_activations(graph: EvaluatedGraph) -> int:
@@ -27,7 +41,7 @@ def name_activations(graph: EvaluatedGraph) -> int:
     small = {each for each in constants if _is_scalar(graph, each)}
 
     def is_allowed(node: fx.Node) -> bool:
-        return op_name(node) in POINTWISE and node not in constants
+        return op_name(node) in SMOOTH and node not in constants
 
     num_named = 0
     for node in reversed(list(graph.graph.nodes)):
@@ -61,15 +75,40 @@ def _name(graph: EvaluatedGraph, region: Region) -> bool:
         return False
     if not before.is_floating_point():
         return False
-    numbers = torch.linspace(-12, 12, 4001, dtype=torch.float64)
+    if not is_widening(graph, region.nodes, before.dtype):
+        return False
+    numbers = _numbers(before.dtype)
     computed = _compute(graph, region, numbers)
     if computed is None:
         return False
     for function, options in ACTIVATIONS.values():
-        if (function(numbers, **options) - computed).abs().max() <= TOLERANCE:
+        if _is_same(numbers, function(numbers, **options), computed):
             new = graph.call(output, function, region.source, **options)
             return graph.replace(output, new)
     return False
+
+
+def _numbers(dtype: torch.dtype) -> Tensor:
+    """Every magnitude of the dtype, the curved middle closely, and what is no finite number."""
+    largest = torch.finfo(dtype).max
+    exponents = torch.linspace(math.log10(TINY), math.log10(largest), NUM_MAGNITUDES)
+    sizes = torch.cat([10 ** exponents.double(), torch.tensor([largest]).double()])
+    middle = torch.linspace(-12, 12, 4001, dtype=torch.float64)
+    special = torch.tensor([0.0, math.inf, -math.inf, math.nan], dtype=torch.float64)
+    return torch.cat([middle, sizes.clamp(max=largest), -sizes.clamp(max=largest), special])
+
+
+def _is_same(numbers: Tensor, expected: Tensor, found: Tensor) -> bool:
+    """Equal but for rounding, as a share of the larger numbers and of the smaller ones too. At
+    infinity an activation is what its formula gives there, a number or none."""
+    is_finite = numbers.isfinite()
+    error = (expected - found).abs()[is_finite]
+    limit = TOLERANCE * (2 * expected.abs() + numbers.abs().clamp(max=1))[is_finite]
+    is_close = bool((error <= limit).all())
+    infinite, nan = numbers.isinf(), numbers.isnan()
+    one, other = expected[infinite], found[infinite]
+    is_close &= bool(((one == other) | one.isnan() | other.isnan()).all())
+    return is_close and bool(found[nan].isnan().all())
 
 
 def _compute(graph: EvaluatedGraph, region: Region, numbers: Tensor) -> Tensor | None:

@@ -43,7 +43,8 @@ def clean(graph: EvaluatedGraph) -> int:
 
 
 def _settle_sizes(graph: EvaluatedGraph) -> None:
-    """Sizes become numbers where they are constant, else one node for all that are equal."""
+    """Sizes of the inputs become numbers where they are constant, else one node for all that are
+    equal. Sizes that are computed stay, since what holds for few tokens may not for many."""
     known: dict[tuple[int, ...], fx.Node] = {}
     start = next(node for node in graph.graph.nodes if node.op != "placeholder")
     sources = (graph.token_ids, graph.sample_indices)
@@ -51,12 +52,21 @@ def _settle_sizes(graph: EvaluatedGraph) -> None:
         known[sizes] = graph.call(start, torch.ops.aten.sym_size.int, source, 0)
     for node in list(graph.graph.nodes):
         values = graph.values.get(node, ())
-        if not values or not all(type(each) is int for each in values):
+        if not _is_size_of_input(graph, node):
             continue
         if len(set(values)) == 1:
             _put_number(node, values[0])
         elif values in known and known[values] is not node:
             node.replace_all_uses_with(known[values], propagate_meta=False)
+
+
+def _is_size_of_input(graph: EvaluatedGraph, node: fx.Node) -> bool:
+    if not op_name(node).startswith("sym_size"):
+        return False
+    source = node.args[0]
+    while op_name(source) in ("unsqueeze", "squeeze", "alias"):  # pyright: ignore[reportArgumentType]
+        source = source.args[0]  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+    return source in (graph.token_ids, graph.positions, graph.sample_indices)
 
 
 def _put_number(node: fx.Node, number: int) -> None:
@@ -98,7 +108,9 @@ def _is_widened_and_back(
     a, b, c = values
     if a is None or b is None or c is None or a.dtype != c.dtype or a.shape != c.shape:
         return False
-    return torch.promote_types(a.dtype, b.dtype) == b.dtype and _is_identical(graph, first, back)
+    is_wider = torch.promote_types(a.dtype, b.dtype) == b.dtype
+    is_alike = a.is_floating_point() == b.is_floating_point()  # a float rounds large integers
+    return is_wider and is_alike and _is_identical(graph, first, back)
 
 
 def _is_whole(graph: EvaluatedGraph, node: fx.Node) -> bool:

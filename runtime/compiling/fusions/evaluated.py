@@ -1,4 +1,4 @@
-"""A graph beside the values that each of its nodes has on two small packed batches.
+"""A graph beside the values that each of its nodes has on three small packed batches.
 
 Owns evaluation: what a node's shape is, which of its sizes grow with the batch, and whether a
 node that is to replace another gives the same values. Passes decide nothing by names alone.
@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-# (tokens, sampled rows) of each batch: a size that differs between the two grows with the batch.
-BATCHES = ((3, 2), (5, 4))
+# (tokens, sampled rows) of each batch: a size that differs among them grows with the batch. The
+# three lie on no line, so that neither number can be had from the other.
+BATCHES = ((3, 2), (11, 5), (7, 7))
 MAX_TOKEN_ID = 32
 # How far a replacement may be from what it replaces, as a share of the largest value.
 TOLERANCES = {
@@ -106,11 +107,14 @@ class EvaluatedGraph:
 
     def shape(self, node: fx.Node) -> tuple[int, ...] | None:
         """Its sizes, -1 for each that grows with the batch; None for what is no tensor."""
-        first, second = self.tensor(node, 0), self.tensor(node, 1)
-        if first is None or second is None or first.dim() != second.dim():
-            return None
-        pairs = zip(first.shape, second.shape, strict=True)
-        return tuple(a if a == b else -1 for a, b in pairs)
+        shapes: list[torch.Size] = []
+        for at in range(len(BATCHES)):
+            tensor = self.tensor(node, at)
+            if tensor is None or (shapes and len(shapes[0]) != tensor.dim()):
+                return None
+            shapes.append(tensor.shape)
+        sizes = zip(*shapes, strict=True)
+        return tuple(each[0] if len(set(each)) == 1 else -1 for each in sizes)
 
     def is_dense(self, node: fx.Node) -> bool:
         """Whether neighbours on the last axis are neighbours in memory, in every batch."""
@@ -228,6 +232,6 @@ def _batch(
     generator = torch.Generator().manual_seed(num_tokens)
     # Small ids: an output layer may have rows that no token has.
     token_ids = torch.randint(0, min(vocab_size, MAX_TOKEN_ID), (num_tokens,), generator=generator)
-    positions = torch.arange(num_tokens) % 3  # the second batch holds two sequences
+    positions = torch.arange(num_tokens) % 3  # the larger batches hold several sequences
     rows = torch.randperm(num_tokens, generator=generator)[:num_sampled]
     return token_ids.to(device), positions.to(device), rows.to(device)

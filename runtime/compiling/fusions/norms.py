@@ -13,7 +13,7 @@ from torch import fx
 
 from runtime.compiling.fusions.constants import constant_nodes
 from runtime.compiling.fusions.evaluated import EvaluatedGraph, op_name
-from runtime.compiling.fusions.regions import CASTS
+from runtime.compiling.fusions.regions import CASTS, is_widening
 from runtime.execution import ops
 
 
@@ -65,7 +65,8 @@ def _named(graph: EvaluatedGraph, node: fx.Node) -> list[Norm]:
     if value is None or len(values["normalized_shape"]) != 1:
         return []
     eps = values.get("eps")
-    default = 1e-5 if name == "layer_norm" else torch.finfo(value.dtype).eps
+    wide = torch.promote_types(value.dtype, torch.float32)  # torch's own default is of that dtype
+    default = 1e-5 if name == "layer_norm" else torch.finfo(wide).eps
     weight, bias = values.get("weight"), values.get("bias")
     eps = default if eps is None else eps
     return [Norm(source, node, eps, name == "layer_norm", weight, bias)]
@@ -81,7 +82,7 @@ def _spelled_out(graph: EvaluatedGraph, node: fx.Node, constants: set[fx.Node]) 
     if found is None or found[0] is not centered:
         return []
     source, is_centered = centered, False
-    if op_name(centered) == "sub" and len(centered.args) == 2:
+    if op_name(centered) == "sub" and len(centered.args) == 2 and not centered.kwargs:
         whole, mean = centered.args
         if isinstance(whole, fx.Node) and isinstance(mean, fx.Node):
             is_centered = _mean_over_last(graph, mean) is whole
@@ -96,13 +97,15 @@ def _spelled_out(graph: EvaluatedGraph, node: fx.Node, constants: set[fx.Node]) 
             if value is None or output is None or value.dtype != output.dtype:
                 continue
             assert isinstance(start, fx.Node)
+            if start is narrow and not is_widening(graph, [source], value.dtype):
+                continue
             found_norms.append(replace(each, source=start))
     return found_norms
 
 
 def _scaled_by_root(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """(c, v) of `c * rsqrt(v)` or `c / sqrt(v)`."""
-    if op_name(node) not in ("mul", "div") or len(node.args) != 2:
+    if op_name(node) not in ("mul", "div") or len(node.args) != 2 or node.kwargs:
         return None
     one, other = node.args
     if not isinstance(one, fx.Node) or not isinstance(other, fx.Node):
@@ -124,7 +127,7 @@ def _is_root(node: fx.Node, exponent: float) -> bool:
 
 def _mean_of_square(graph: EvaluatedGraph, node: fx.Node) -> tuple[fx.Node, float] | None:
     """(c, eps) of `mean(c * c, -1) + eps`."""
-    if op_name(node) != "add" or len(node.args) != 2:
+    if op_name(node) != "add" or len(node.args) != 2 or node.kwargs:
         return None
     mean, eps = node.args if isinstance(node.args[0], fx.Node) else reversed(node.args)
     if not isinstance(mean, fx.Node):
@@ -167,7 +170,7 @@ def _scalings(graph: EvaluatedGraph, norm: Norm, constants: set[fx.Node]) -> Ite
         name = op_name(user)
         if name in CASTS:
             norm = replace(norm, output=user)
-        elif name in ("mul", "add") and len(user.args) == 2:
+        elif name in ("mul", "add") and len(user.args) == 2 and not user.kwargs:
             other: Any = user.args[1] if user.args[0] is norm.output else user.args[0]
             is_vector = isinstance(other, fx.Node) and graph.shape(other) == shape[-1:]
             if not is_vector or other not in constants:

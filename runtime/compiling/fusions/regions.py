@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from runtime.compiling.fusions.evaluated import EvaluatedGraph, fetch, op_name
@@ -61,6 +62,17 @@ def run_region(
             continue
         env[node] = run_node(graph, node, lambda each: _look_up(each, env, given))
     return env[region.nodes[-1]]
+
+
+def is_widening(graph: EvaluatedGraph, nodes: Iterable[fx.Node], dtype: torch.dtype) -> bool:
+    """Whether every cast among the nodes keeps all numbers of `dtype` as they are."""
+    values = (graph.tensor(node) for node in nodes if op_name(node) in CASTS)
+    return all(
+        value is not None
+        and (value.is_floating_point() or value.is_complex())
+        and torch.promote_types(value.dtype, dtype) == value.dtype
+        for value in values
+    )
 
 
 def _look_up(node: Any, env: Mapping[fx.Node, Any], given: Mapping[fx.Node, Any]) -> Any:

@@ -18,6 +18,7 @@ from runtime.compiling.fusions.evaluated import EvaluatedGraph, is_attention, op
 from runtime.compiling.fusions.regions import (
     Region,
     ancestors,
+    is_widening,
     order_of,
     regions_above,
     run_node,
@@ -119,7 +120,7 @@ def _is_linear(node: fx.Node, given: set[fx.Node]) -> bool:
     if name == "mul":
         return len(data) == 1 and not (node.args[0] is data[0] and node.args[1] is data[0])
     if name == "div":
-        return data == [node.args[0]]
+        return data == [node.args[0]] and not node.kwargs  # which may ask for whole quotients
     if name in ("add", "sub"):
         return all(isinstance(each, fx.Node) and each not in given for each in node.args[:2])
     return True
@@ -144,7 +145,7 @@ def _smallest_whole(rotations: Rotations, found: list[Region]) -> Region | None:
         source = graph.tensor(region.source)
         if source is None or source.numel() != size.numel() or source.dtype != size.dtype:
             continue
-        if mixing <= set(region.nodes):
+        if mixing <= set(region.nodes) and is_widening(graph, region.nodes, size.dtype):
             return region
     return None
 
@@ -187,7 +188,8 @@ class _Name(str):
 def _probe_all(rotations: Rotations, region: Region, is_heads_first: bool) -> Angles | None:
     """Tables all positions, then checks the table against positions out of order."""
     last = rotations.num_positions - 1
-    mixed = torch.tensor([last, 0, last // 2, min(7, last), last // 3])
+    powers = [at + less for at in (1 << k for k in range(last.bit_length())) for less in (0, -1)]
+    mixed = torch.tensor([last, 0, last // 2, min(7, last), last // 3, *powers])
     for is_interleaved in (False, True):
         rotary_dim = _rotary_dim(rotations, region, is_heads_first, mixed)
         if rotary_dim is None or rotations.num_positions * rotary_dim * 8 > MAX_TABLE_BYTES:

@@ -92,23 +92,26 @@ def chain_of(graph: EvaluatedGraph, last: fx.Node) -> list[fx.Node]:
 
 
 def view_plan(graph: EvaluatedGraph, chain: list[fx.Node]) -> Plan | None:
-    """The same plan for both batches but for the sizes that grow with them, or None."""
-    plans = [_plan_of(graph, chain, at) for at in range(len(BATCHES))]
-    one, other = plans
-    if one is None or other is None or one.order != other.order:
-        return None
-    if len(one.axes) != len(other.axes):
+    """The same plan for all batches but for the sizes that grow with them, or None."""
+    plans: list[Plan] = []
+    for at in range(len(BATCHES)):
+        plan = _plan_of(graph, chain, at)
+        if plan is None or (plans and plan.order != plans[0].order):
+            return None
+        plans.append(plan)
+    if len({len(plan.axes) for plan in plans}) != 1:
         return None
     axes: list[Axis] = []
-    for a, b in zip(one.axes, other.axes, strict=True):
-        is_fixed = a == b
-        if not is_fixed and not (a.size == a.full and b.size == b.full):
+    for same in zip(*(plan.axes for plan in plans), strict=True):
+        is_fixed = len(set(same)) == 1
+        if not is_fixed and not all(axis.size == axis.full for axis in same):
             return None
-        axes.append(a if is_fixed else Axis(-1, -1, 0))
-    shape = tuple(a if a == b else -1 for a, b in zip(one.shape, other.shape, strict=True))
+        axes.append(same[0] if is_fixed else Axis(-1, -1, 0))
+    sizes = zip(*(plan.shape for plan in plans), strict=True)
+    shape = tuple(each[0] if len(set(each)) == 1 else -1 for each in sizes)
     if sum(axis.full == -1 for axis in axes) > 1 or shape.count(-1) > 1:
         return None
-    return Plan(tuple(axes), one.order, shape)
+    return Plan(tuple(axes), plans[0].order, shape)
 
 
 def _plan_of(graph: EvaluatedGraph, chain: list[fx.Node], at: int) -> Plan | None:
