@@ -133,7 +133,10 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& packed, const at::Tenso
   TORCH_CHECK(packed.is_contiguous() && packed.scalar_type() == x.scalar_type() &&
                   packed.size(0) == (outputs + kBlock - 1) / kBlock,
               "the weights must be packed, in the rows' dtype");
-  TORCH_CHECK(packed.numel() == 0 || (packed[0].numel() / kBlock - x.size(1)) / 2 == 0,
+  // A step of two inputs may be filled up with a zero; PackedLinear knows the exact number.
+  const int64_t step = x.scalar_type() == at::kBFloat16 ? 2 : 1;
+  const int64_t missing = packed.numel() / std::max<int64_t>(1, packed.size(0) * kBlock) - x.size(1);
+  TORCH_CHECK(outputs == 0 || (missing >= 0 && missing < step),
               "rows of ", x.size(1), " inputs do not fit the packed weights");
   TORCH_CHECK(bias.numel() == 0 || (bias.numel() == outputs && bias.is_contiguous()),
               "one bias per output");

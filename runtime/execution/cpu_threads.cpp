@@ -2,13 +2,16 @@
 
 #include "cpu_threads.h"
 
+#include <c10/util/Exception.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <exception>
 #include <mutex>
 #include <thread>
+#include <utility>
 
 namespace tapeout {
 namespace {
@@ -17,6 +20,7 @@ namespace {
 // gaps inside a step are shorter; a sleeping thread takes tens of microseconds to come.
 constexpr auto kAwake = std::chrono::microseconds(50);
 constexpr int kPausesPerLook = 32;  // between two looks at the clock
+constexpr auto kBetweenStarts = std::chrono::seconds(1);  // after a thread that could not start
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -49,7 +53,10 @@ struct Pool {
   std::atomic<int64_t> num_helpers{0};  // that may help in this section
   std::atomic<void (*)(const void*, int64_t)> run{nullptr};
   std::atomic<const void*> context{nullptr};
+  std::atomic<bool> has_failed{false};  // whether a chunk of the section threw
+  std::exception_ptr failure;           // what the first such chunk threw
   int64_t num_started = 0;
+  std::chrono::steady_clock::time_point next_start{};
   pid_t process = 0;
 
   // Takes chunks of the section until none is left. While one is taken its section cannot end,
@@ -59,8 +66,12 @@ struct Pool {
     const uint64_t number = seen >> 32;
     while (seen >> 32 == number && static_cast<uint32_t>(seen) > 0) {
       if (!ticket.compare_exchange_weak(seen, seen - 1, std::memory_order_acq_rel)) continue;
-      run.load(std::memory_order_relaxed)(context.load(std::memory_order_relaxed),
-                                          static_cast<uint32_t>(seen) - 1);
+      try {
+        run.load(std::memory_order_relaxed)(context.load(std::memory_order_relaxed),
+                                            static_cast<uint32_t>(seen) - 1);
+      } catch (...) {  // out of memory, say: the caller throws it when nobody works any more
+        if (!has_failed.exchange(true)) failure = std::current_exception();
+      }
       if (unfinished.fetch_sub(1, std::memory_order_acq_rel) == 1) unfinished.notify_one();
       seen = ticket.load(std::memory_order_acquire);
     }
@@ -75,12 +86,23 @@ struct Pool {
     }
   }
 
-  // Threads do not survive a fork: a child starts its own.
+  // Threads do not survive a fork: a child starts its own. Where the system refuses more (a limit
+  // on processes or memory), those that there are do the work, and more are tried for later.
   void start(int64_t count) {
-    if (process != getpid()) num_started = 0;
+    if (process != getpid()) {
+      num_started = 0;
+      next_start = {};
+    }
     process = getpid();
-    for (; num_started < count; ++num_started)
-      std::thread(&Pool::help, this, num_started).detach();
+    if (num_started >= count || std::chrono::steady_clock::now() < next_start) return;
+    try {
+      for (; num_started < count; ++num_started)
+        std::thread(&Pool::help, this, num_started).detach();
+    } catch (const std::exception& error) {
+      next_start = std::chrono::steady_clock::now() + kBetweenStarts;
+      TORCH_WARN_ONCE("the operators run on ", num_started + 1, " threads: another did not start (",
+                      error.what(), ")");
+    }
   }
 };
 
@@ -116,6 +138,7 @@ void run_chunks(int64_t num_chunks, int64_t num_threads, void (*run)(const void*
     const uint32_t left = shared.unfinished.load(std::memory_order_acquire);
     if (left > 0) shared.unfinished.wait(left, std::memory_order_acquire);
   }
+  if (shared.has_failed.exchange(false)) std::rethrow_exception(std::exchange(shared.failure, {}));
 }
 
 }  // namespace tapeout

@@ -10,7 +10,7 @@
 namespace tapeout {
 
 // Calls run(context, chunk) once for every chunk, on the calling thread and up to
-// `num_threads - 1` others; returns when all are done. `run` must not throw.
+// `num_threads - 1` others; returns when all are done, and then throws what the first that threw did.
 void run_chunks(int64_t num_chunks, int64_t num_threads, void (*run)(const void*, int64_t),
                 const void* context);
 

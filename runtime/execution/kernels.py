@@ -13,8 +13,13 @@ logger = logging.getLogger(__name__)
 NATIVE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@cache
 def load_variant(variant: Variant) -> Any:
-    """Its operators. Raises `OSError` if the library is missing or does not load."""
+    """Its operators. Raises `OSError` if the library is missing or does not load.
+
+    Once per process, even if the sources have since changed and with them the library's path:
+    operators registered a second time abort the process.
+    """
     torch.ops.load_library(str(library_path(variant)))
     return getattr(torch.ops, variant.namespace)
 

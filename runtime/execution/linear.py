@@ -63,6 +63,10 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self._op is None:
             return F.linear(x, self._weight, self._bias)
+        if x.shape[-1] != self.in_features:
+            raise RuntimeError(
+                f"rows of {x.shape[-1]} inputs, where {self.in_features} are expected"
+            )
         if x.dim() == 2:
             return self._op(x, self._weight, self._bias, self.out_features)
         rows = self._op(x.flatten(0, -2), self._weight, self._bias, self.out_features)

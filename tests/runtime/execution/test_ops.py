@@ -130,6 +130,21 @@ def test_a_tied_embedding_reads_packed_weights(variant: Variant | None, dtype: t
     assert torch.equal(linear.PackedLinear(weight).weight_rows(ids), weight[ids])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_inputs", [7, 8])
+def test_packed_linear_refuses_a_width_that_is_off_by_one(
+    variant: Variant | None, dtype: torch.dtype, num_inputs: int
+) -> None:
+    layer = linear.PackedLinear(torch.randn(32, num_inputs).to(dtype))
+    for width in (num_inputs - 2, num_inputs - 1, num_inputs + 1, num_inputs + 2):
+        with pytest.raises(RuntimeError):
+            layer(torch.randn(3, width).to(dtype))
+    if variant:  # nor does the operator itself write beyond what it holds
+        wide = torch.randn(3, num_inputs + 2).to(dtype)
+        with pytest.raises(RuntimeError, match="do not fit"):
+            ops.load_variant(variant).linear(wide, layer._weight, layer._bias, 32)
+
+
 def test_packed_linear_refuses_other_dtypes_and_widths(variant: Variant | None) -> None:
     layer = linear.PackedLinear(torch.randn(32, 33).bfloat16())
     for bad in (torch.randn(2, 33), torch.randn(2, 40).bfloat16(), torch.randn(2, 30).bfloat16()):
