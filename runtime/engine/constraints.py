@@ -7,12 +7,17 @@ Owns the refusals of `response_format` and `tools`. Does not own grammars nor fo
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from hashlib import blake2b
 
-from runtime.protocol import Generate, Tool
-from runtime.scheduling.validation import refusal
+import msgspec
+
+from runtime.engine.kept import Kept
+from runtime.protocol import Generate, Tool, WireError
+from runtime.scheduling.validation import RequestError, refusal
 from runtime.text.chat import ChatTemplate
 from runtime.text.grammars import (
     Grammar,
+    GrammarBusyError,
     GrammarCompiler,
     GrammarError,
     GrammarUnavailableError,
@@ -55,13 +60,42 @@ class Constraints:
         self._compiler = (
             None if tokenizer is None else GrammarCompiler(tokenizer, eos_token_ids, vocab_size)
         )
+        self._kept = Kept[Constraint | WireError]()  # refusals as well
+
+    def to_compile(self, generate: Generate) -> bytes | None:
+        """What tells the grammar from others, while `constraint_of` would take its time."""
+        source = _source_of(generate)
+        if source is None:
+            return None
+        key = _key_of(source)
+        return None if self._kept.get(generate.fairness_key, key) is not None else key
 
     def constraint_of(self, generate: Generate) -> Constraint | None:
         """None where anything may be said. Raises `RequestError`."""
+        source = _source_of(generate)
+        if source is None:
+            return None
+        owner, key = generate.fairness_key, _key_of(source)
+        made = self._kept.get(owner, key)
+        if made is None:
+            try:
+                made = self._make(generate)
+            except RequestError as error:
+                made = error.error
+            except GrammarBusyError as error:
+                raise RequestError(_busy(str(error))) from error
+            # A refusal is as small as its text.
+            size = len(source) if isinstance(made, Constraint) else 0
+            self._kept.put(owner, key, made, size)
+        if isinstance(made, WireError):
+            raise RequestError(made)
+        return made
+
+    def _make(self, generate: Generate) -> Constraint:
+        """Raises `RequestError` or `GrammarBusyError`."""
         if offered_tools(generate):
             return self._of_tools(generate)
-        if generate.json_schema is None:
-            return None
+        assert generate.json_schema is not None
         if self._compiler is None:
             message = "this model has no tokenizer; it cannot be held to a format"
             raise refusal(message, "response_format")
@@ -118,3 +152,20 @@ class Constraints:
         return Constraint(
             grammar, partial(ToolCallReader, form, trigger), self._tokenizer.showing(shown)
         )
+
+
+def _source_of(generate: Generate) -> bytes | None:
+    """All that a constraint is made of; None where there is none."""
+    tools = offered_tools(generate)
+    if not tools and generate.json_schema is None:
+        return None
+    choice = (generate.tool_choice, generate.allows_several_calls) if tools else ()
+    return msgspec.msgpack.encode((tools, choice, generate.json_schema))
+
+
+def _key_of(source: bytes) -> bytes:
+    return blake2b(source, digest_size=16).digest()
+
+
+def _busy(message: str) -> WireError:
+    return WireError(type="rate_limit_error", code="grammars_busy", message=message, status=429)

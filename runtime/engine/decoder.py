@@ -111,6 +111,10 @@ class DecoderEngine:
         """Tokenise and validate. Raises `RequestError`. Thread-safe."""
         return self._preparation.prepare(generate)
 
+    def to_compile(self, generate: Generate) -> bytes | None:
+        """See `Preparation.to_compile`. Thread-safe."""
+        return self._preparation.to_compile(generate)
+
     def add(self, prepared: PreparedRequest) -> None:
         """Queue every choice of the request. Raises `RequestError` for an id that is in use."""
         generate, params = prepared.generate, prepared.generate.sampling

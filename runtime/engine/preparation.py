@@ -53,6 +53,11 @@ class Preparation:
         self._max_sequence_tokens = max_sequence_tokens
         self._constraints = Constraints(tokenizer, chat_template, eos_token_ids, num_ids)
 
+    def to_compile(self, generate: Generate) -> bytes | None:
+        """What tells the grammar from others that `prepare` must compile, which may take seconds;
+        None when there is nothing to compile."""
+        return self._constraints.to_compile(generate)
+
     def prepare(self, generate: Generate) -> PreparedRequest:
         """Tokenise and validate. Raises `RequestError`."""
         params = generate.sampling

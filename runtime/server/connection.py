@@ -52,6 +52,15 @@ def queue_full() -> WireError:
     return WireError(type="rate_limit_error", code="queue_full", message=message, status=429)
 
 
+def too_many_grammars() -> WireError:
+    """The refusal of a caller whose schemas are compiled more slowly than they come."""
+    message = (
+        "Too many different schemas of yours are waiting to be prepared. Try again, and use the "
+        "same schema in several requests where you can."
+    )
+    return WireError(type="rate_limit_error", code="too_many_grammars", message=message, status=429)
+
+
 def output_too_large() -> WireError:
     """The end of a request whose answer fits no frame."""
     message = "The output is too large for one answer. Ask for less per request."

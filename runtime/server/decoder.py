@@ -9,6 +9,7 @@ import contextlib
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import msgspec
 
@@ -26,6 +27,7 @@ from runtime.protocol import (
     ToWorker,
     WireError,
 )
+from runtime.server.compiling import CompileQueue
 from runtime.server.connection import (
     Connection,
     Server,
@@ -33,6 +35,7 @@ from runtime.server.connection import (
     output_too_large,
     queue_full,
     server_error,
+    too_many_grammars,
     wire_error,
 )
 from runtime.server.engine_thread import Engine, EngineThread, PreparedRequest
@@ -66,6 +69,7 @@ class DecoderServer(Server):
         self._requests: dict[str, _Request] = {}
         self._memory = WaitingMemory()
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="prepare")
+        self._compiles = CompileQueue()
         self._loop: asyncio.AbstractEventLoop
         self._thread: EngineThread
         self._is_paused = False
@@ -109,10 +113,28 @@ class DecoderServer(Server):
             self.refuse(request_id, queue_full())
         else:
             self._requests[request_id] = request
-            self._executor.submit(self._prepare, message, request)
+            self._submit(message, request)
+
+    def _submit(self, message: Generate, request: _Request) -> None:
+        """Have it prepared: where its grammar must be compiled first, out of the others' way."""
+        grammar = self._engine.to_compile(message)
+        if grammar is None:
+            self._executor.submit(self._prepare_at_once, message, request)
+        elif not self._compiles.submit(
+            message.fairness_key, grammar, partial(self._prepare, message, request)
+        ):
+            self.end(message.request_id, too_many_grammars())
+
+    def _prepare_at_once(self, message: Generate, request: _Request) -> None:
+        """On the executor's thread. A grammar may have been pushed out since."""
+        if self._engine.to_compile(message) is None:
+            self._prepare(message, request)
+        else:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(self._submit, message, request)
 
     def _prepare(self, message: Generate, request: _Request) -> None:
-        """On the executor's thread."""
+        """On a thread of one of the executors."""
         if self._requests.get(message.request_id) is not request:
             return  # cancelled before its turn
         result: PreparedRequest | WireError
@@ -252,3 +274,4 @@ class DecoderServer(Server):
         self._requests.clear()
         self._thread.stop()
         self._executor.shutdown(wait=False, cancel_futures=True)
+        self._compiles.close()

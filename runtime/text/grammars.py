@@ -1,4 +1,4 @@
-"""Constraints on what a model may say: compiled once per request, followed token by token.
+"""Constraints on what a model may say: compiled, then followed token by token.
 
 Owns the use of the grammar library (llguidance) and its limits. Does not own what a call of a tool
 looks like (tool_format.py), nor how logits are masked (runtime.execution).
@@ -7,7 +7,6 @@ looks like (tool_format.py), nor how logits are masked (runtime.execution).
 import json
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
@@ -25,7 +24,7 @@ REFUSAL = "this model's tokenizer does not allow structured output: "
 MAX_MASK_SECONDS = 0.015  # of processor time, on average over so many masks
 NUM_AVERAGED = 32
 DISALLOWED = "doesn't satisfy the grammar"  # the library's words for a token that it does not allow
-NUM_KEPT = 32  # compiled grammars, for requests with the same schema
+MAX_LEFT = 2  # compilations that took too long and were left to end by themselves
 
 # About 150 bytes each for counted text, of which a character takes up to 10: enough for schemas of
 # `schema_bounds.MAX_COUNTED_CHARACTERS`. Patterns of many kinds of characters take up to 1 KB each.
@@ -56,9 +55,15 @@ ARGUMENTS_LAYOUT = {
     "coerce_one_of": True,
 }
 
+_stack_size_lock = threading.Lock()
+
 
 class GrammarError(Exception):
     """The grammar cannot be used. The message says why."""
+
+
+class GrammarBusyError(Exception):
+    """Too much is being compiled; the same may work later."""
 
 
 class GrammarUnavailableError(Exception):
@@ -134,36 +139,27 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         # Once it was asked for; a text says why there is none.
         self._spelling: tuple[Spelling, LLTokenizer] | str | None = None
-        self._kept: OrderedDict[str, LLMatcher] = OrderedDict()
-        self._thread: threading.Thread | None = None  # the last that compiled
+        self._left: list[threading.Thread] = []
 
     def compile(self, source: str) -> Grammar:
-        """`source` is of `schema_source` or of `ToolGrammar`. Raises `GrammarError`, or
+        """`source` is of `schema_source` or of `ToolGrammar`. On a thread with a deep stack; one
+        that takes too long is left to end by itself. Raises `GrammarError`, `GrammarBusyError` or
         `GrammarUnavailableError`."""
         with self._lock:
-            matcher = self._kept.pop(source, None)
-            if matcher is None:
-                matcher = self._compile_in_time(source)
-            self._kept[source] = matcher
-            if len(self._kept) > NUM_KEPT:
-                self._kept.popitem(last=False)
-            return Grammar(matcher.deep_copy())
-
-    def _compile_in_time(self, source: str) -> LLMatcher:
-        """On a thread with a deep stack. One that takes too long is left to end by itself; until
-        then nothing else compiles."""
-        vocabulary, results = self._spelling_of(source), list[LLMatcher]()
-        if self._thread is not None:
-            self._thread.join(MAX_COMPILE_SECONDS)
-        if self._thread is None or not self._thread.is_alive():
-            self._thread = _start_deep(lambda: results.append(_compile(vocabulary, source)))
-            self._thread.join(MAX_COMPILE_SECONDS)
+            vocabulary, results = self._spelling_of(source), list[LLMatcher]()
+            self._left = [thread for thread in self._left if thread.is_alive()]
+            if len(self._left) >= MAX_LEFT:
+                raise GrammarBusyError("too many schemas take too long to prepare; try again later")
+        thread = _start_deep(lambda: results.append(_compile(vocabulary, source)))
+        thread.join(MAX_COMPILE_SECONDS)
         if not results:
-            raise GrammarError("it takes too long to prepare; simplify it, or try again later")
+            with self._lock:
+                self._left.append(thread)
+            raise GrammarError("it takes too long to prepare; simplify it")
         (matcher,) = results
         if matcher.is_error():
             raise GrammarError(f"it cannot be enforced: {_first_line(matcher.get_error())}")
-        return matcher
+        return Grammar(matcher)
 
     def _spelling_of(self, source: str) -> LLTokenizer:
         """The vocabulary, when it can spell what the grammar asks for. Raises
@@ -217,12 +213,13 @@ def grammar_source(rules: str, schemas: dict[str, dict[str, Any]]) -> str:
 
 def _start_deep(target: Callable[[], None]) -> threading.Thread:
     """A thread with a deep stack, which ends with the process if not before."""
-    previous = threading.stack_size(STACK_BYTES)
-    try:
-        thread = threading.Thread(target=target, name="grammar", daemon=True)
-        thread.start()
-    finally:
-        threading.stack_size(previous)
+    with _stack_size_lock:  # which is the process's
+        previous = threading.stack_size(STACK_BYTES)
+        try:
+            thread = threading.Thread(target=target, name="grammar", daemon=True)
+            thread.start()
+        finally:
+            threading.stack_size(previous)
     return thread
 
 

@@ -3,12 +3,14 @@
 import json
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 from runtime.engine import RequestError
 from runtime.execution.batch import StepBatch
 from runtime.protocol import ChatMessage, SequenceOutput, Tool, ToolCall
+from runtime.text import grammars
 from tests.runtime.engine_bench import (
     EOS,
     TOKENIZER,
@@ -290,6 +292,31 @@ def test_a_bad_request_fails_alone(fields: dict[str, Any], param: str) -> None:
     assert caught.value.error.status == 400
     bench.finish()
     assert bench.token_ids("good") == continuation(TOKENIZER.encode("abc>"), 8)
+
+
+def test_a_schema_is_compiled_once_and_a_refused_one_is_remembered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bench, compiled = Bench(), list[str]()
+    compile_now = grammars._compile
+
+    def count(vocabulary: Any, source: str) -> Any:
+        compiled.append(source)
+        return compile_now(vocabulary, source)
+
+    monkeypatch.setattr(grammars, "_compile", count)
+    for _ in range(3):
+        bench.prepare(json_schema=SCHEMA)
+        with pytest.raises(RequestError, match="cannot be enforced"):
+            bench.prepare(json_schema='{"type": "string", "pattern": "("}')
+    assert len(compiled) == 2
+    bench.prepare(json_schema=SCHEMA, fairness_key="another")
+    assert len(compiled) == 3
+    wanted = bench.prepare(json_schema=SCHEMA).generate
+    assert bench.engine.to_compile(wanted) is None
+    other = msgspec.structs.replace(wanted, json_schema="{}")
+    assert bench.engine.to_compile(other) is not None
+    assert bench.engine.to_compile(bench.prepare().generate) is None
 
 
 def test_without_a_tokenizer_there_is_no_format() -> None:

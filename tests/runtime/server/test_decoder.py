@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 
 import pytest
+from msgspec import structs
 
 from runtime.protocol import (
     LENGTH,
@@ -26,7 +27,7 @@ from runtime.protocol import (
     encode_frame,
     frames,
 )
-from runtime.server import connection, decoder, engine_thread, memory
+from runtime.server import compiling, connection, decoder, engine_thread, memory
 from runtime.server.decoder import DecoderServer
 from tests.runtime.server.stream import Stream
 
@@ -56,6 +57,7 @@ class FakeEngine:
         self.on_prepare: Callable[[Generate], None] = lambda _: None
         self.on_add: Callable[[], None] = lambda: None
         self.text = "x"
+        self.compiled: set[str | None] = {None}
         self.is_leaking = False
         self.num_steps = 0
         self.num_tokens = 0
@@ -70,7 +72,15 @@ class FakeEngine:
 
     def prepare(self, generate: Generate) -> FakePrepared:
         self.on_prepare(generate)
+        self.compiled.add(generate.json_schema)
         return FakePrepared(generate)
+
+    def to_compile(self, generate: Generate) -> bytes | None:
+        return (
+            None
+            if generate.json_schema in self.compiled
+            else b"x" + str(generate.json_schema).encode()
+        )
 
     def add(self, prepared: FakePrepared) -> None:
         self.on_add()
@@ -157,6 +167,46 @@ async def test_a_request_is_prepared_started_and_streamed(
             assert (output.request_id, output.finish_reason) == ("a", reason)
         assert server.num_requests == 0
     assert threading.get_ident() not in engine.thread_ids
+
+
+async def test_nobody_waits_for_anothers_grammars(
+    engine: FakeEngine, server: DecoderServer
+) -> None:
+    """One caller's grammars compile one by one, at most so many of them wait, and neither plain
+    requests, nor grammars that are there, nor those of others wait for them."""
+    gate, compiled = threading.Event(), list[str]()
+
+    def compile_slowly(generate: Generate) -> None:
+        if generate.json_schema not in engine.compiled:
+            compiled.append(generate.request_id)
+            if generate.fairness_key == "many":
+                assert gate.wait(10)
+
+    def constrained(request_id: str, schema: str, caller: str) -> Generate:
+        plain = request(request_id)
+        return structs.replace(plain, json_schema=schema, fairness_key=caller)
+
+    engine.on_prepare = compile_slowly
+    server._max_requests = 100
+    async with Stream(server) as peer:
+        for at in range(compiling.MAX_WAITING + 1):
+            peer.send(constrained(f"m{at}", f"{at}", "many"))
+        peer.send(constrained("again", "8", "many"))
+        peer.send(constrained("beyond", "other", "many"))
+        failed = await peer.expect(Failed)
+        assert (failed.request_id, failed.error.code) == ("beyond", "too_many_grammars")
+        assert failed.error.status == 429
+        peer.send(request("plain"))
+        assert (await peer.expect(Prepared)).request_id == "plain"
+        peer.send(constrained("few", "few", "few"))
+        assert (await peer.expect(Prepared)).request_id == "few"
+        peer.send(constrained("few again", "few", "few"))
+        assert (await peer.expect(Prepared)).request_id == "few again"
+        assert compiled == ["m0", "few"]
+        gate.set()
+        expected = [f"m{at}" for at in range(compiling.MAX_WAITING + 1)] + ["again"]
+        assert [(await peer.expect(Prepared)).request_id for _ in expected] == expected
+        assert "again" not in compiled
 
 
 async def test_all_of_a_steps_outputs_come_in_one_frame(

@@ -18,6 +18,7 @@ from runtime.text import grammars
 from runtime.text.detokenizer import make_detokenizer
 from runtime.text.grammars import (
     Grammar,
+    GrammarBusyError,
     GrammarCompiler,
     GrammarError,
     GrammarUnavailableError,
@@ -422,15 +423,19 @@ def test_a_compilation_without_end_fails_alone(
     compile_now = grammars._compile
 
     def compile_slowly(vocabulary: Any, source: str) -> Any:
-        time.sleep(0.5 if "slow" in source else 0)
+        time.sleep(3 if "slow" in source else 0)
         return compile_now(vocabulary, source)
 
     monkeypatch.setattr(grammars, "_compile", compile_slowly)
-    monkeypatch.setattr(grammars, "MAX_COMPILE_SECONDS", 0.1)
+    compiler.compile(schema_source("{}"))  # loads the vocabulary
+    monkeypatch.setattr(grammars, "MAX_COMPILE_SECONDS", 1)
     with pytest.raises(GrammarError, match="takes too long"):
         compiler.compile(schema_source('{"const": "slow"}'))
-    monkeypatch.setattr(grammars, "MAX_COMPILE_SECONDS", 30)
     compiler.compile(schema_source('{"const": "quick"}'))
+    with pytest.raises(GrammarError, match="takes too long"):
+        compiler.compile(schema_source('{"const": "slower"}'))
+    with pytest.raises(GrammarBusyError, match="try again"):
+        compiler.compile(schema_source('{"const": "third"}'))
 
 
 def test_arguments_that_may_also_be_null_are_an_object() -> None:
