@@ -118,8 +118,13 @@ def find_context(
         except TooLong:
             return False
         indices = dict(zip(nodes, tables, strict=True))
-        return _agree(nodes, rows[1], tables, evaluator) and all(
+        is_inside = all(
             int(indices[node].max()) < num_rows for node, num_rows in frontier.num_rows.items()
+        )
+        return (
+            is_inside
+            and _agree(nodes, rows[1], tables, evaluator)
+            and _agree_far(nodes, length, evaluator)
         )
 
     limit = min(limit, _affordable(frontier, evaluator))
@@ -160,13 +165,28 @@ def _agree(nodes: list[Node], short: list[Any], long: list[Any], evaluator: Eval
         if axes:
             after = after.narrow(axes[0], 0, before.shape[axes[0]])
         if before.is_floating_point():
-            eps = torch.finfo(before.dtype).eps
+            # What is seen wide may still hold constants that are float32.
+            eps = max(torch.finfo(before.dtype).eps, torch.finfo(torch.float32).eps)
             allowed = 4 * eps * before.double().abs().clamp(min=1.0)
             if not ((before.double() - after.double()).abs() <= allowed).all():
                 return False
         elif not torch.equal(before, after):
             return False
     return True
+
+
+def _agree_far(nodes: list[Node], length: int, evaluator: Evaluator) -> bool:
+    """Whether all rows at a length are those of shorter sequences, seen wide: what a half dtype
+    rounds away in the first rows, later ones have."""
+    lengths = sorted({max(length // 2, 1), max(length - 1, 1)})
+    try:
+        longest = evaluate(evaluator, nodes, length, True)
+        return all(
+            _agree(nodes, evaluate(evaluator, nodes, shorter, True), longest, evaluator)
+            for shorter in lengths
+        )
+    except TooLong:
+        return False
 
 
 class TableWriter:

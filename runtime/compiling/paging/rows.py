@@ -19,11 +19,12 @@ from runtime.compiling.paging.site import attending
 
 aten = torch.ops.aten
 
-PROBE_TOKENS = 7
+PROBE_TOKENS = 127  # a prime: an axis of this length is one of tokens
 CHANGED = 2  # the row whose token is changed
 _RESHAPES = frozenset({"view", "_unsafe_view", "reshape"})
 _OUTPUT_LAYERS = {"linear": 0, "matmul": 0, "mm": 0, "addmm": 1}
 MAX_TAIL = 24  # operators after the output layer
+_COMPARISONS = frozenset({"eq", "ne", "lt", "le", "gt", "ge", "not_equal", "less", "greater"})
 
 
 def pick_rows(graph: fx.Graph, logits: Node, sample: Node, evaluator: Evaluator) -> Node:
@@ -37,11 +38,20 @@ def pick_rows(graph: fx.Graph, logits: Node, sample: Node, evaluator: Evaluator)
         if at is not None:
             return _pick_before(graph, node, at, tail, logits, sample, evaluator)
         inputs = [source for source in evaluator.sources(node) if not evaluator.is_fixed(source)]
-        if len(inputs) != 1 or len(node.users) != 1 or not _keeps_rows(node, evaluator):
+        is_free = not _reads_positions(node, evaluator) and _keeps_rows(node, evaluator)
+        if len(inputs) != 1 or len(node.users) != 1 or not is_free:
             break
         tail.append(node)
         node = inputs[0]
     return _pick_after(graph, logits, sample, evaluator)
+
+
+def _reads_positions(node: Node, evaluator: Evaluator) -> bool:
+    """Whether an operator takes a row for every token from a table: sampled rows are fewer."""
+    return any(
+        evaluator.is_fixed(source) and evaluator.lengths.token_axes(source)
+        for source in evaluator.sources(node)
+    )
 
 
 def _keeps_rows(node: Node, evaluator: Evaluator) -> bool:
@@ -60,6 +70,9 @@ def _pick_before(
     hidden = layer.args[at]
     lengths = evaluator.lengths
     if not isinstance(hidden, Node) or len(lengths.token_axes(hidden)) != 1:
+        return _pick_after(graph, logits, sample, evaluator)
+    others = [source for source in evaluator.sources(layer) if source is not hidden]
+    if any(lengths.token_axes(source) for source in others):
         return _pick_after(graph, logits, sample, evaluator)
     axis = lengths.token_axes(hidden)[0]
     if any(not _free_shape(node, evaluator) for node in tail):
@@ -99,12 +112,13 @@ def check_rows(
     """Raises `NotPageable` if a row of the packed graph depends on another row by anything but
     attention, which is replaced here by something that looks at its own row only."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, num_ids, (PROBE_TOKENS,), generator=generator)
+    ids = _probe_ids(module, num_ids, generator)
     positions = torch.randperm(min(PROBE_TOKENS, context), generator=generator)
     positions = positions.repeat(PROBE_TOKENS)[:PROBE_TOKENS]
     changed = ids.clone()
     changed[CHANGED] = (ids[CHANGED] + 1 + num_ids // 2) % num_ids
     rows = torch.arange(PROBE_TOKENS)
+    few = torch.randperm(PROBE_TOKENS, generator=generator)[: PROBE_TOKENS // 3]
 
     def run(ids: Tensor, positions: Tensor, rows: Tensor) -> Tensor:
         with torch.inference_mode(), attending(_own_row):
@@ -113,6 +127,7 @@ def check_rows(
     try:
         before, after = run(ids, positions, rows), run(changed, positions, rows)
         alone = run(ids[CHANGED:][:1], positions[CHANGED:][:1], rows[:1])
+        sampled = run(ids, positions, few)
     except (RuntimeError, IndexError, ValueError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise NotPageable(f"The graph does not run on packed tokens: {first}") from error
@@ -127,6 +142,28 @@ def check_rows(
         )
     if not _is_close(before[CHANGED : CHANGED + 1], alone, tolerance):
         raise NotPageable("A token's result depends on how many tokens run beside it.")
+
+
+    if sampled.shape != before[few].shape or not _is_close(before[few], sampled, tolerance):
+        raise NotPageable("A token's logits depend on which other tokens' are wanted.")
+
+
+def _probe_ids(module: GraphModule, num_ids: int, generator: torch.Generator) -> Tensor:
+    """Random ids with repeats, among them the ends of the vocabulary and every id that the graph
+    compares with; the one that is changed is such a one."""
+    literals = {
+        argument
+        for node in module.graph.nodes
+        if node.op == "call_function" and op_name(node) in _COMPARISONS
+        for argument in node.args
+        if isinstance(argument, int) and 0 <= argument < num_ids
+    }
+    notable = torch.tensor([*sorted(literals), 0, num_ids - 1])
+    ids = torch.randint(0, num_ids, (PROBE_TOKENS,), generator=generator)
+    places = torch.arange(CHANGED, PROBE_TOKENS, 3)
+    ids[places] = notable.repeat(len(places))[: len(places)]
+    ids[PROBE_TOKENS // 2 + 1 :] = ids[: PROBE_TOKENS // 2]
+    return ids
 
 
 def _own_row(layer: int, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
