@@ -1,6 +1,7 @@
 """Rounding may choose a mixture's experts; faults are still faults."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,14 @@ from runtime.execution.attention import AttentionBackend, AttentionMetadata, Att
 from runtime.execution.reference import ReferenceAttention
 from runtime.importing.exported import load_exported
 from runtime.importing.huggingface import HuggingFaceDecoder, load_decoder
+from runtime.proving import row_noise
 from runtime.proving.exported_original import ExportedOriginal
 from runtime.proving.original import (
     TOLERANCE_FACTOR,
     LoadedOriginal,
     PromptPlan,
     References,
+    ask,
     consult_original,
 )
 from runtime.proving.row_noise import MAX_SAMPLES, OtherRounding, RowNoise
@@ -67,6 +70,28 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def drawn() -> dict[object, list[Tensor]]:
+    """The original's logits in other roundings, by what was asked and how often before."""
+    return {}
+
+
+@pytest.fixture
+def drawn_once(drawn: dict[object, list[Tensor]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proofs of one original draw the same samples: keep them for the next test."""
+    num_asked = itertools.count()
+
+    def ask_once(
+        loaded: LoadedOriginal, questions: Sequence[tuple[list[int], tuple[int, ...]]]
+    ) -> list[Tensor]:
+        key = (next(num_asked), repr(questions))
+        if key not in drawn:
+            drawn[key] = ask(loaded, questions)
+        return drawn[key]
+
+    monkeypatch.setattr(row_noise, "ask", ask_once)
+
+
 def only_in_half(fault: type[ReferenceAttention]) -> type[ReferenceAttention]:
     """The fault of a kernel for bfloat16 alone: float32 tells nothing of it."""
 
@@ -96,6 +121,7 @@ def only_in_half(fault: type[ReferenceAttention]) -> type[ReferenceAttention]:
     return Faulty
 
 
+@pytest.mark.usefixtures("drawn_once")
 @pytest.mark.parametrize("fault", [ForgetsOldest, LosesLastToken])
 def test_a_backend_that_is_faulty_in_half_alone_is_caught(
     mixture: Path, fault: type[ReferenceAttention]
@@ -106,6 +132,7 @@ def test_a_backend_that_is_faulty_in_half_alone_is_caught(
     assert {check.form for check in proof.checks if not check.is_equal} == {"eager, bfloat16"}
 
 
+@pytest.mark.usefixtures("drawn_once")
 @pytest.mark.parametrize("fault", [SwapsLayers, ShiftsPositions])
 def test_a_model_that_is_faulty_in_half_alone_is_caught(
     mixture: Path, fault: type[HuggingFaceDecoder]
