@@ -252,10 +252,11 @@ def test_a_decoder_is_built(build, built, llama):
     # The weights lie there once, as the form that won needs them.
     assert manifest.form == ("fused" if fused.is_chosen else "eager")
     assert manifest.format == ("pt2" if fused.is_chosen else "huggingface")
-    weights = "program.pt2" if fused.is_chosen else "model.safetensors"
+    weights = {"program.pt2", "program.plan"} if fused.is_chosen else {"model.safetensors"}
     names = {path.name for path in build.output_dir.iterdir()}
     assert names == {
-        *("config.json", "generation_config.json", weights, "program.json"),
+        *weights,
+        *("config.json", "generation_config.json", "program.json"),
         *("receipt.json", "tokenizer.json", "tokenizer_config.json"),
     }
     assert read_manifest(build.output_dir) == manifest
