@@ -64,17 +64,17 @@ FAMILIES = [
     Family("qwen2", "Qwen2, Qwen2.5, DeepSeek-R1-Distill-Qwen"),
     Family("qwen3", "Qwen3", {"head_dim": 20}),
     Family("mistral", "Mistral 7B", {"sliding_window": WINDOW}),
-    Family("gemma", "Gemma", {"num_key_value_heads": 1}),
+    tail("gemma", "Gemma", {"num_key_value_heads": 1}),
     Family("gemma2", "Gemma 2", {"sliding_window": WINDOW, "attn_logit_softcapping": 5.0}),
     Family("gemma3_text", "Gemma 3 (text)", {"sliding_window": WINDOW, **HALF_WINDOW}),
     Family("gpt2", "GPT-2, DistilGPT2"),
     Family("gpt_neox", "Pythia, GPT-NeoX"),
-    Family(
+    tail(
         "gpt_neo",
         "GPT-Neo, TinyStories",
         {"attention_types": [[["global", "local", "global"], 1]], "window_size": WINDOW},
     ),
-    Family("gptj", "GPT-J", {"rotary_dim": 4}),
+    tail("gptj", "GPT-J", {"rotary_dim": 4}),
     Family("opt", "OPT", {"word_embed_proj_dim": 48, "ffn_dim": 64}),
     Family("phi", "Phi-1, Phi-2"),
     Family("phi3", "Phi-3, Phi-4", {"sliding_window": WINDOW}),
@@ -85,6 +85,7 @@ FAMILIES = [
         "falcon",
         "Falcon 40B, 180B",
         {"head_dim": ..., "new_decoder_architecture": True, "num_kv_heads": 2},
+        is_required=False,
         variant="grouped heads",
     ),
     Family("falcon", "Falcon RW", {"head_dim": ..., "alibi": True}, variant="ALiBi"),
@@ -103,7 +104,7 @@ FAMILIES = [
     Family("deepseek_v3", "DeepSeek-V3, R1", DEEPSEEK),
     Family("mamba", "Mamba", {"state_size": 8}),
     Family("jamba", "Jamba", {"attn_layer_period": 2, "attn_layer_offset": 1, **MOE}),
-    Family(
+    tail(
         "llama4_text",
         "Llama 4 (text)",
         {"layer_types": ["chunked_attention"] * 3, "attention_chunk_size": 16, **MOE},
