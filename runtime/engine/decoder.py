@@ -220,8 +220,9 @@ class DecoderEngine:
         return sampled
 
     def _run(self, plan: StepPlan) -> dict[Sequence, SampledToken | SamplingFailure]:
-        logits = self._runner.run(StepBatch.from_plan(plan, self.scheduler.block_size))
         sequences = [item.sequence for item in plan.items if item.is_sampled]
+        self._sampler.begin(sequences)
+        logits = self._runner.run(StepBatch.from_plan(plan, self.scheduler.block_size))
         if not sequences:
             return {}
         return dict(zip(sequences, self._sampler.sample(logits, sequences), strict=True))

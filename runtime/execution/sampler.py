@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from runtime.cache.transfer import fetch, is_at_hand, send
-from runtime.execution.grammar_mask import mask_disallowed
+from runtime.execution.grammar_mask import GrammarMasks
 from runtime.protocol import SamplingParams
 from runtime.scheduling.sequence import Sequence
 from runtime.scheduling.validation import MAX_LOGPROBS
@@ -78,10 +78,17 @@ class Sampler:
         self._num_ids = num_ids
         self._counts: WeakKeyDictionary[Sequence, TokenCounts] = WeakKeyDictionary()
         self._grammars: WeakKeyDictionary[Sequence, GrammarState] = WeakKeyDictionary()
+        self._masks = GrammarMasks()
 
     def constrain(self, sequence: Sequence, grammar: GrammarState) -> None:
         """From here on the sequence's tokens are those that its grammar allows."""
         self._grammars[sequence] = grammar
+
+    def begin(self, sequences: list[Sequence]) -> None:
+        """What can be found out about their next tokens while their logits are computed."""
+        self._masks.begin(
+            {each: self._grammars[each] for each in sequences if each in self._grammars}
+        )
 
     @torch.inference_mode()
     def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[Sampled]:
@@ -90,11 +97,11 @@ class Sampler:
         if self._num_ids is not None and self._num_ids < logits.shape[-1]:
             logits[:, self._num_ids :] = -inf
         constrained = {
-            row: grammar
+            row: (sequence, grammar)
             for row, sequence in enumerate(sequences)
             if (grammar := self._grammars.get(sequence)) is not None
         }
-        failed = mask_disallowed(logits, sequences, constrained) if constrained else {}
+        failed = self._masks.apply(logits, constrained) if constrained else {}
         scores = self._apply_bias_and_penalties(logits, sequences)
         first = _choose(logits, scores, sequences)
         missing = [row for row, each in enumerate(first) if each is None]

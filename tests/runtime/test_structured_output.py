@@ -1,6 +1,7 @@
 """The engine under grammars: JSON and calls from models that would rather say anything else."""
 
 import json
+import threading
 from typing import Any
 
 import msgspec
@@ -248,6 +249,33 @@ def test_tools_that_may_not_be_called_are_not_told() -> None:
     untold = bench.prepare(messages=ASKED, tools=TOOLS, tool_choice="none")
     assert untold.token_ids == bench.prepare(messages=ASKED).token_ids
     assert untold.constraint is None
+
+
+def test_masks_are_made_while_the_model_runs(
+    scatter: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that waits for its step's mask ends."""
+    run, fill_mask = scatter.runner.run, grammars.GrammarState.fill_mask
+    is_made, num_runs = threading.Event(), 0
+
+    def fill(state: grammars.GrammarState, address: int, num_bytes: int) -> None:
+        fill_mask(state, address, num_bytes)
+        is_made.set()
+
+    def run_until_made(batch: StepBatch) -> torch.Tensor:
+        nonlocal num_runs
+        assert num_runs == 0 or is_made.wait(10)  # the first logits tell how wide a mask is
+        num_runs += 1
+        is_made.clear()
+        return run(batch)
+
+    monkeypatch.setattr(grammars.GrammarState, "fill_mask", fill)
+    monkeypatch.setattr(scatter.runner, "run", run_until_made)
+    scatter.add(json_schema=SCHEMA, max_tokens=400)
+    for _ in range(5):
+        scatter.step()
+    assert scatter.text().startswith("{")
+    assert num_runs == 5
 
 
 def test_a_schema_that_goes_too_far_ends_its_own_answer_alone(scatter: Bench) -> None:
