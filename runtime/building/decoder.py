@@ -15,6 +15,7 @@ from runtime.building.routes import NotThisWay, Route, Served, Source, alone
 from runtime.compiling.graph_decoder import GraphDecoder
 from runtime.compiling.packaging import add_directory, add_program, add_text
 from runtime.compiling.plans.writing import add_plan
+from runtime.execution.kernels import fastest_variant
 from runtime.importing.program import ImportFailure
 from runtime.importing.text_support import check_text
 from runtime.protocol import Check, DecoderInfo, Manifest
@@ -39,6 +40,7 @@ def build_decoder(source: Source, reporter: Reporter) -> Outcome:
         num_parameters=served.num_parameters,
         weight_bytes=served.weight_bytes,
         form=chosen.served.form.name,
+        kernels=variant.name if (variant := fastest_variant()) else "",
         decoder=info,
     )
     return Outcome(

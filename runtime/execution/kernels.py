@@ -24,10 +24,27 @@ def load_variant(variant: Variant) -> Any:
     return getattr(torch.ops, variant.namespace)
 
 
+def prefer_variant(name: str) -> bool:
+    """Let this process use the variant of that name, the one that a proof ran on. To be called
+    before anything is loaded. Returns whether it serves here; else the fastest does."""
+    fastest_variant.cache_clear()
+    PREFERRED[:] = [name]
+    found = fastest_variant()
+    if found is not None and found.name == name:
+        return True
+    serving = found.name if found else "torch's"
+    logger.warning("C++ operators %s were proved, but %s serve on this CPU", name, serving)
+    return False
+
+
+PREFERRED: list[str] = []
+
+
 @cache
 def fastest_variant() -> Variant | None:
-    """The fastest that is compiled, runs on this CPU and loads; None if there is none."""
-    for variant in variants():
+    """The fastest that is compiled, runs on this CPU and loads, unless another that does was
+    preferred; None if there is none."""
+    for variant in sorted(variants(), key=lambda each: each.name not in PREFERRED):
         if not variant.is_supported or not library_path(variant).is_file():
             continue
         try:

@@ -93,6 +93,7 @@ class Manifest(Wire, frozen=True):
     # The candidate that is served: "eager", "fused", or, of an unpaged decoder whose rows must not
     # share a run, "alone".
     form: str = "eager"
+    kernels: str = ""  # the compiled CPU operators that the proof ran on, empty for torch's
     schema: Schema | None = None
     decoder: DecoderInfo | None = None
     embedder: EmbedderInfo | None = None

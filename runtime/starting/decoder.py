@@ -10,6 +10,7 @@ from runtime.compiling.loading import load_paged, load_whole
 from runtime.engine import DecoderEngine, StepRunner
 from runtime.execution.attention import choose_backend
 from runtime.execution.decode_graphs import with_decode_graphs
+from runtime.execution.kernels import prefer_variant
 from runtime.execution.runner import Runner
 from runtime.execution.whole import WholeRunner
 from runtime.protocol import DecoderInfo, Generate, Manifest, Ready, SamplingParams, Serve
@@ -39,6 +40,7 @@ def start_paged(
     config: Serve, manifest: Manifest, info: DecoderInfo
 ) -> tuple[DecoderEngine, Ready]:
     """The engine of a paged decoder, with its block pool."""
+    is_proved = config.device != "cpu" or not manifest.kernels or prefer_variant(manifest.kernels)
     model = load_paged(Path(config.artifact_dir), manifest, config.device)
     shapes = [layer.kv_shape for layer in model.layers]
     num_blocks = num_blocks_within(config.kv_cache_bytes, shapes, config.block_size, model.dtype)
@@ -68,7 +70,7 @@ def start_paged(
     ready = Ready(
         manifest=manifest,
         memory_bytes=0,  # known after the warm-up
-        attention=backend.name,
+        attention=backend.name if is_proved else f"{backend.name} (proved on {manifest.kernels})",
         num_blocks=num_blocks,
         block_size=config.block_size,
     )
