@@ -8,7 +8,15 @@ import torch
 from torch import nn
 
 from runtime.building.deadline import within
-from runtime.building.routes import UNCACHED, NotThisWay, Route, Served, Source, paged_graph
+from runtime.building.routes import (
+    UNCACHED,
+    NotThisWay,
+    Route,
+    Served,
+    Source,
+    paged_graph,
+    within_memory,
+)
 from runtime.compiling.huggingface_export import export_huggingface
 from runtime.compiling.packaging import PROGRAM_NAME
 from runtime.execution.whole import WholeModel
@@ -103,6 +111,7 @@ def _uncached(directory: Path, reason: str) -> Served:
             else load_uncached(directory, dtype=dtype, is_checked=True)
         )
 
+    model.info, notes = within_memory(model, model.info)
     num_parameters, weight_bytes = _weights(model.module)
     return Served(
         route=UNCACHED,
@@ -111,7 +120,7 @@ def _uncached(directory: Path, reason: str) -> Served:
         form=WholeForm("eager", model.dtype, model.info.max_context_tokens, load),
         num_parameters=num_parameters,
         weight_bytes=weight_bytes,
-        notes=model.notes,
+        notes=[*model.notes, *notes],
         whole=model,
     )
 

@@ -26,6 +26,7 @@ from runtime.importing.exported import ExportedProgramModel
 from runtime.importing.huggingface_directory import eos_token_ids, read_json
 from runtime.importing.program import Decoder
 from runtime.protocol import DecoderInfo
+from runtime.proving.activations import ACTIVATION_BYTES, affordable_context
 from runtime.proving.decoder import DecoderProver
 from runtime.proving.exported_original import ExportedOriginal
 from runtime.proving.forms import Form, WholeForm, paged_form
@@ -169,6 +170,8 @@ def _uncached_graph(
         return UncachedGraph(ExportedProgramModel(program, model.signature), info, eos_ids, [])
 
     own: torch.dtype = getattr(torch, info.dtype)
+    info, notes = within_memory(whole, info)
+    whole.info = info
     return Served(
         route=UNCACHED,
         format="pt2",
@@ -176,11 +179,23 @@ def _uncached_graph(
         form=WholeForm("eager", own, info.max_context_tokens, load),
         num_parameters=model.num_parameters,
         weight_bytes=model.weight_bytes,
-        notes=[],
+        notes=notes,
         whole=whole,
         program=model,
         program_path=path,
     )
+
+
+def within_memory(whole: WholeModel, info: DecoderInfo) -> tuple[DecoderInfo, list[str]]:
+    """An uncached model's description, with no longer a context than its memory allows."""
+    limit = affordable_context(whole, info.max_context_tokens)
+    if limit == info.max_context_tokens:
+        return info, []
+    note = (
+        f"Of {info.max_context_tokens:,} tokens of context, {limit:,} are served: without a cache, "
+        f"a longer sequence would take more than {ACTIVATION_BYTES >> 20:,} MiB beside the weights."
+    )
+    return msgspec.structs.replace(info, max_context_tokens=limit), [note]
 
 
 def alone(served: Served) -> Served:
