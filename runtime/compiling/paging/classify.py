@@ -47,7 +47,7 @@ def classify(function: ScoreFunction, context: int) -> tuple[AttentionSpec, int]
     short = _direct(function, min(SHORT, context))
     spec = _fit(short)
     _check(short, spec)
-    _check_weights(function, spec)
+    _check_weights(_direct(function, min(SHORT // 2, context)), spec)
     if function.can_select and _is_selectable(function, min(SHORT, context)):
         far = View(function, _positions(function, context), context, is_direct=False)
     else:
@@ -62,6 +62,7 @@ def classify(function: ScoreFunction, context: int) -> tuple[AttentionSpec, int]
     )
     _check(short, spec)
     _check(far, spec)
+    _check_weights(far, spec)
     _check_rounding(far, spec)
     return spec, context
 
@@ -242,15 +243,16 @@ def _check_rounding(view: View, spec: AttentionSpec) -> None:
         raise NotPageable("An attention's bias is rounded more coarsely than the model's dtype.")
 
 
-def _check_weights(function: ScoreFunction, spec: AttentionSpec) -> None:
+def _check_weights(view: View, spec: AttentionSpec) -> None:
     """What lies between the softmax and the values must change nothing."""
+    function, num_tokens = view.function, len(view.positions)
     if function.site.fused is not None:
         return
-    view = _direct(function, SHORT // 2)
-    scores = torch.randn(function.heads.num_heads, SHORT // 2, SHORT // 2, dtype=torch.float64)
+    shape = (function.heads.num_heads, num_tokens, num_tokens)
+    scores = torch.randn(shape, dtype=torch.float64)
     probabilities = _expected(view, spec, scores).softmax(-1)
     weights = function.weights(scores, probabilities)
-    if not torch.allclose(weights, probabilities[..., : SHORT // 2], atol=1e-6, rtol=1e-5):
+    if not torch.allclose(weights, probabilities[..., :num_tokens], atol=1e-6, rtol=1e-5):
         raise NotPageable("The weights of an attention are changed after the softmax.")
 
 

@@ -70,7 +70,7 @@ class RowTrace:
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             raise Mixes("at random")
         arguments = arguments_of(node)
-        rows = _rule_of(node, arguments)(self, node, arguments)
+        rows = _rule_of(node)(self, node, arguments)
         if tensor_of(node) is not None:
             if self._lengths.token_axes(node) != [rows.axis]:
                 raise Mixes("whose result has tokens elsewhere")
@@ -422,8 +422,12 @@ _RULES: list[tuple[Rule, str]] = [
 RULES: dict[str, Rule] = {name: rule for rule, names in _RULES for name in names.split()}
 
 
-def _rule_of(node: Node, arguments: dict[str, Any]) -> Rule:
-    tags = getattr(node.target, "tags", ())
-    if torch.Tag.pointwise in tags or (op_name(node) in ("max", "min") and "other" in arguments):
-        return _elementwise
-    return RULES.get(op_name(node), _unknown)
+def is_elementwise(node: Node) -> bool:
+    """Whether torch says that each element of a result comes from one of each operand."""
+    if torch.Tag.pointwise in getattr(node.target, "tags", ()):
+        return True
+    return op_name(node) in ("max", "min") and "other" in arguments_of(node)
+
+
+def _rule_of(node: Node) -> Rule:
+    return _elementwise if is_elementwise(node) else RULES.get(op_name(node), _unknown)

@@ -21,6 +21,7 @@ from runtime.compiling.paging.groups import bypass, find_group, trace_sources
 from runtime.compiling.paging.layout import Heads, Packer, read_heads
 from runtime.compiling.paging.mixing import check_mixing
 from runtime.compiling.paging.normal import DecoderGraph, eliminate, normalise
+from runtime.compiling.paging.paths import check_paths
 from runtime.compiling.paging.positions import TableWriter, find_context, find_frontier
 from runtime.compiling.paging.refusal import NotPageable
 from runtime.compiling.paging.rows import check_rows, pick_rows
@@ -83,6 +84,8 @@ def _page(program: ExportedProgram, max_context_tokens: int | None) -> PagedGrap
     graph = decoder.module.graph
     originals = set(graph.nodes)
     sites = find_sites(list(graph.nodes), evaluator)
+    for site in sites:
+        check_paths(site, evaluator)
     all_heads = [read_heads(site, evaluator.lengths) for site in sites]
     tables = PositionTables(evaluator)
     functions = [

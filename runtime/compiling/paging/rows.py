@@ -143,7 +143,6 @@ def check_rows(
     if not _is_close(before[CHANGED : CHANGED + 1], alone, tolerance):
         raise NotPageable("A token's result depends on how many tokens run beside it.")
 
-
     if sampled.shape != before[few].shape or not _is_close(before[few], sampled, tolerance):
         raise NotPageable("A token's logits depend on which other tokens' are wanted.")
 
