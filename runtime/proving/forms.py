@@ -93,10 +93,12 @@ class PagedForm:
         )
         backend = self.backend or choose_backend(model.device)
         found = way.run(Replay(Runner(model, pool, backend, swap), seed), traces)
-        return [
-            (logits.cpu(), trace.reference, trace.first_row + torch.arange(len(logits)))
-            for logits, trace in zip(found, traces, strict=True)
-        ]
+        pairs: list[Found] = []
+        for logits, trace in zip(found, traces, strict=True):
+            first = len(trace.tokens) - len(logits)
+            rows = trace.first_row + first + torch.arange(len(logits))
+            pairs.append((logits.cpu(), trace.reference[first:], rows))
+        return pairs
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ class Way:
 
     name: str
     description: str
-    run: Callable[[Replay, list[Trace]], list[Tensor]]  # logits [tokens, vocab] of each trace
+    # Logits of each trace `[rows, vocab]`: of all its tokens, or of the last ones alone.
+    run: Callable[[Replay, list[Trace]], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,27 @@ def _run_batched(replay: Replay, traces: list[Trace]) -> list[Tensor]:
             num_done[i] += len(logits)
             if num_done[i] == len(traces[i].tokens):
                 replay.release(name)
+    return [torch.cat(pieces) for pieces in found]
+
+
+def _run_sampled(replay: Replay, traces: list[Trace]) -> list[Tensor]:
+    """As `_run_batched`, but only the rows that serving samples are asked for: a prompt's last
+    and each generated token's, in one step."""
+    found: list[list[Tensor]] = [[] for _ in traces]
+    num_done = [0] * len(traces)
+    for at in range(len(traces) + max(len(t.tokens) - t.num_prompt for t in traces)):
+        work: dict[str, list[int]] = {}
+        for i, trace in enumerate(traces[: at + 1]):
+            end = max(trace.num_prompt, num_done[i] + 1)
+            if tokens := trace.tokens[num_done[i] : end]:
+                work[str(i)] = tokens
+                num_done[i] = end
+        if not work:
+            break
+        for name, logits in replay.step(work, is_last_only=True).items():
+            found[int(name)].append(logits)
+    for i in range(len(traces)):
+        replay.release(str(i))
     return [torch.cat(pieces) for pieces in found]
 
 
@@ -178,6 +200,7 @@ PAGED_WAYS = (
     Way("paged", "the prompt at once, then token by token, on cached blocks", _run_alone),
     Way("chunked", "prompts in pieces that end inside blocks", _run_chunked),
     Way("batched", "all prompts together, each a step later than the last", _run_batched),
+    Way("sampled", "prompts beside decoding, only each one's last token asked for", _run_sampled),
     Way("prefix", "on full blocks that another sequence computed", _run_on_prefix),
     Way("partial", "on a half-full block of another sequence, by copy", _run_on_partial),
     Way("preempted", "blocks taken away while generating, and computed again", _run_preempted),

@@ -22,7 +22,7 @@ from runtime.scheduling.plan import BlockMoves
 from tests.runtime.decoders import WINDOW, save_decoder
 
 BLOCK_SIZE = 16
-ALL = ["paged", "chunked", "batched", "prefix", "partial", "preempted", "swapped"]
+ALL = ["paged", "chunked", "batched", "sampled", "prefix", "partial", "preempted", "swapped"]
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +198,7 @@ FAULTS: list[tuple[type[AttentionBackend], set[str]]] = [
     (ReadsStaleBlock, set(ALL)),
     (ScalesWrong, set(ALL)),
     (WritesToWrongSlot, set(ALL)),
-    (MixesNeighbours, {"batched", "preempted", "swapped"}),
+    (MixesNeighbours, {"batched", "sampled", "preempted", "swapped"}),
 ]
 
 
