@@ -62,7 +62,7 @@ def _is_each_score(node: Node, evaluator: Evaluator) -> bool:
     if name in _MAXIMA and not is_elementwise(node):
         return all(_is_shift(user, node) for user in _values_of(node))
     if name == "getitem":  # of a maximum with its place, which nothing may look at
-        return node.args[1] == 0
+        return node.args[1] in (0,)
     if name in _ORDERS:
         return _keeps_order(node, evaluator)
     if name == "cat":  # sinks
