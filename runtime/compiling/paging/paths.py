@@ -9,9 +9,9 @@ import math
 from torch.fx import Node
 
 from runtime.compiling.paging.evaluation import Evaluator
-from runtime.compiling.paging.mixing import arguments_of, is_elementwise
 from runtime.compiling.paging.normal import op_name
 from runtime.compiling.paging.refusal import NotPageable
+from runtime.compiling.paging.row_rules import arguments_of, is_elementwise
 from runtime.compiling.paging.shapes import tensor_of
 from runtime.compiling.paging.sites import Site
 
