@@ -5,7 +5,7 @@ Owns what runs on the device. How it is launched is `triton_attention.py`'s.
 """
 
 # Triton compiles these from their source; what pyright knows of Python's types does not apply.
-# pyright: reportPossiblyUnbound=false, reportOperatorIssue=false
+# pyright: reportPossiblyUnboundVariable=false, reportOperatorIssue=false
 
 import triton
 import triton.language as tl
