@@ -14,7 +14,7 @@ from app.deployments.claims import failure_of
 from app.deployments.launchers.base import Exit, Launch, Launcher, LaunchError, Process
 from app.deployments.logs import clean_text, last_line
 from app.deployments.stream import FrameStream
-from runtime.protocol import Build, BuildFailed, Built, FrameError, FromBuild, Progress
+from runtime.protocol import Build, BuildFailed, Built, FrameError, FromBuild, Optimised, Progress
 
 CONNECT_SECONDS = 60.0
 STOP_SECONDS = 3.0
@@ -127,6 +127,8 @@ class BuildRun:
     def _receive(self, message: FromBuild) -> None:
         if self._result.done():
             return
+        if isinstance(message, Optimised):
+            raise FrameError("an answer to what was not asked")
         if not isinstance(message, Progress):
             self._result.set_result(message)
             return

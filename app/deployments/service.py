@@ -26,7 +26,7 @@ SERVING_FIELDS = frozenset(
         "max_sequences",
         "max_waiting",
         "max_batch_rows",
-        "max_wait_ms",
+        "latency_target_ms",
     }
 )
 MAX_REPLICAS = 64
@@ -136,7 +136,7 @@ def check_serving(serving: dict[str, int | float]) -> dict[str, int | float]:
                 f"{', '.join(sorted(SERVING_FIELDS))}.",
                 param=f"serving.{name}",
             )
-        if value < 0 or (value == 0 and name != "max_wait_ms"):
+        if value < 0 or (value == 0 and name != "latency_target_ms"):
             raise InvalidRequest(f"{name} must be positive.", param=f"serving.{name}")
     try:
         msgspec.convert({"artifact_dir": "", "type": "serve", **serving}, Serve)

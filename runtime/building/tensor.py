@@ -9,17 +9,15 @@ from runtime.building.reporter import Reporter
 from runtime.compiling.candidates import measure_candidates
 from runtime.compiling.packaging import add_program
 from runtime.importing.archive import UnpackedUpload
-from runtime.importing.exported import ExportedProgramModel
 from runtime.importing.signature import describe_schema
+from runtime.importing.tensor_program import TensorProgram
 from runtime.protocol import Manifest
 from runtime.proving.tensor import prove_tensor
 
-MAX_BATCH_ROWS = 64  # of a run, as `Serve.max_batch_rows`
+MAX_BATCH_ROWS = 128  # of a run, as `Serve.max_batch_rows`
 
 
-def build_tensor(
-    upload: UnpackedUpload, model: ExportedProgramModel, reporter: Reporter
-) -> Outcome:
+def build_tensor(upload: UnpackedUpload, model: TensorProgram, reporter: Reporter) -> Outcome:
     """Raises `ImportFailure`."""
     with reporter.phase("import") as report:
         schema = describe_schema(model.schema)

@@ -5,6 +5,7 @@ archive's members are `pt2.py`'s to judge, names and axes `signature.py`'s.
 """
 
 import io
+import logging
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,11 @@ from torch.utils import _pytree as pytree
 from runtime.importing.program import ImportFailure
 from runtime.importing.pt2 import check_pt2, is_pt2
 from runtime.importing.signature import Leaf, Signature, read_signature
+from runtime.importing.tensor_program import MAX_REFERENCE_BYTES
+from runtime.importing.widening import widen
 from runtime.protocol import Schema
+
+logger = logging.getLogger(__name__)
 
 # Where each operator of a training-time layer says that it is training.
 _TRAINING_ARGUMENTS = {
@@ -56,6 +61,21 @@ class ExportedProgramModel:
                 output.detach().to("cpu", getattr(torch, spec.dtype))
                 for output, spec in zip(outputs, self.schema.outputs, strict=True)
             ]
+
+    def run_float64(self, batches: list[list[torch.Tensor]]) -> list[list[torch.Tensor]] | None:
+        """What the graph gives in float64; None when it is too large or fixes a dtype somewhere."""
+        if self.weight_bytes > MAX_REFERENCE_BYTES:
+            return None
+        try:
+            module = widen(self.program)
+            with torch.inference_mode():
+                return [
+                    [output.cpu() for output in self.call(module, inputs, torch.float64)]
+                    for inputs in batches
+                ]
+        except Exception:  # many graphs fix a dtype somewhere; the floor then decides
+            logger.info("the program does not run in float64", exc_info=True)
+            return None
 
     def call(
         self,

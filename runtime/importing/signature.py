@@ -3,6 +3,7 @@
 Owns naming and the question which axis is the batch. Does not load or run programs.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -63,6 +64,7 @@ class Signature(msgspec.Struct, frozen=True, kw_only=True):
     schema: Schema
     inputs: list[Leaf]
     outputs: list[Leaf]
+    ranges: Mapping[Any, Any] = {}  # the sizes that each symbol may stand for
     batch: frozenset[sympy.Expr] = frozenset()
     batch_note: str = ""
 
@@ -89,15 +91,21 @@ def read_signature(program: ExportedProgram) -> Signature:
         is_batched=bool(batch),
     )
     return Signature(
-        schema=schema, inputs=inputs, outputs=outputs, batch=frozenset(batch), batch_note=note
+        schema=schema,
+        inputs=inputs,
+        outputs=outputs,
+        ranges=program.range_constraints,
+        batch=frozenset(batch),
+        batch_note=note,
     )
 
 
-def axis_bounds(expression: sympy.Expr, program: ExportedProgram) -> tuple[int, int | None]:
-    """The least and greatest size an axis may have; None is unbounded."""
+def axis_bounds(expression: sympy.Expr, ranges: Mapping[Any, Any]) -> tuple[int, int | None]:
+    """The least and greatest size an axis may have, by the ranges of its symbols (as torch.export
+    keeps them); None is unbounded."""
     if expression.is_Integer:
         return int(expression), int(expression)  # type: ignore[arg-type]
-    bounds = bound_sympy(expression, program.range_constraints)
+    bounds = bound_sympy(expression, dict(ranges))
     lower = 0 if bounds.lower in (-int_oo, -sympy.oo) else max(0, int(bounds.lower))  # type: ignore[arg-type]
     upper = None if bounds.upper in (int_oo, sympy.oo) else int(bounds.upper)  # type: ignore[arg-type]
     return (lower if lower > UNPROMISED_MIN else min(lower, 1)), upper
@@ -184,7 +192,7 @@ def _leaf(
             "client can send or read. Convert it inside the model, for example to float32.",
         )
     axes = tuple(_expression(size) for size in value.shape)
-    bounds = [axis_bounds(axis, program) for axis in axes]
+    bounds = [axis_bounds(axis, program.range_constraints) for axis in axes]
     is_dynamic = any(not axis.is_Integer for axis in axes)
     spec = TensorSpec(
         name=name,
@@ -234,7 +242,7 @@ def _find_batch(
                 f"The shape of {_name(leaf)!r} depends on the batch beyond its first axis, so "
                 "that rows depend on each other: requests run one at a time."
             )
-    least = max(axis_bounds(symbol, program)[0] for symbol in batch)
+    least = max(axis_bounds(symbol, program.range_constraints)[0] for symbol in batch)
     if least > 1:
         return set(), (
             f"The program wants a batch of at least {least}, and a request may have one row: "

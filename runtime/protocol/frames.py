@@ -35,6 +35,7 @@ class WireError(Wire, frozen=True):
     code: str
     param: str | None = None
     status: int = 400
+    retry_after_seconds: float | None = None  # with 429 and 503, when trying again may help
 
 
 _encoder = msgspec.msgpack.Encoder()

@@ -1,7 +1,7 @@
 """The messages: one frame each, to and from builds and workers."""
 
 from runtime.protocol.frames import Message, WireError
-from runtime.protocol.programs import BuildReceipt, Manifest
+from runtime.protocol.programs import BuildHints, BuildReceipt, Manifest
 from runtime.protocol.requests import (
     ChatMessage,
     SamplingParams,
@@ -20,6 +20,19 @@ class Build(Message, frozen=True):
     upload_path: str
     output_dir: str
     num_threads: int = 2
+    hints: BuildHints = BuildHints()
+
+
+class Optimise(Message, frozen=True):
+    """Look for a faster form of a tensor program that was built: answered by `Progress` and then
+    `Optimised` or `BuildFailed`. `output_dir` becomes a whole artifact, like that of a build."""
+
+    artifact_dir: str
+    output_dir: str
+    device: str = "cpu"
+    num_threads: int = 2
+    budget_seconds: float = 900.0  # candidates not finished by then are left out
+    accepts_loss: bool = False
 
 
 # --- from a build ------------------------------------------------------------------------
@@ -34,6 +47,13 @@ class Progress(Message, frozen=True):
 
 
 class Built(Message, frozen=True):
+    manifest: Manifest
+    receipt: BuildReceipt
+
+
+class Optimised(Message, frozen=True):
+    """`manifest.form` is the winner, eager perhaps; `receipt` the build's with the candidates."""
+
     manifest: Manifest
     receipt: BuildReceipt
 
@@ -60,8 +80,10 @@ class Serve(Message, frozen=True):
     max_waiting: int = 1024  # requests prepared or queued before 429
     swap_bytes: int = 0  # host memory for the blocks of preempted sequences; 0 recomputes them
     poisons_blocks: bool = False  # debug: blocks given back are filled with NaN
-    max_batch_rows: int = 64  # tensor programs: rows of one run
-    max_wait_ms: float = 2.0  # tensor programs: how long a row waits for company
+    max_batch_rows: int = 128  # tensor programs: rows of one run
+    # Tensor programs: how long a request may take in the worker. A row waits for company only
+    # within it, and only while measured service times say that this pays. 0: never waits.
+    latency_target_ms: float = 100.0
 
 
 class Generate(Message, frozen=True):
@@ -102,10 +124,14 @@ class Cancel(Message, frozen=True):
 
 class Predict(Message, frozen=True):
     """Run a tensor program; answered by `Predicted` or `Failed`. Needs no `Start`: its worst cost
-    is known from the manifest before it is sent."""
+    is known from the manifest before it is sent. Exactly one of `inputs`, `texts` (rows of one
+    text, or of two) and `image` (the bytes of a PNG or JPEG, one row) is set."""
 
     request_id: str
-    inputs: list[Tensor]
+    inputs: list[Tensor] | None = None
+    texts: list[list[str]] | None = None
+    image: bytes | None = None
+    fairness_key: str = ""
 
 
 class Embed(Message, frozen=True):
@@ -205,7 +231,7 @@ class Fatal(Message, frozen=True):
     error: WireError
 
 
-ToBuild = Build
-FromBuild = Progress | Built | BuildFailed
+ToBuild = Build | Optimise
+FromBuild = Progress | Built | Optimised | BuildFailed
 ToWorker = Serve | Generate | Embed | Start | Cancel | Predict | Drain
 FromWorker = Ready | Prepared | Step | Predicted | Embedded | Failed | Stats | Fatal

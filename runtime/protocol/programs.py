@@ -7,6 +7,26 @@ from runtime.protocol.frames import Wire
 Kind = Literal["decoder", "embedder", "tensor"]
 Batching = Literal["padded", "equal_lengths", "alone"]
 Verdict = Literal["equal", "lossy", "different", "unproved"]
+Format = Literal["huggingface", "pt2", "onnx", "torchscript"]
+# What became of a candidate: chosen; slower than the chosen one; within the margin, so that eager
+# stays; gives other answers than it may; may lose accuracy, which the owner has not allowed;
+# cannot be had on this box; failed; or was not finished in the time there was.
+Fate = Literal[
+    "chosen", "slower", "within_margin", "differs", "lossy", "unavailable", "failed", "out_of_time"
+]
+
+
+class ImageInput(Wire, frozen=True):
+    """How an encoded image (PNG or JPEG) becomes one row of an input: resized, its bytes times
+    `scale`, less `mean`, divided by `std` (per channel; empty: left out)."""
+
+    height: int
+    width: int
+    channels: int  # 1: grey, 3: red, green, blue
+    is_channels_first: bool
+    scale: float = 1 / 255
+    mean: list[float] = []
+    std: list[float] = []
 
 
 class TensorSpec(Wire, frozen=True):
@@ -17,6 +37,14 @@ class TensorSpec(Wire, frozen=True):
     shape: list[int | None]
     min_shape: list[int] | None = None
     max_shape: list[int | None] | None = None
+    # Of an input: the least and greatest value that the model is known to take.
+    minimum: float | None = None
+    maximum: float | None = None
+    # The axis along which rows of different lengths share a run: inputs are padded there with
+    # `pad_value`, outputs cut back. None: the proof has not found that harmless.
+    padded_axis: int | None = None
+    pad_value: float = 0.0
+    image: ImageInput | None = None  # of an input that takes encoded images too
 
 
 class Schema(Wire, frozen=True):
@@ -26,6 +54,35 @@ class Schema(Wire, frozen=True):
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
     is_batched: bool
+
+
+class TextInput(Wire, frozen=True):
+    """How texts become the inputs of a tensor program: its tokenizer lies in the artifact."""
+
+    max_tokens: int
+    takes_pairs: bool  # a row may be two texts, as a ranking model's are
+    token_ids: str  # the inputs' names; empty where the program has none
+    attention_mask: str = ""
+    token_type_ids: str = ""
+
+
+class InputHint(Wire, frozen=True):
+    """What an owner says of one input of a file that does not. An axis is a size, or the name of
+    a dynamic one; axes of one name have one size, and `batch` is the rows of a request."""
+
+    name: str
+    dtype: str
+    axes: list[int | str]
+    minimum: float | None = None
+    maximum: float | None = None
+
+
+class BuildHints(Wire, frozen=True):
+    """What an owner says of an upload, beyond the file. `accepts_loss`: candidates that change
+    the answers measurably (int8) may win."""
+
+    inputs: list[InputHint] = []
+    accepts_loss: bool = False
 
 
 class DecoderInfo(Wire, frozen=True):
@@ -87,14 +144,19 @@ class Manifest(Wire, frozen=True):
     """`program.json` of a built artifact: what the program is and how to load it."""
 
     kind: Kind
-    format: Literal["huggingface", "pt2"]
+    format: Format
     num_parameters: int
     weight_bytes: int
-    # The candidate that is served: "eager", "fused", or, of an unpaged decoder whose rows must not
-    # share a run, "alone".
+    # The candidate that is served: "eager", a decoder's "fused", or, of an unpaged decoder whose
+    # rows must not share a run, "alone"; of tensor programs, one of `compiling.forms`.
     form: str = "eager"
+    # Where a compiled form holds: versions, CPU or GPU, threads. Elsewhere eager serves.
+    environment: str = ""
     kernels: str = ""  # the compiled CPU operators that the proof ran on, empty for torch's
     schema: Schema | None = None
+    text: TextInput | None = None  # tensor programs that take texts too
+    labels: list[str] = []  # names of the last axis of a classifier's first output
+    accepts_loss: bool = False  # as the owner said
     decoder: DecoderInfo | None = None
     embedder: EmbedderInfo | None = None
 
@@ -115,12 +177,23 @@ class Check(Wire, frozen=True):
 
 
 class CandidateReport(Wire, frozen=True):
-    """One optimised form that was measured, and why it won or lost."""
+    """One optimised form that was measured, and why it won or lost. What was not measured is
+    empty."""
 
     name: str
     is_chosen: bool
     reason: str
+    fate: Fate | None = None
+    precision: str = ""  # of its arithmetic: float32, bfloat16 ...
     p50_ms: dict[int, float] = {}  # batch size -> milliseconds
+    p99_ms: dict[int, float] = {}
+    num_runs: int = 0  # timed, at each batch size
+    rows_per_second: dict[int, float] = {}
+    memory_bytes: int | None = None  # that its process held at most while it ran
+    # The largest deviation from the program as uploaded, in multiples of what is allowed.
+    error: float | None = None
+    top_1_agreement: float | None = None  # share of rows with the same largest value, of lossy ones
+    prepare_seconds: float | None = None  # that making it took
     prefill_ms: float | None = None  # decoders: one full step of a prompt
     device_ms_max: float = 0.0  # the slowest full batch seen: bounds the hold of a request
 
@@ -137,3 +210,4 @@ class BuildReceipt(Wire, frozen=True):
     device: str
     route: str = ""
     notes: list[str] = []
+    environment: str = ""  # what the candidates were measured on, in one line

@@ -7,7 +7,7 @@ from runtime.compiling.paging.cast import cast
 from runtime.compiling.paging.signature import embedding_rows, read_decoder_signature
 from runtime.importing.exported import ExportedProgramModel
 from runtime.importing.signature import axis_bounds
-from runtime.proving.reference import widen
+from runtime.importing.widening import widen
 
 
 class ExportedOriginal:
@@ -27,7 +27,11 @@ class ExportedOriginal:
         self._logits_at = sum(leaf.spec is not None for leaf in outputs)
         length = signature.length
         self._fixed_tokens = int(length) if length.is_Integer else None  # type: ignore[arg-type]
-        self.min_tokens = axis_bounds(length, model.program)[0] if self._fixed_tokens is None else 1
+        self.min_tokens = (
+            axis_bounds(length, model.program.range_constraints)[0]
+            if self._fixed_tokens is None
+            else 1
+        )
         self.num_parameters = model.num_parameters
         rows = embedding_rows(model.program, signature)
         self.vocab_size = min([*rows, signature.vocab_size])

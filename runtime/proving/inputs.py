@@ -10,9 +10,10 @@ from collections.abc import Iterator
 import sympy
 import torch
 
-from runtime.importing.exported import ExportedProgramModel, first_line
+from runtime.importing.exported import first_line
 from runtime.importing.program import ImportFailure
 from runtime.importing.signature import Leaf, axis_bounds
+from runtime.importing.tensor_program import TensorProgram
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ class InputMaker:
     """
 
     def __init__(
-        self, model: ExportedProgramModel, sizes: dict[sympy.Expr, int], *, is_small: bool
+        self, model: TensorProgram, sizes: dict[sympy.Expr, int], *, is_small: bool
     ) -> None:
         self._leaves = [leaf for leaf in model.signature.inputs if leaf.spec]
         self._examples = model.example_inputs
@@ -66,7 +67,7 @@ class InputMaker:
         return values.to(wire_dtype)
 
 
-def find_inputs(model: ExportedProgramModel) -> list[InputMaker]:
+def find_inputs(model: TensorProgram) -> list[InputMaker]:
     """Makers whose inputs the program runs on, the likeliest kind first; more than one where a
     dynamic axis besides the batch lets sizes vary. Raises `ImportFailure` when none runs."""
     failure: Exception | None = None
@@ -91,7 +92,7 @@ def find_inputs(model: ExportedProgramModel) -> list[InputMaker]:
     ) from failure
 
 
-def _size_choices(model: ExportedProgramModel) -> Iterator[dict[sympy.Expr, int]]:
+def _size_choices(model: TensorProgram) -> Iterator[dict[sympy.Expr, int]]:
     """Sizes of every dynamic symbol: as in the examples, then larger and smaller ones."""
     bounds = {}
     sizes = {}
@@ -99,7 +100,7 @@ def _size_choices(model: ExportedProgramModel) -> Iterator[dict[sympy.Expr, int]
         for axis, expression in enumerate(leaf.axes):
             for symbol in expression.free_symbols:
                 assert isinstance(symbol, sympy.Symbol), "shapes are made of symbols"
-                bounds[symbol] = axis_bounds(symbol, model.program)
+                bounds[symbol] = axis_bounds(symbol, model.signature.ranges)
                 sizes.setdefault(symbol, _clamp(DEFAULT_SIZE, *bounds[symbol]))
             if expression.is_Symbol and model.example_inputs:
                 sizes[expression] = model.example_inputs[index].shape[axis]

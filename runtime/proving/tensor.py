@@ -9,7 +9,8 @@ from collections.abc import Callable
 import msgspec
 import torch
 
-from runtime.importing.exported import ExportedProgramModel, first_line, mutation_failure
+from runtime.importing.exported import first_line, mutation_failure
+from runtime.importing.tensor_program import TensorProgram
 from runtime.protocol import Check, Verdict
 from runtime.proving.inputs import InputMaker, find_inputs
 from runtime.proving.reference import Tolerance, find_tolerance
@@ -35,7 +36,7 @@ class TensorProof(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def prove_tensor(
-    model: ExportedProgramModel, max_batch_rows: int = 64, report: Report = lambda *_: None
+    model: TensorProgram, max_batch_rows: int = 64, report: Report = lambda *_: None
 ) -> TensorProof:
     """`report` takes a fraction and a line. Raises `ImportFailure` for a program that does not
     run, or that changes itself as it runs."""
@@ -83,18 +84,18 @@ def prove_tensor(
 # --- single runs ------------------------------------------------------------------------
 
 
-def _versions(model: ExportedProgramModel) -> dict[str, int]:
+def _versions(model: TensorProgram) -> dict[str, int]:
     """How often each tensor of the program was written to, by torch's own count."""
     return {name: tensor._version for name, tensor in model.state.items()}
 
 
-def _check_state(model: ExportedProgramModel, before: dict[str, int]) -> None:
+def _check_state(model: TensorProgram, before: dict[str, int]) -> None:
     changed = [name for name, count in _versions(model).items() if count != before[name]]
     if changed:
         raise mutation_failure(changed)
 
 
-def _check_outputs(model: ExportedProgramModel, makers: list[InputMaker]) -> Check:
+def _check_outputs(model: TensorProgram, makers: list[InputMaker]) -> Check:
     """That outputs have the shapes the schema promises, and are finite for finite inputs."""
     num_not_finite = 0
     for maker in makers:
@@ -114,7 +115,7 @@ def _check_outputs(model: ExportedProgramModel, makers: list[InputMaker]) -> Che
     return Check(name="outputs", is_equal=True, detail=detail)
 
 
-def _check_repeat(model: ExportedProgramModel, maker: InputMaker) -> Check:
+def _check_repeat(model: TensorProgram, maker: InputMaker) -> Check:
     inputs = maker.make(2)
     first, second = model.run(inputs), model.run(inputs)
     is_same = all(_same_bits(a, b) for a, b in zip(first, second, strict=True))
@@ -142,7 +143,7 @@ def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
 
 
 def _check_batches(
-    model: ExportedProgramModel, makers: list[InputMaker], largest: int, report: Report
+    model: TensorProgram, makers: list[InputMaker], largest: int, report: Report
 ) -> list[Check]:
     if largest < 2:
         return [Check(name="batch sizes", is_equal=False, detail="a run takes one row at most")]
@@ -162,7 +163,7 @@ def _check_batches(
     return checks
 
 
-def _check_sizes(model: ExportedProgramModel, maker: InputMaker, largest: int) -> list[Check]:
+def _check_sizes(model: TensorProgram, maker: InputMaker, largest: int) -> list[Check]:
     rows = maker.make(largest)
     picked = sorted({*range(min(NUM_ALONE, largest)), largest - 1})
     alone = {row: model.run(_rows(rows, [row])) for row in picked}
@@ -209,7 +210,7 @@ def _batch_check(
 
 
 def _check_neighbours(
-    model: ExportedProgramModel, rows: list[torch.Tensor], alone: Outputs, tolerance: Tolerance
+    model: TensorProgram, rows: list[torch.Tensor], alone: Outputs, tolerance: Tolerance
 ) -> Check:
     """A row beside one full of NaN: whatever adds rows up, however faintly, shows it."""
     inputs = []

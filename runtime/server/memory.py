@@ -42,7 +42,7 @@ class WaitingMemory:
 
 def predict_bytes(predict: Predict) -> int:
     """What was received, and as much again for the tensors that are made of it."""
-    return 2 * sum(len(tensor.data) for tensor in predict.inputs)
+    return 2 * sum(len(tensor.data) for tensor in predict.inputs or ())
 
 
 def text_bytes(generate: Generate) -> int:

@@ -38,7 +38,7 @@ class TensorServer(Server):
             run,
             schema,
             config.max_batch_rows,
-            config.max_wait_ms,
+            min(2.0, config.latency_target_ms),
             max_waiting=config.max_waiting,
             on_lost_device=self._lose_device,
         )
@@ -77,7 +77,7 @@ class TensorServer(Server):
         request_id = message.request_id
         try:
             prediction = await self._batcher.predict(
-                message.inputs, lambda: self._begun.add(request_id)
+                message.inputs or [], lambda: self._begun.add(request_id)
             )
             answer = Predicted(
                 request_id=request_id,

@@ -73,7 +73,7 @@ def read_decoder_signature(program: ExportedProgram) -> DecoderSignature:
         dtype=ids.dtype,
         batch=batch,
         length=length,
-        max_tokens=axis_bounds(length, program)[1],
+        max_tokens=axis_bounds(length, program.range_constraints)[1],
         vocab_size=vocab_size,
     )
 

@@ -115,7 +115,7 @@ def test_serving_settings_are_checked(serving: dict[str, int | float]) -> None:
 
 
 def test_numbers_of_replicas_are_checked() -> None:
-    assert service.check_serving({"max_wait_ms": 0, "max_batch_rows": 8})
+    assert service.check_serving({"latency_target_ms": 0, "max_batch_rows": 8})
     for number in (0, 65):
         with pytest.raises(InvalidRequest):
             service.check_num_replicas(number)

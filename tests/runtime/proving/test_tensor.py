@@ -9,7 +9,7 @@ from torch.export import Dim
 
 from runtime.importing.exported import load_exported
 from runtime.importing.program import ImportFailure
-from runtime.proving.reference import widen
+from runtime.importing.widening import widen
 from runtime.proving.tensor import TensorProof, prove_tensor
 from tests.runtime.importing.programs import (
     BATCH,
