@@ -3,6 +3,7 @@
 PYTHON ?= $(shell for p in python3.12 python3.13 python3.11 python3; do \
 	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null && echo $$p && break; done)
 TORCH ?= torch==2.13.0
+ONNXRUNTIME ?= onnxruntime==1.31.1
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -19,6 +20,7 @@ $(VENV)/.installed: pyproject.toml requirements.lock
 	@echo "Setting up .venv with $(PYTHON) (some minutes the first time)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock "$(ONNXRUNTIME)"
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock -e '.[demo,dev]'
 	@$(BIN)/python -m runtime.execution.native
 	@touch $@
