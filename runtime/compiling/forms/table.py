@@ -1,0 +1,63 @@
+"""The table of forms, and making and loading them by name."""
+
+from pathlib import Path
+
+import torch
+
+from runtime.compiling.forms.eager import Eager
+from runtime.compiling.forms.form import Family, Form, FormFailure, Loading, Making, Run
+from runtime.importing.exported import first_line
+from runtime.importing.tensor_program import TensorProgram
+
+# In the order in which they are tried.
+_TABLE: list[tuple[Form, Family]] = [
+    (Form("eager"), Eager()),
+]
+FORMS: list[Form] = [form for form, _ in _TABLE]
+_FAMILIES = {form.name: (form, family) for form, family in _TABLE}
+
+
+def forms_for(program: TensorProgram, device: str) -> list[Form]:
+    """Those that make sense for this program on this kind of device, eager first. Whether the box
+    can have them is `unavailable`'s question."""
+    return [form for form, family in _TABLE if family.suits(program, device)]
+
+
+def unavailable(form: Form, device: str) -> str | None:
+    """Why this box cannot have the form, in one plain sentence; None if it can."""
+    return _FAMILIES[form.name][1].unavailable(form, device)
+
+
+def make_form(
+    form: Form,
+    program: TensorProgram,
+    directory: Path,
+    *,
+    max_rows: int,
+    calibration: list[list[torch.Tensor]],
+    num_threads: int,
+) -> None:
+    """Write what a worker loads into `directory`, which is empty. `calibration` are inputs the
+    program is known to take, of at most `max_rows` rows. Raises `FormFailure`."""
+    making = Making(form, program, directory, max_rows, calibration, num_threads)
+    try:
+        _FAMILIES[form.name][1].make(making)
+    except FormFailure:
+        raise
+    except Exception as error:  # compilers raise anything, on graphs of strangers
+        raise FormFailure(f"{form.name} cannot be made: {first_line(error)}.") from error
+
+
+def load_form(
+    name: str, program: TensorProgram, directory: Path, *, device: str, num_threads: int
+) -> Run:
+    """The form that `make_form` wrote into `directory`. Raises `FormFailure`."""
+    if name not in _FAMILIES:
+        raise FormFailure(f"This release has no form called {name!r}.")
+    form, family = _FAMILIES[name]
+    try:
+        return family.load(Loading(form, program, directory, device, num_threads))
+    except FormFailure:
+        raise
+    except Exception as error:  # whatever a damaged file brings about
+        raise FormFailure(f"{name} cannot be loaded: {first_line(error)}.") from error
