@@ -160,12 +160,11 @@ def _run_phases(build: Build, reporter: Reporter, scratch: Path, isolation: str)
         report(0.0, "reading the upload")
         import torch
 
-        from runtime.importing.archive import unpack
+        from runtime.importing.archive import TITLES, unpack
 
         torch.set_num_threads(build.num_threads)
         upload = unpack(Path(build.upload_path), scratch)
-        names = {"pt2": "an exported program (.pt2)", "huggingface": "a Hugging Face directory"}
-        report(1.0, f"found {names[upload.kind]}")
+        report(1.0, f"found {TITLES[upload.kind]}")
     from runtime.building.kinds import build_program
 
     outcome = build_program(upload, scratch, reporter)

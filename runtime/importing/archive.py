@@ -43,15 +43,24 @@ _DAMAGE = (
     *(EOFError, NotImplementedError, UnicodeDecodeError),
 )
 
+TITLES = {
+    "huggingface": "a Hugging Face directory",
+    "pt2": "an exported program (.pt2)",
+    "onnx": "an ONNX model",
+    "torchscript": "a TorchScript program",
+}
+
 
 class UnpackedUpload(msgspec.Struct, frozen=True, kw_only=True):
-    """`path` is the Hugging Face directory, or the `.pt2` file. `beside` are the names of the
-    files that came with a `.pt2`; a tokenizer among them is in `text_directory`."""
+    """`path` is the Hugging Face directory, or the program's file. `beside` are the names of the
+    files that came with a program and are no part of it; a tokenizer among them is in
+    `text_directory`, and `examples` is the `examples.npz` of inputs by name."""
 
-    kind: Literal["huggingface", "pt2"]
+    kind: Literal["huggingface", "pt2", "onnx", "torchscript"]
     path: Path
     beside: list[str] = []
     text_directory: Path | None = None
+    examples: Path | None = None
 
 
 def unpack(path: Path, directory: Path, max_bytes: int = MAX_UNPACKED_BYTES) -> UnpackedUpload:

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import torch
 
-from runtime.compiling.packaging import PROGRAM_NAME
-from runtime.importing.exported import load_exported
+from runtime.compiling.programs import load_program
 from runtime.protocol import Manifest, Ready, Serve, TensorSpec
 from runtime.server.tensor import TensorServer
 from runtime.starting.memory import settled_bytes
@@ -16,7 +15,7 @@ logger = logging.getLogger("runtime.worker")
 
 def load_tensor(config: Serve, manifest: Manifest) -> tuple[TensorServer, Ready]:
     """A tensor program, after one run on zeros."""
-    model = load_exported(Path(config.artifact_dir) / PROGRAM_NAME, config.device)
+    model = load_program(Path(config.artifact_dir), manifest, config.device)
     # The manifest's: the build may have found that rows must not share a run.
     schema = manifest.schema or model.schema
 

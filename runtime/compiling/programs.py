@@ -1,0 +1,23 @@
+"""Loads an artifact's tensor program in its uploaded form, whatever its format.
+
+The one table of formats on the worker's side; each format's loader lies with its importing.
+"""
+
+from pathlib import Path
+
+from runtime.compiling.packaging import PROGRAM_NAME
+from runtime.importing.program import ImportFailure
+from runtime.importing.tensor_program import TensorProgram
+from runtime.protocol import Manifest
+
+
+def load_program(artifact_dir: Path, manifest: Manifest, device: str = "cpu") -> TensorProgram:
+    """The program that a build packaged. Raises `ImportFailure` when it cannot be loaded."""
+    # Imported late: a worker needs one format's libraries.
+    if manifest.format == "pt2":
+        from runtime.importing.exported import load_exported
+
+        return load_exported(artifact_dir / PROGRAM_NAME, device)
+    raise ImportFailure(
+        "format", f"The artifact's format, {manifest.format!r}, is none of a tensor program."
+    )
