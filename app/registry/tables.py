@@ -10,6 +10,7 @@ from app.core.database import Base, one_of
 
 UPLOAD_STATUSES = ("receiving", "complete", "expired")
 VERSION_STATUSES = ("queued", "building", "ready", "failed", "cancelled")
+OPTIMISATION_STATUSES = ("queued", "running", "done", "failed", "cancelled")
 
 
 class Upload(Base):
@@ -48,7 +49,7 @@ class Model(Base):
 class ModelVersion(Base):
     """One immutable upload of a model, and what its build made of it.
 
-    `manifest` and `receipt` are the wire structs of the same names, as JSON. `phase`,
+    `manifest`, `receipt` and `hints` (`BuildHints`) are the wire structs, as JSON. `phase`,
     `progress_permille` and `phase_detail` show a running build.
     """
 
@@ -65,6 +66,7 @@ class ModelVersion(Base):
     filename: Mapped[str] = mapped_column(String(255))
     upload_bytes: Mapped[int] = mapped_column(BigInteger)
     sha256: Mapped[str] = mapped_column(String(64))
+    hints: Mapped[dict[str, Any] | None]
     status: Mapped[str] = mapped_column(String(16), index=True)
     phase: Mapped[str] = mapped_column(String(40), default="")
     phase_detail: Mapped[str] = mapped_column(Text, default="")
@@ -75,6 +77,40 @@ class ModelVersion(Base):
     manifest: Mapped[dict[str, Any] | None]
     receipt: Mapped[dict[str, Any] | None]
     created_at: Mapped[datetime]
+    finished_at: Mapped[datetime | None]
+
+
+class Optimisation(Base):
+    """One attempt to find a faster form of a version. The version carries the result that serves.
+
+    `artifact_id`, `manifest` and `receipt` are the result, which other versions of the same
+    `cache_key` reuse; no artifact: what was built is the fastest. The columns `base_*` are what
+    served before, kept to go back to until the result has answered.
+    """
+
+    __tablename__ = "optimisation"
+    __table_args__ = (CheckConstraint(one_of("status", OPTIMISATION_STATUSES), name="status"),)
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    version_id: Mapped[str] = mapped_column(
+        ForeignKey("model_version.id", ondelete="CASCADE"), index=True
+    )
+    cause: Mapped[str] = mapped_column(String(16))  # built, asked, environment
+    cache_key: Mapped[str | None] = mapped_column(String(64), index=True)
+    status: Mapped[str] = mapped_column(String(16), index=True)
+    phase: Mapped[str] = mapped_column(String(40), default="")
+    phase_detail: Mapped[str] = mapped_column(Text, default="")
+    progress_permille: Mapped[int] = mapped_column(default=0)
+    error_code: Mapped[str | None] = mapped_column(String(64))
+    error_message: Mapped[str | None] = mapped_column(Text)
+    artifact_id: Mapped[str | None] = mapped_column(ForeignKey("artifact.id"))
+    manifest: Mapped[dict[str, Any] | None]
+    receipt: Mapped[dict[str, Any] | None]
+    base_artifact_id: Mapped[str | None] = mapped_column(ForeignKey("artifact.id"))
+    base_manifest: Mapped[dict[str, Any] | None]
+    base_receipt: Mapped[dict[str, Any] | None]
+    created_at: Mapped[datetime]
+    started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
 
 
