@@ -17,7 +17,7 @@ from app.api.request_ids import exception_handlers, new_request_id
 from app.api.streaming import CancelledOnDisconnect
 from app.core.errors import InvalidRequest
 from app.metering.records import Usage
-from runtime.protocol import Predicted, Schema, Tensor
+from runtime.protocol import Predict, Predicted, Schema, Tensor
 
 AnyRequest = Request[Any, Any, Any]
 T = TypeVar("T")
@@ -76,7 +76,8 @@ async def predict(request: AnyRequest, name: FromPath[str]) -> ASGIResponse:
         route="/models/predict",
         request_id=request_id,
     )
-    prediction = relay.predict(call, inputs)
+    sent = Predict(request_id=request_id, inputs=inputs, fairness_key=principal.organization_id)
+    prediction = relay.predict(call, sent)
     with CancelledOnDisconnect(request.receive, prediction):
         predicted, usage = await prediction
     return await _answer(request, predicted, usage)

@@ -33,7 +33,7 @@ from app.core.ids import new_id
 from app.metering.journal import Journal
 from app.metering.records import AdmitRecord, FinishRecord, Outcome, Tally, Usage, use_of
 from app.organizations.principal import Principal
-from runtime.protocol import Embed, Embedded, Generate, Predict, Predicted, ServiceClass, Tensor
+from runtime.protocol import Embed, Embedded, Generate, Predict, Predicted, ServiceClass
 
 if TYPE_CHECKING:
     from app.deployments.replica import Target
@@ -233,15 +233,15 @@ class Relay:
 
     # --- tensor programs ------------------------------------------------------------------
 
-    def predict(self, call: Call, inputs: list[Tensor]) -> Prediction:
+    def predict(self, call: Call, request: Predict) -> Prediction:
         """What is returned, awaited, gives the outputs and what they cost in device time."""
         prediction = Prediction(call.request_id, call.target.link)
-        prediction.answer = self._own(self._predict(prediction, call, inputs))
+        prediction.answer = self._own(self._predict(prediction, call, request))
         return prediction
 
-    async def _predict(self, prediction: Prediction, call: Call, inputs: list[Tensor]) -> Answer:
+    async def _predict(self, prediction: Prediction, call: Call, request: Predict) -> Answer:
         rates = self._prices.rates(call.target.endpoint_name, call.service_class)
-        max_device_ms = _max_device_ms(call.target, inputs)
+        max_device_ms = _max_device_ms(call.target, request)
         await self._hold(call, tensor_worst_case(rates, max_device_ms))
         if prediction.is_cancelled:
             self._accounts.void(call.request_id)
@@ -249,7 +249,7 @@ class Relay:
         tally = Tally(call.admit_record(rates, max_device_ms=max_device_ms))
         self._journal.admit(tally.admitted)
         try:
-            predicted = await self._predict_in_time(call, inputs)
+            predicted = await self._predict_in_time(call, request)
             tally.device_ns = predicted.device_ns
             record = FinishRecord(
                 call.request_id, time.time_ns(), "completed", "stop", predicted.device_ns
@@ -269,12 +269,10 @@ class Relay:
         self._accounts.settle(rate(usage, rates))
         return predicted, usage
 
-    async def _predict_in_time(self, call: Call, inputs: list[Tensor]) -> Predicted:
+    async def _predict_in_time(self, call: Call, request: Predict) -> Predicted:
         try:
             async with asyncio.timeout(self._timeout_seconds):
-                return await call.target.link.predict(
-                    Predict(request_id=call.request_id, inputs=inputs)
-                )
+                return await call.target.link.predict(request)
         except TimeoutError:
             raise timed_out(self._timeout_seconds) from None
 
@@ -358,11 +356,15 @@ class Relay:
         self._accounts.settle(rate(tally.usage(outcome, reason, at_ns), rates))
 
 
-def _max_device_ms(target: "Target", inputs: list[Tensor]) -> int:
+def _max_device_ms(target: "Target", request: Predict) -> int:
     """Device time to hold: that of as many of the build's slowest batches as the rows fill."""
     chosen = [candidate for candidate in target.receipt.candidates if candidate.is_chosen]
     slowest_ms = max((candidate.device_ms_max for candidate in chosen), default=0.0)
     largest = max((size for candidate in chosen for size in candidate.p50_ms), default=1)
     schema = target.manifest.schema
-    num_rows = inputs[0].shape[0] if schema is not None and schema.is_batched and inputs else 1
+    num_rows = 1
+    if request.texts is not None:
+        num_rows = len(request.texts)
+    elif request.inputs and schema is not None and schema.is_batched:
+        num_rows = request.inputs[0].shape[0]
     return held_device_ms(slowest_ms) * max(1, math.ceil(num_rows / largest))
