@@ -19,21 +19,17 @@ import statistics
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from app.cli.workloads import Endpoint, Result, Shape, Workloads
+from benchmarks.processes import Server, running
 
 VOCAB_SIZE = 49_152
 TAPEOUT = str(Path(sys.executable).with_name("tapeout"))
 KEY = "tp-benchmark-0123456789"
 NAME = "llama-135m"
 PORTS = {"tapeout": 8711, "vllm": 8712}
-START_SECONDS = 900.0
 
 
 def make_model(directory: Path) -> None:
@@ -67,72 +63,8 @@ def make_model(directory: Path) -> None:
     ).save_pretrained(directory)
 
 
-@dataclass
-class Server:
-    """One of the two, with all its processes."""
-
-    name: str
-    process: subprocess.Popen[bytes]
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{PORTS[self.name]}"
-
-    def signal(self, number: signal.Signals) -> None:
-        """To the server and every process it started, directly or not."""
-        for pid in descendants(self.process.pid):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
-
-    def wait_until_healthy(self) -> None:
-        deadline = time.monotonic() + START_SECONDS
-        path = {"tapeout": "/healthz", "vllm": "/health"}[self.name]
-        while time.monotonic() < deadline:
-            if self.process.poll() is not None:
-                raise SystemExit(f"{self.name} ended while it started; see its log")
-            with contextlib.suppress(urllib.error.URLError, OSError):
-                urllib.request.urlopen(self.url + path, timeout=5).close()  # noqa: S310
-                return
-            time.sleep(0.5)
-        raise SystemExit(f"{self.name} did not start in {START_SECONDS:.0f} s")
-
-
-def descendants(pid: int) -> list[int]:
-    """The process and all below it, as they are now."""
-    parents: dict[int, int] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-    found = [pid]
-    for parent in found:
-        found += [child for child, its_parent in parents.items() if its_parent == parent]
-    return found
-
-
-@contextlib.contextmanager
-def running(
-    name: str, command: list[str], log: Path, environment: dict[str, str]
-) -> Iterator[Server]:
-    """The server, healthy; killed with all it started in the end."""
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            command,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=os.environ | environment,
-            start_new_session=True,
-        )
-    server = Server(name, process)
-    try:
-        server.wait_until_healthy()
-        yield server
-    finally:
-        server.signal(signal.SIGCONT)
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(30)
-        server.signal(signal.SIGKILL)
-        process.wait()
+def url(name: str) -> str:
+    return f"http://127.0.0.1:{PORTS[name]}"
 
 
 def tapeout_command(work_dir: Path) -> tuple[list[str], dict[str, str]]:
@@ -239,13 +171,15 @@ def main() -> None:
         make_model(model_dir)
     with contextlib.ExitStack() as stack:
         command, environment = tapeout_command(work_dir)
-        tapeout = running("tapeout", command, work_dir / "tapeout.log", environment)
+        log = work_dir / "tapeout.log"
+        tapeout = running("tapeout", command, url("tapeout"), "/healthz", log, environment)
         servers = [stack.enter_context(tapeout)]
         push(servers[0].url, model_dir)
         if arguments.vllm:
             servers[0].signal(signal.SIGSTOP)
             command, environment = vllm_command(arguments.vllm, model_dir)
-            vllm = running("vllm", command, work_dir / "vllm.log", environment)
+            log = work_dir / "vllm.log"
+            vllm = running("vllm", command, url("vllm"), "/health", log, environment)
             servers.append(stack.enter_context(vllm))
         results = asyncio.run(run_rounds(servers, arguments.rounds))
         print_results(results, [server.name for server in servers])
