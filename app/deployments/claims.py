@@ -28,7 +28,8 @@ NO_PARAMETERS = 64  # what a template writes where a tool has none
 CLOCK_SLACK_NS = 10_000_000
 MAX_MESSAGE_CHARS = 2_000
 MAX_TOKEN_CHARS = 1_024  # of text per token; the longest of known vocabularies have a few hundred
-RETRY_SECONDS = 1
+RETRY_SECONDS = 1  # where the worker names no time
+MAX_RETRY_SECONDS = 60
 
 _ITEM_BYTES = {
     **dict.fromkeys(("bool", "int8", "uint8"), 1),
@@ -62,8 +63,16 @@ def failure_of(error: WireError) -> RuntimeFailure:
         code=clean_text(error.code, 64),
         param=None if error.param is None else clean_text(error.param, 200),
     )
-    failure.retry_after_seconds = RETRY_SECONDS if status in (429, 503) else None
+    if status in (429, 503):
+        failure.retry_after_seconds = _retry_seconds(error.retry_after_seconds)
     return failure
+
+
+def _retry_seconds(claimed: float | None) -> int:
+    """Whole seconds, at least one, of what a worker says of its queue; NaN counts as nothing."""
+    if claimed is None or not claimed > RETRY_SECONDS:
+        return RETRY_SECONDS
+    return math.ceil(min(claimed, MAX_RETRY_SECONDS))
 
 
 def max_prompt_tokens(request: Generate, decoder: DecoderInfo) -> int:
