@@ -7,13 +7,14 @@ import msgspec
 
 from runtime.building.outcome import Outcome
 from runtime.building.reporter import Reporter
-from runtime.compiling.candidates import measure_candidates
 from runtime.compiling.packaging import add_program
 from runtime.importing.archive import UnpackedUpload
+from runtime.importing.image_inputs import with_image
 from runtime.importing.signature import describe_schema
 from runtime.importing.tensor_program import TensorProgram
 from runtime.protocol import Format, Manifest
 from runtime.proving.tensor import prove_tensor
+from runtime.proving.tensor_speed import measure_tensor
 
 MAX_BATCH_ROWS = 128  # of a run, as `Serve.max_batch_rows`
 
@@ -40,13 +41,13 @@ def build_tensor(
             proof = prove_tensor(model, MAX_BATCH_ROWS, report)
     with reporter.phase("measure") as report:
         make_inputs = proof.makers[0].make
-        candidates = measure_candidates(model, make_inputs, proof.max_rows, report)
+        candidates = measure_tensor(model.run, make_inputs, proof.max_rows, report)
     manifest = Manifest(
         kind="tensor",
         format=format,
         num_parameters=model.num_parameters,
         weight_bytes=model.weight_bytes,
-        schema=msgspec.structs.replace(model.schema, is_batched=proof.is_batched),
+        schema=with_image(msgspec.structs.replace(model.schema, is_batched=proof.is_batched)),
     )
 
     def package(artifact_dir: Path) -> list[str]:

@@ -1,1 +1,1 @@
-"""From a proven program to the files a worker loads: candidates and packaging."""
+"""From a proven program to the files a worker loads: forms and packaging."""

@@ -10,6 +10,7 @@ import torch
 Run = Callable[[list[torch.Tensor]], list[torch.Tensor]]
 MakeInputs = Callable[[int], list[torch.Tensor]]
 
+MARGIN = 1.05  # how many times faster than eager a form must be to be served instead
 WARMUP_RUNS = 2
 MIN_RUNS = 3
 MAX_RUNS = 30

@@ -9,8 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from runtime.cache.pool import KvPool
-from runtime.compiling.candidates import MARGIN
-from runtime.compiling.measuring import MAX_RUNS, WARMUP_RUNS, Timing, measure
+from runtime.compiling.measuring import MARGIN, MAX_RUNS, WARMUP_RUNS, Timing, measure
 from runtime.execution.attention import choose_backend
 from runtime.execution.runner import Runner
 from runtime.execution.whole import WholeModel
