@@ -18,7 +18,8 @@ Fate = Literal[
 
 class ImageInput(Wire, frozen=True):
     """How an encoded image (PNG or JPEG) becomes one row of an input: resized, its bytes times
-    `scale`, less `mean`, divided by `std` (per channel; empty: left out)."""
+    `scale`, less `mean`, divided by `std` (per channel; empty: left out). Integer inputs take the
+    bytes as they are."""
 
     height: int
     width: int
@@ -27,6 +28,9 @@ class ImageInput(Wire, frozen=True):
     scale: float = 1 / 255
     mean: list[float] = []
     std: list[float] = []
+    resample: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
+    # The shorter side is resized to it and the middle cut out; 0: the whole image is stretched.
+    shortest_edge: int = 0
 
 
 class TensorSpec(Wire, frozen=True):
@@ -75,6 +79,28 @@ class InputHint(Wire, frozen=True):
     axes: list[int | str]
     minimum: float | None = None
     maximum: float | None = None
+    # Of named axes: the least and greatest size, None for any.
+    bounds: dict[str, tuple[int, int | None]] = {}
+
+    @property
+    def text(self) -> str:
+        """As its owner would write it: `ids: int64[batch, 2<=tokens<=512] in 0..30521`."""
+        axes = ", ".join(_show_axis(axis, self.bounds) for axis in self.axes)
+        values = ""
+        if self.minimum is not None and self.maximum is not None:
+            values = f" in {_show_number(self.minimum)}..{_show_number(self.maximum)}"
+        return f"{self.name}: {self.dtype}[{axes}]{values}"
+
+
+def _show_axis(axis: int | str, bounds: dict[str, tuple[int, int | None]]) -> str:
+    least, most = bounds.get(str(axis), (1, None))
+    before = f"{least}<=" if least > 1 else ""
+    after = f"<={most}" if most is not None else ""
+    return f"{before}{axis}{after}"
+
+
+def _show_number(value: float) -> str:
+    return str(int(value)) if value == int(value) and abs(value) < 2**53 else repr(value)
 
 
 class BuildHints(Wire, frozen=True):
@@ -83,6 +109,8 @@ class BuildHints(Wire, frozen=True):
 
     inputs: list[InputHint] = []
     accepts_loss: bool = False
+    # `inputs` were said of an earlier version: where they do not fit, they are left aside.
+    is_remembered: bool = False
 
 
 class DecoderInfo(Wire, frozen=True):

@@ -5,7 +5,7 @@ Owns the bound and the count by request. Does not own the bound on their number,
 
 import sys
 
-from runtime.protocol import Generate, Predict
+from runtime.protocol import Generate
 
 MAX_WAITING_BYTES = 512 * 1024 * 1024
 
@@ -38,11 +38,6 @@ class WaitingMemory:
     def release(self, request_id: str) -> None:
         """The request is answered. Idempotent."""
         self._total -= self._bytes.pop(request_id, 0)
-
-
-def predict_bytes(predict: Predict) -> int:
-    """What was received, and as much again for the tensors that are made of it."""
-    return 2 * sum(len(tensor.data) for tensor in predict.inputs or ())
 
 
 def text_bytes(generate: Generate) -> int:

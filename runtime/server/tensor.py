@@ -26,14 +26,18 @@ from runtime.server.connection import (
     server_error,
     wire_error,
 )
-from runtime.server.memory import WaitingMemory, predict_bytes
+from runtime.server.memory import WaitingMemory
+from runtime.server.tensor_inputs import TensorInputs, TextRows
 
 
 class TensorServer(Server):
     """Predictions. `run` takes and returns tensors in the schema's order, on a thread of its
-    own, one call at a time."""
+    own, one call at a time; `text_rows` makes inputs of texts, where the model takes them."""
 
-    def __init__(self, run: Run, schema: Schema, config: Serve) -> None:
+    def __init__(
+        self, run: Run, schema: Schema, config: Serve, text_rows: TextRows | None = None
+    ) -> None:
+        self._inputs = TensorInputs(schema, text_rows)
         self._batcher = Batcher(
             run,
             schema,
@@ -68,7 +72,7 @@ class TensorServer(Server):
             self.refuse_draining(request_id)
             return
         is_full = len(self._tasks) >= self._max_requests
-        if is_full or not self._memory.hold(request_id, predict_bytes(message)):
+        if is_full or not self._memory.hold(request_id, self._inputs.num_bytes(message)):
             self.refuse(request_id, queue_full())
         else:
             self._tasks[request_id] = asyncio.create_task(self._predict(message))
@@ -76,9 +80,8 @@ class TensorServer(Server):
     async def _predict(self, message: Predict) -> None:
         request_id = message.request_id
         try:
-            prediction = await self._batcher.predict(
-                message.inputs or [], lambda: self._begun.add(request_id)
-            )
+            tensors = await self._inputs.tensors_of(message)
+            prediction = await self._batcher.predict(tensors, lambda: self._begun.add(request_id))
             answer = Predicted(
                 request_id=request_id,
                 outputs=prediction.outputs,
@@ -134,3 +137,4 @@ class TensorServer(Server):
     def close(self) -> None:
         for task in self._tasks.values():
             task.cancel()
+        self._inputs.close()
