@@ -1,16 +1,20 @@
 """A tensor program's requests over a stream, with programs that do what each test needs."""
 
 import asyncio
+import io
 import threading
 
 import pytest
 import torch
+from PIL import Image
 
 from runtime.protocol import (
     Cancel,
     Drain,
+    Failed,
     Fatal,
     Generate,
+    ImageInput,
     Predict,
     Predicted,
     SamplingParams,
@@ -212,3 +216,42 @@ async def test_a_peer_that_goes_leaves_nothing_behind() -> None:
         peer.send(predict("a", 1, 1), predict("b", 1, 1))
         await peer.writer.drain()
     program.may_run.set()
+
+
+async def test_an_image_is_one_row() -> None:
+    file = io.BytesIO()
+    Image.new("L", (16, 16), 255).save(file, "PNG")
+    image = ImageInput(height=8, width=8, channels=1, is_channels_first=True)
+    schema = Schema(
+        inputs=[TensorSpec(name="x", dtype="float32", shape=[None, 1, 8, 8], image=image)],
+        outputs=[TensorSpec(name="y", dtype="float32", shape=[None])],
+        is_batched=True,
+    )
+    server = TensorServer(lambda x: [x[0].sum((1, 2, 3))], schema, Serve(artifact_dir="/"))
+    async with Stream(server) as peer:
+        peer.send(Predict(request_id="white", image=file.getvalue()))
+        (sums,) = (await peer.expect(Predicted)).outputs
+        assert torch.frombuffer(bytearray(sums.data), dtype=torch.float32).tolist() == [64.0]
+        peer.send(Predict(request_id="torn", image=file.getvalue()[:40]))
+        assert (await peer.expect(Failed)).error.code == "unreadable_image"
+        peer.send(Predict(request_id="text", texts=[["a"]]))
+        assert (await peer.expect(Failed)).error.code == "wrong_kind_of_input"
+        assert server.num_requests == 0
+
+
+async def test_texts_are_tokenised_beside_the_loop() -> None:
+    def rows(texts: list[list[str]]) -> list[Tensor]:
+        assert threading.current_thread() is not threading.main_thread()
+        values = torch.tensor([[float(len(word)) for word in row] for row in texts])
+        return [
+            Tensor(
+                name="x", dtype="float32", shape=list(values.shape), data=values.numpy().tobytes()
+            )
+        ]
+
+    server = TensorServer(Program().run, SCHEMA, Serve(artifact_dir="/"), rows)
+    async with Stream(server) as peer:
+        peer.send(Predict(request_id="pairs", texts=[["a", "bcd"], ["ef", ""]]))
+        (output,) = (await peer.expect(Predicted)).outputs
+        values = torch.frombuffer(bytearray(output.data), dtype=torch.float32)
+        assert values.tolist() == [2.0, 6.0, 4.0, 0.0]
