@@ -12,6 +12,14 @@ import torch
 from runtime.importing.exported import first_line, mutation_failure
 from runtime.importing.tensor_program import TensorProgram
 from runtime.protocol import Check, Verdict
+from runtime.proving.comparing import (
+    Outputs,
+    compare,
+    finite,
+    is_logits,
+    same_bits,
+    take_rows,
+)
 from runtime.proving.inputs import InputMaker, find_inputs
 from runtime.proving.reference import Tolerance, find_tolerance
 
@@ -19,7 +27,6 @@ logger = logging.getLogger(__name__)
 
 NUM_ALONE = 4  # rows whose answers alone are what the batched ones are compared with
 
-Outputs = list[torch.Tensor]
 Report = Callable[[float, str], None]
 
 
@@ -118,24 +125,17 @@ def _check_outputs(model: TensorProgram, makers: list[InputMaker]) -> Check:
 def _check_repeat(model: TensorProgram, maker: InputMaker) -> Check:
     inputs = maker.make(2)
     first, second = model.run(inputs), model.run(inputs)
-    is_same = all(_same_bits(a, b) for a, b in zip(first, second, strict=True))
+    is_same = all(same_bits(a, b) for a, b in zip(first, second, strict=True))
     if is_same:
         return Check(name="repeat", is_equal=True, detail="two runs on one input agree bit for bit")
     tolerance = find_tolerance(model, [inputs], [first], has_reference=False)
-    error, is_equal = _compare(first, second, tolerance)
+    error, is_equal = compare(first, second, tolerance)
     return Check(
         name="repeat",
         is_equal=is_equal,
         detail="two runs on one input; error in multiples of what is allowed",
-        error=_finite(error),
+        error=finite(error),
         tolerance=1.0,
-    )
-
-
-def _same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
-    return torch.equal(
-        left.contiguous().reshape(-1).view(torch.uint8),
-        right.contiguous().reshape(-1).view(torch.uint8),
     )
 
 
@@ -166,9 +166,9 @@ def _check_batches(
 def _check_sizes(model: TensorProgram, maker: InputMaker, largest: int) -> list[Check]:
     rows = maker.make(largest)
     picked = sorted({*range(min(NUM_ALONE, largest)), largest - 1})
-    alone = {row: model.run(_rows(rows, [row])) for row in picked}
+    alone = {row: model.run(take_rows(rows, [row])) for row in picked}
     tolerance = find_tolerance(
-        model, [_rows(rows, [row]) for row in picked], [alone[row] for row in picked]
+        model, [take_rows(rows, [row]) for row in picked], [alone[row] for row in picked]
     )
     checks = [_noise_check(tolerance)]
     together: Outputs = []
@@ -177,7 +177,7 @@ def _check_sizes(model: TensorProgram, maker: InputMaker, largest: int) -> list[
         compared = {row: answer for row, answer in alone.items() if row < size}
         checks.append(_batch_check(f"batch of {size}", compared, together, tolerance))
     checks.append(_check_neighbours(model, rows, alone[0], tolerance))
-    if logits := [index for index, output in enumerate(alone[0]) if _is_logits(output)]:
+    if logits := [index for index, output in enumerate(alone[0]) if is_logits(output)]:
         checks.append(_top_1_check(alone, together, logits, tolerance))
     return checks
 
@@ -199,12 +199,14 @@ def _noise_check(tolerance: Tolerance) -> Check:
 def _batch_check(
     name: str, alone: dict[int, Outputs], together: Outputs, tolerance: Tolerance
 ) -> Check:
-    pairs = [_compare(answer, _rows(together, [row]), tolerance) for row, answer in alone.items()]
+    pairs = [
+        compare(answer, take_rows(together, [row]), tolerance) for row, answer in alone.items()
+    ]
     return Check(
         name=name,
         is_equal=all(is_equal for _, is_equal in pairs),
         detail=f"{len(pairs)} rows against themselves alone; error in multiples of what is allowed",
-        error=_finite(max(error for error, _ in pairs)),
+        error=finite(max(error for error, _ in pairs)),
         tolerance=1.0,
     )
 
@@ -220,12 +222,12 @@ def _check_neighbours(
             neighbour.fill_(math.nan)
         inputs.append(torch.cat([tensor[:1], neighbour]))
     has_nan = any(tensor.is_floating_point() or tensor.is_complex() for tensor in rows)
-    error, is_equal = _compare(alone, _rows(model.run(inputs), [0]), tolerance)
+    error, is_equal = compare(alone, take_rows(model.run(inputs), [0]), tolerance)
     return Check(
         name="neighbours",
         is_equal=is_equal,
         detail=f"a row beside {'a row of NaN' if has_nan else 'another row'}, against it alone",
-        error=_finite(error),
+        error=finite(error),
         tolerance=1.0,
     )
 
@@ -248,34 +250,3 @@ def _top_1_check(
         is_equal=num_agreed == num_clear,
         detail=f"{num_agreed} of {num_clear} clear largest values agree",
     )
-
-
-def _is_logits(output: torch.Tensor) -> bool:
-    return output.is_floating_point() and output.dim() >= 2 and output.shape[-1] >= 2
-
-
-def _rows(tensors: list[torch.Tensor], picked: list[int]) -> list[torch.Tensor]:
-    return [tensor[picked] for tensor in tensors]
-
-
-def _finite(error: float) -> float | None:
-    return error if math.isfinite(error) else None
-
-
-def _compare(expected: Outputs, actual: Outputs, tolerance: Tolerance) -> tuple[float, bool]:
-    """The largest error as a multiple of what is allowed, and whether all is within. NaN equals
-    NaN and infinity itself; a NaN on one side alone is an infinite error."""
-    worst = 0.0
-    for left, right, allowed in zip(expected, actual, tolerance.allowed, strict=True):
-        if left.shape != right.shape:
-            return math.inf, False
-        if not (left.is_floating_point() or left.is_complex()):
-            worst = max(worst, 0.0 if torch.equal(left, right) else math.inf)
-            continue
-        is_same = (left == right) | (left.isnan() & right.isnan())
-        error = torch.where(is_same, torch.zeros_like(left), left - right).abs().double()
-        error = error.nan_to_num(nan=math.inf)
-        largest = float(error.max()) if error.numel() else 0.0
-        if largest:
-            worst = max(worst, largest / allowed if allowed else math.inf)
-    return worst, worst <= 1.0
