@@ -67,10 +67,13 @@ def running(
         yield server
     finally:
         server.signal(signal.SIGCONT)
+        started = descendants(process.pid)  # some outlive the first of them
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(30)
-        server.signal(signal.SIGKILL)
+        for pid in started:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         process.wait()
 
 

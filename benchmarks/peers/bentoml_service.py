@@ -14,7 +14,7 @@ import torch
 from litserve_server import NUM_THREADS, dtype_of, load, padded
 
 MAX_BATCH_ROWS = 32
-MAX_LATENCY_MS = 2000  # beyond it BentoML refuses requests
+MAX_LATENCY_MS = 60_000  # beyond it BentoML refuses requests
 
 
 @bentoml.service(workers=1, traffic={"timeout": 600})
