@@ -1,15 +1,15 @@
-"""The files of an unpacked model: a Hugging Face directory, or a `.pt2` with files beside it.
+"""The files of an unpacked model: a Hugging Face directory, or a program with files beside it.
 
-Collects what the members say as they pass, then judges the whole.
+Collects what the members say as they pass, then judges the directory; programs are judged in
+`programs.py`.
 """
-
-from typing import Literal
 
 import msgspec
 
 from app.core.errors import Unprocessable
 from app.registry import refusals
 from app.registry.archives import Member
+from app.registry.programs import Candidate, may_be_program
 from app.registry.safetensors import MAX_HEADER_BYTES, check_safetensors
 
 HEAD_BYTES = 512
@@ -29,18 +29,28 @@ class _Index(msgspec.Struct):
     weight_map: dict[str, str]
 
 
+class Contents(msgspec.Struct, frozen=True, kw_only=True):
+    """What lies where, by path from the directory that everything lies in. `has_model`: there is
+    a configuration with safetensors weights."""
+
+    sizes: dict[str, int]
+    candidates: list[Candidate]
+    has_model: bool
+
+
 class Directory:
     """What an archive unpacks to. `take` every member, then `conclude`."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
-        self._names: list[str] = []
+        self._sizes: dict[str, int] = {}
+        self._candidates: list[Candidate] = []
         self._contents: dict[str, bytes] = {}
 
     def take(self, member: Member) -> None:
         """Looks at one file's first bytes. Raises `Unprocessable` for what is refused anywhere in
         an archive: code, and weights that contradict their header."""
-        self._names.append(member.name)
+        self._sizes[member.name] = member.size_bytes
         base = member.name.rsplit("/", 1)[-1]
         if base.endswith(".safetensors"):
             check_safetensors(member.name, member.size_bytes, member.read)
@@ -56,42 +66,63 @@ class Directory:
                 "it if the model's class is part of transformers.",
                 code="remote_code",
             )
-        elif base.endswith(refusals.NATIVE_SUFFIXES) or refusals.is_native(member.read(HEAD_BYTES)):
-            raise refusals.native_code(f"{member.name[:120]!r} in the archive")
+        else:
+            head = member.read(HEAD_BYTES)
+            if base.endswith(refusals.NATIVE_SUFFIXES) or refusals.is_native(head):
+                raise refusals.native_code(f"{member.name[:120]!r} in the archive")
+            if may_be_program(base, head):
+                self._candidates.append(
+                    Candidate(
+                        name=member.name,
+                        size_bytes=member.size_bytes,
+                        data_at=member.data_at,
+                        head=head,
+                    )
+                )
 
-    def conclude(self, *, is_whole: bool) -> Literal["huggingface", "pt2"]:
-        """What the files are together. Raises `Unprocessable`; with `is_whole` false, only for
-        what is there, not for what is missing."""
+    def contents(self) -> Contents:
+        """What there is, once every member was taken."""
         prefix = self._root()
-        names = {name.removeprefix(prefix) for name in self._names}
-        programs = sorted(name for name in names if name.endswith(".pt2") and "/" not in name)
-        if len(programs) > 1:
-            raise Unprocessable(
-                f"The archive holds {len(programs)} .pt2 programs; upload one per model.",
-                code="several_programs",
-            )
-        if programs:
-            return "pt2"
+        sizes = {
+            name.removeprefix(prefix): size_bytes
+            for name, size_bytes in self._sizes.items()
+            if name.startswith(prefix)
+        }
+        candidates = [
+            msgspec.structs.replace(each, name=each.name.removeprefix(prefix))
+            for each in self._candidates
+            if each.name.startswith(prefix) and "/" not in each.name.removeprefix(prefix)
+        ]
+        has_config = "config.json" in sizes and any(name.endswith(".safetensors") for name in sizes)
+        return Contents(
+            sizes=sizes, candidates=candidates, has_model=has_config or MODULES_NAME in sizes
+        )
+
+    def conclude(self, *, is_whole: bool) -> None:
+        """Raises `Unprocessable` unless the files are a Hugging Face directory; with `is_whole`
+        false, only for what is there, not for what is missing."""
+        prefix = self._root()
+        names = set(self.contents().sizes)
         self._check_configs(prefix)
         if is_whole:
             _check_complete(names, _top_level(names))
             self._check_shards(prefix, names)
         self._note(names)
-        return "huggingface"
 
     def _root(self) -> str:
         """The directory that everything lies in, as `a/b/` or empty."""
         prefix = ""
+        names = list(self._sizes)
         while True:
-            first = {name.removeprefix(prefix).partition("/")[::2] for name in self._names}
+            first = {name.removeprefix(prefix).partition("/")[::2] for name in names}
             entries = {(name, bool(rest)) for name, rest in first if name != "__MACOSX"}
             if len(entries) != 1 or not next(iter(entries))[1]:
                 return prefix
             prefix += next(iter(entries))[0] + "/"
-            self._names = [name for name in self._names if name.startswith(prefix)]
+            names = [name for name in names if name.startswith(prefix)]
 
     def _check_configs(self, prefix: str) -> None:
-        if f"{prefix}adapter_config.json" in self._names:
+        if f"{prefix}adapter_config.json" in self._sizes:
             raise Unprocessable(
                 "This is an adapter (LoRA), not a whole model. Merge it and upload the result:\n"
                 '    model = model.merge_and_unload()\n    model.save_pretrained("merged")',
@@ -144,8 +175,9 @@ def _check_complete(names: set[str], top_level: list[str]) -> None:
         listing = ", ".join(name[:60] for name in top_level[:8])
         more = " ..." if len(top_level) > 8 else ""
         raise Unprocessable(
-            "The archive holds neither a .pt2 program nor a Hugging Face directory (config.json "
-            f"and *.safetensors). It holds: {listing + more or 'nothing'}.",
+            "The archive holds neither a program (.pt2, ONNX or TorchScript) nor a Hugging Face "
+            "directory (config.json and *.safetensors). It holds: "
+            f"{listing + more or 'nothing'}.",
             code="unknown_contents",
         )
     weights = [name for name in names if name.endswith(".safetensors")]

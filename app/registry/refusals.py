@@ -57,16 +57,10 @@ def describe_file(head: bytes, size_bytes: int) -> Unprocessable:
         )
     if is_native(head):
         return native_code("The file")
-    if _is_onnx(head):
-        return Unprocessable(
-            "ONNX files are not served yet. Export the PyTorch model they were made from instead:\n"
-            f"{EXPORT_LINES}",
-            code="onnx",
-        )
     return Unprocessable(
-        "The file is not recognised. Accepted are a .pt2 from torch.export.save, or a .tar, "
-        ".tar.gz or .zip of a Hugging Face directory (config.json, *.safetensors, tokenizer "
-        f"files). For a PyTorch module:\n{EXPORT_LINES}",
+        "The file is not recognised. Accepted are a .pt2 from torch.export.save, an .onnx file, "
+        "TorchScript, or a .tar, .tar.gz or .zip of a Hugging Face directory (config.json, "
+        f"*.safetensors, tokenizer files). For a PyTorch module:\n{EXPORT_LINES}",
         code="unknown_format",
     )
 
@@ -89,13 +83,6 @@ def describe_torch_zip(names: list[str]) -> Unprocessable | str | None:
     pickles = [name for name in names if name.endswith("/data.pkl")]
     if not pickles:
         return None
-    root = pickles[0].removesuffix("/data.pkl")
-    if any(name.startswith((f"{root}/code/", f"{root}/constants.pkl")) for name in names):
-        return Unprocessable(
-            "This is TorchScript, which cannot be loaded safely and is deprecated. Export the "
-            f"model that it was made from instead:\n{EXPORT_LINES}",
-            code="torchscript",
-        )
     return pickles[0]
 
 
@@ -168,8 +155,3 @@ def _is_tensor_global(name: str) -> bool:
 def _is_safetensors(head: bytes, size_bytes: int) -> bool:
     header_bytes = int.from_bytes(head[:8], "little")
     return head[8:9] == b"{" and 2 <= header_bytes <= size_bytes
-
-
-def _is_onnx(head: bytes) -> bool:
-    """A protobuf whose first fields are an ONNX model's: ir_version, then text or the graph."""
-    return re.match(rb"\x08[\x01-\x14][\x12\x1a\x3a]", head) is not None

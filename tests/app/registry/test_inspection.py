@@ -165,7 +165,6 @@ def test_bare_pickles(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "code"),
     [
-        (["m/data.pkl", "m/code/__torch__.py", "m/constants.pkl"], "torchscript"),
         (["m/.data/extern_modules", "m/model.pkl"], "torch_package"),
         (["serialized_exported_program.json", "version"], "old_export"),
     ],
@@ -184,7 +183,7 @@ def test_torch_zips_that_are_not_programs(tmp_path: Path, names: list[str], code
         (safetensors(), "bare_safetensors"),
         (b"\x7fELF\x02\x01\x01" + bytes(100), "native_code"),
         (b"GGUF" + bytes(100), "gguf"),
-        (b"\x08\x07\x12\x07pytorch\x1a\x052.1.0:" + bytes(40), "onnx"),
+        (b"\x08\x07\x12\x07pytorch\x1a\x052.1.0:" + bytes(40), "onnx_damaged"),
         (b"\xfd7zXZ\x00" + bytes(40), "compression"),
         (b"\x28\xb5\x2f\xfd" + bytes(40), "compression"),
         (b"just some text", "unknown_format"),
