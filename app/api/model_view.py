@@ -12,6 +12,7 @@ from app.deployments import service as deployments
 from app.deployments.service import EndpointState
 from app.organizations.principal import Principal
 from app.registry import service as registry
+from app.registry.input_hints import show_inputs
 from app.registry.tables import ModelVersion
 
 
@@ -26,7 +27,9 @@ class VersionState(msgspec.Struct, frozen=True, kw_only=True):
     """`status` is `queued`, `building`, `ready`, `failed` or `cancelled`; `progress` is of the
     whole build, 0 to 1. `endpoint` is the endpoint whose desired version this is. `is_serving`:
     a call to `model@number` is answered now; if not, `serving_detail` says why. `manifest` and
-    `receipt` are the build's; `notes` are what the inspection of the upload found odd."""
+    `receipt` are the build's; `notes` are what the inspection of the upload found odd. `inputs` and
+    `accepts_loss` are what its owner says of it, of which a later version inherits what it is not
+    told anew; `upload_id` builds it again."""
 
     id: str
     model: str
@@ -44,6 +47,9 @@ class VersionState(msgspec.Struct, frozen=True, kw_only=True):
     filename: str
     upload_bytes: int
     sha256: str
+    upload_id: str
+    inputs: str
+    accepts_loss: bool
     created_at: datetime
     finished_at: datetime | None
     notes: list[str] = []
@@ -109,6 +115,7 @@ def version_state(
     error = None
     if version.status in ("failed", "cancelled") and version.error_message:
         error = BuildError(version.error_code or version.status, version.error_message)
+    hints = registry.version_hints(version)
     return VersionState(
         id=version.id,
         model=name,
@@ -126,6 +133,9 @@ def version_state(
         filename=version.filename,
         upload_bytes=version.upload_bytes,
         sha256=version.sha256,
+        upload_id=version.upload_id,
+        inputs=show_inputs(hints.inputs),
+        accepts_loss=hints.accepts_loss,
         created_at=version.created_at,
         finished_at=version.finished_at,
     )

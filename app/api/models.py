@@ -23,6 +23,7 @@ from app.deployments import service as deployments
 from app.deployments.logs import build_log_name, read_log
 from app.organizations.principal import Principal
 from app.registry import service as registry
+from app.registry.input_hints import Said, read_said
 from app.registry.uploads import UploadStore
 
 AnyRequest = Request[object, object, State]
@@ -32,9 +33,14 @@ FILE_READ_BYTES = 1024**2
 
 
 class NewVersion(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A complete upload of /api/uploads."""
+    """A complete upload of /api/uploads, perhaps one that another version was built of. `inputs`
+    says what the model takes where its file does not, one input per line, as in
+    `image: float32[batch, 3, 224, 224] in 0..1`. `accepts_loss` lets forms serve that change the
+    answers measurably (int8). What is left out is as of the model's last version."""
 
     upload_id: str
+    inputs: str | None = None
+    accepts_loss: bool | None = None
 
 
 _new_version = msgspec.json.Decoder(NewVersion)
@@ -71,14 +77,17 @@ async def create_version(
     request: AnyRequest, principal: NamedDependency[Principal], name: FromPath[str]
 ) -> VersionState:
     """JSON `{"upload_id": ...}` of a complete upload, or, for small files, a multipart form with
-    the file itself as `file`. The file is inspected at once (422 says what to do about one that
-    cannot be served) and then built; follow the version to see how that goes."""
+    the file itself as `file` and the other fields beside it. The file is inspected at once (422
+    says what to do about one that cannot be served) and then built; follow the version to see how
+    that goes. A build that ends with the code `needs_inputs` wants the same upload again, with
+    `inputs`."""
     registry.check_model_name(name)
     if request.content_type[0] == RequestEncodingType.MULTI_PART:
-        upload_id = await _receive_form(request, principal)
+        new, said = await _receive_form(request, principal)
     else:
-        upload_id = decode(_new_version, await request.body()).upload_id
-    return await _submit(request, principal, name, upload_id)
+        new = decode(_new_version, await request.body())
+        said = read_said(new.inputs, new.accepts_loss)
+    return await _submit(request, principal, name, new.upload_id, said)
 
 
 @get(
@@ -163,7 +172,7 @@ async def delete_model(
 
 
 async def _submit(
-    request: AnyRequest, principal: Principal, name: str, upload_id: str
+    request: AnyRequest, principal: Principal, name: str, upload_id: str, said: Said
 ) -> VersionState:
     state = request.app.state
     uploads: UploadStore = state.uploads
@@ -176,6 +185,7 @@ async def _submit(
             principal.organization_id,
             name,
             upload_id,
+            said,
         )
     except Unprocessable:
         # It will never be accepted, so it should not count against the quota for a day.
@@ -195,11 +205,13 @@ async def _version(
     return version_state(request.app.state.fleet, principal, name, version, states)
 
 
-async def _receive_form(request: AnyRequest, principal: Principal) -> str:
-    """The upload made of a form's file."""
+async def _receive_form(request: AnyRequest, principal: Principal) -> tuple[NewVersion, Said]:
+    """The upload made of a form's file, and what is said of it."""
     uploads: UploadStore = request.app.state.uploads
     form = await request.form()
     try:
+        inputs = _form_text(form.get("inputs"), "inputs")
+        said = read_said(inputs, _form_truth(form.get("accepts_loss"), "accepts_loss"))
         file = form.get("file")
         if not isinstance(file, UploadFile):
             raise InvalidRequest("The form has no file named 'file'.", param="file")
@@ -208,7 +220,20 @@ async def _receive_form(request: AnyRequest, principal: Principal) -> str:
         await uploads.append(upload.id, principal.organization_id, 0, _chunks(file))
     finally:
         await form.close()
-    return upload.id
+    return NewVersion(upload_id=upload.id), said
+
+
+def _form_text(value: object, field: str) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    raise InvalidRequest(f"The form's {field!r} must be one text, not a file.", param=field)
+
+
+def _form_truth(value: object, field: str) -> bool | None:
+    text = (_form_text(value, field) or "").lower()
+    if text in ("", "true", "false", "on", "1", "0"):
+        return None if not text else text in ("true", "on", "1")
+    raise InvalidRequest(f"The form's {field!r} must be true or false.", param=field)
 
 
 async def _length(file: UploadFile) -> int:

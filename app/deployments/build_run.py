@@ -14,7 +14,16 @@ from app.deployments.claims import failure_of
 from app.deployments.launchers.base import Exit, Launch, Launcher, LaunchError, Process
 from app.deployments.logs import clean_text, last_line
 from app.deployments.stream import FrameStream
-from runtime.protocol import Build, BuildFailed, Built, FrameError, FromBuild, Optimised, Progress
+from runtime.protocol import (
+    Build,
+    BuildFailed,
+    BuildHints,
+    Built,
+    FrameError,
+    FromBuild,
+    Optimised,
+    Progress,
+)
 
 CONNECT_SECONDS = 60.0
 STOP_SECONDS = 3.0
@@ -44,6 +53,7 @@ class BuildRun:
         output_dir: Path,
         timeout_seconds: float,
         on_progress: Callable[[Progress], None],
+        hints: BuildHints = BuildHints(),  # noqa: B008 -- immutable
     ) -> None:
         self._launcher = launcher
         self._launch = launch
@@ -51,6 +61,7 @@ class BuildRun:
         self._output_dir = output_dir
         self._timeout_seconds = timeout_seconds
         self._on_progress = on_progress
+        self._hints = hints
         self._result: asyncio.Future[Built | BuildFailed | str] = (
             asyncio.get_running_loop().create_future()
         )
@@ -91,6 +102,7 @@ class BuildRun:
             upload_path=process.path(self._upload_path),
             output_dir=process.path(self._output_dir),
             num_threads=self._launch.num_threads,
+            hints=self._hints,
         )
 
     async def _conclude(self, process: Process) -> Built:

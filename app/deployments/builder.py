@@ -33,7 +33,7 @@ from app.deployments.build_run import BuildError, BuildRun
 from app.deployments.launchers.base import Launch, Launcher
 from app.deployments.logs import LogFile, build_log_name
 from app.deployments.service import CHANGED, deploy_version
-from app.registry.service import BUILDS_TOPIC
+from app.registry.service import BUILDS_TOPIC, version_hints
 from app.registry.tables import Artifact, ModelVersion
 from app.settings import Settings
 from runtime.protocol import Built, Progress
@@ -213,6 +213,7 @@ class Builder:
             output_dir=output_dir,
             timeout_seconds=settings.build_timeout_seconds,
             on_progress=writer.report,
+            hints=version_hints(version),
         )
         return await run.run()
 

@@ -18,10 +18,12 @@ from app.core.database import Database
 from app.core.errors import Conflict, NotFound
 from app.core.ids import new_id
 from app.core.storage import Storage
+from app.registry.input_hints import Said, with_remembered
 from app.registry.inspection import Inspection, inspect_upload
 from app.registry.names import check_model_name
 from app.registry.tables import Artifact, Model, ModelVersion, Upload
 from app.registry.uploads import UploadStore
+from runtime.protocol import BuildHints
 
 BUILDS_TOPIC = "builds"  # told that a version is queued
 
@@ -49,6 +51,7 @@ async def submit(
     organization_id: str,
     model_name: str,
     upload_id: str,
+    said: Said = Said(),  # noqa: B008 -- immutable
 ) -> tuple[ModelVersion, Inspection]:
     """Inspects a complete upload in a thread and queues a version of it to be built. Raises
     `Unprocessable` with what to do for a file that cannot be served."""
@@ -59,16 +62,21 @@ async def submit(
         await _check_name_is_free(session, organization_id, model_name)
     inspection = await asyncio.to_thread(inspect_upload, storage.upload(upload.id), upload.filename)
     async with database.write() as session:
-        version = await create_version(session, organization_id, model_name, upload)
+        version = await create_version(session, organization_id, model_name, upload, said)
     broadcast.publish(BUILDS_TOPIC)
     return version, inspection
 
 
 async def create_version(
-    session: AsyncSession, organization_id: str, model_name: str, upload: Upload
+    session: AsyncSession,
+    organization_id: str,
+    model_name: str,
+    upload: Upload,
+    said: Said = Said(),  # noqa: B008 -- immutable
 ) -> ModelVersion:
     """The model's next version, queued; makes the model if there is none of this name. The upload
-    was inspected. Raises `Conflict` if the name belongs to another organization."""
+    was inspected. What is not `said` is as of the last version. Raises `Conflict` if the name
+    belongs to another organization."""
     check_model_name(model_name)
     assert upload.organization_id == organization_id, "the upload was looked up by organization"
     _require_complete(upload)
@@ -76,16 +84,21 @@ async def create_version(
     await _check_name_is_free(session, organization_id, model_name)
     model = await _locked_model(session, organization_id, model_name)
     newest = await session.scalar(
-        select(func.max(ModelVersion.number)).where(ModelVersion.model_id == model.id)
+        select(ModelVersion)
+        .where(ModelVersion.model_id == model.id)
+        .order_by(ModelVersion.number.desc())
+        .limit(1)
     )
+    hints = with_remembered(said, version_hints(newest) if newest else BuildHints())
     version = ModelVersion(
         id=new_id("version"),
         model_id=model.id,
-        number=(newest or 0) + 1,
+        number=newest.number + 1 if newest else 1,
         upload_id=upload.id,
         filename=upload.filename,
         upload_bytes=upload.length_bytes,
         sha256=upload.sha256,
+        hints=msgspec.to_builtins(hints),
         status="queued",
         phase="",
         phase_detail="",
@@ -101,6 +114,11 @@ async def create_version(
     session.add(version)
     await session.flush()
     return version
+
+
+def version_hints(version: ModelVersion) -> BuildHints:
+    """What its owner says of a version's file."""
+    return msgspec.convert(version.hints, BuildHints) if version.hints else BuildHints()
 
 
 async def get_model(session: AsyncSession, organization_id: str, name: str) -> Model:
