@@ -1,12 +1,11 @@
-"""JSON lists and npy bodies to tensors of a schema, and back.
+"""Lists and arrays to tensors of a schema, and back.
 
 Owns the errors that name what is wrong with an input. bfloat16, which numpy lacks, travels as
-its 16 bits and is shown as the float it stands for.
+its 16 bits and is shown as the float it stands for. Files of arrays are `npy.py`'s.
 """
 
-import io
 import math
-from tokenize import TokenError
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -15,10 +14,7 @@ from app.core.errors import InvalidRequest
 from runtime.protocol import Schema, Tensor, TensorSpec
 
 Array = np.ndarray[Any, np.dtype[Any]]
-MAX_NPY_HEADER_BYTES = 10_000
 NUMBERS_ONLY = "must hold numbers only (no text, null or nested objects)"
-# What Python's own parser of literals says about a header that is none.
-UNREADABLE = (TokenError, SyntaxError, RecursionError, MemoryError)
 _NUMBERS = frozenset({bool, int, float})
 
 
@@ -31,37 +27,93 @@ def tensors_of(inputs: Any, schema: Schema) -> list[Tensor]:
             raise InvalidRequest(f"inputs must be an object with: {_names(specs)}.", param="inputs")
         inputs = {specs[0].name: inputs}
     named = cast("dict[str, Any]", inputs)
+    return _tensors(named, schema, _array_of)
+
+
+def tensors_of_arrays(arrays: Mapping[str, Array], schema: Schema) -> list[Tensor]:
+    """As `tensors_of`, of arrays by the inputs' names."""
+    return _tensors(arrays, schema, lambda array, _: array)
+
+
+def tensors_of_values(values: Mapping[str, Any], schema: Schema) -> list[Tensor]:
+    """As `tensors_of`, of arrays and lists by the inputs' names."""
+
+    def array_of(value: Any, spec: TensorSpec) -> Array:
+        return cast(Array, value) if isinstance(value, np.ndarray) else _array_of(value, spec)
+
+    return _tensors(values, schema, array_of)
+
+
+def tensors_of_array(array: Array, schema: Schema) -> list[Tensor]:
+    """The one input of a model."""
+    spec = only_input(schema, "one array")
+    return [tensor_of(cast_to(array, spec), spec, schema)]
+
+
+def tensors_of_bytes(body: bytes, schema: Schema) -> list[Tensor]:
+    """The one input of a model from its values' bytes, little-endian in C order. Their number
+    tells the size of one dynamic axis."""
+    spec = only_input(schema, "the bytes of one array")
+    dynamic = [axis for axis, size in enumerate(spec.shape) if size is None]
+    if len(dynamic) > 1:
+        raise _wrong(spec, "has several dynamic axes, whose sizes bytes do not tell; send an npy")
+    item_bytes = wire_dtype(spec).itemsize * math.prod(size or 1 for size in spec.shape)
+    num_items, rest = divmod(len(body), item_bytes) if item_bytes else (0, len(body))
+    if rest or (not dynamic and num_items != 1):
+        multiple = "a multiple of " if dynamic else ""
+        raise _wrong(spec, f"takes {multiple}{item_bytes:,} bytes, but {len(body):,} were sent")
+    shape = [num_items if size is None else size for size in spec.shape]
+    check_shape(shape, spec, schema)
+    return [Tensor(name=spec.name, dtype=spec.dtype, shape=shape, data=body)]
+
+
+def only_input(schema: Schema, what: str) -> TensorSpec:
+    """Raises `InvalidRequest` for a model of several inputs."""
+    if len(schema.inputs) != 1:
+        raise InvalidRequest(
+            f"The body holds {what}, but this model takes: {_names(schema.inputs)}. "
+            "Send JSON, or an npz file with an array for each.",
+            param="inputs",
+        )
+    return schema.inputs[0]
+
+
+def _tensors(
+    named: Mapping[str, Any], schema: Schema, array_of: Callable[[Any, TensorSpec], Array]
+) -> list[Tensor]:
+    specs = schema.inputs
     known = {spec.name for spec in specs}
     for name in named:
         if name not in known:
             raise InvalidRequest(
-                f"inputs.{name} is not an input of this model, which takes: {_names(specs)}.",
-                param=f"inputs.{name}",
+                f"inputs.{name[:80]} is not an input of this model, which takes: {_names(specs)}.",
+                param=f"inputs.{name[:80]}",
             )
     tensors: list[Tensor] = []
     for spec in specs:
         if spec.name not in named:
             raise _wrong(spec, "is required")
-        array = cast_to(_array_of(named[spec.name], spec), spec)
+        array = cast_to(array_of(named[spec.name], spec), spec)
         tensors.append(tensor_of(array, spec, schema))
-    return _checked_rows(tensors, schema)
+    return check_rows(tensors, schema)
 
 
-def tensors_of_npy(body: bytes, schema: Schema) -> list[Tensor]:
-    """The one input of a model from the bytes of an npy file."""
-    if len(schema.inputs) != 1:
-        raise InvalidRequest(
-            f"An npy body holds one array, but this model takes: {_names(schema.inputs)}. "
-            "Send JSON.",
-            param="inputs",
-        )
-    (spec,) = schema.inputs
-    return [tensor_of(cast_to(_read_npy(body), spec), spec, schema)]
+def wire_dtype(spec: TensorSpec) -> np.dtype[Any]:
+    """Of an input's bytes; bfloat16 is 16 bits."""
+    if spec.dtype == "bfloat16":
+        return np.dtype("<u2")
+    return np.dtype(spec.dtype).newbyteorder("<")
 
 
 def tensor_of(array: Array, spec: TensorSpec, schema: Schema) -> Tensor:
     """Checks the shape against the schema's."""
     shape = list(array.shape)
+    check_shape(shape, spec, schema)
+    return Tensor(name=spec.name, dtype=spec.dtype, shape=shape, data=array.tobytes())
+
+
+def check_shape(shape: list[int], spec: TensorSpec, schema: Schema) -> None:
+    """Raises `InvalidRequest` unless the input takes this shape."""
     wanted = "[" + ", ".join("any" if axis is None else str(axis) for axis in spec.shape) + "]"
     if len(shape) != len(spec.shape):
         is_row = schema.is_batched and len(shape) == len(spec.shape) - 1
@@ -76,8 +128,6 @@ def tensor_of(array: Array, spec: TensorSpec, schema: Schema) -> Tensor:
             raise _wrong(spec, f"has {size} at axis {axis}, but the model takes at least {least}")
         if most is not None and size > most:
             raise _wrong(spec, f"has {size} at axis {axis}, but the model takes at most {most}")
-    data = np.ascontiguousarray(array).tobytes()
-    return Tensor(name=spec.name, dtype=spec.dtype, shape=shape, data=data)
 
 
 def cast_to(array: Array, spec: TensorSpec) -> Array:
@@ -137,29 +187,8 @@ def _is_numeric(value: Any) -> bool:
     return True
 
 
-def _read_npy(body: bytes) -> Array:
-    """Like `numpy.load`, but nothing in the header can make it allocate or unpickle."""
-    file = io.BytesIO(body)
-    try:
-        version = np.lib.format.read_magic(file)
-        read_header = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[version]
-        shape, is_fortran, dtype = read_header(file, max_header_size=MAX_NPY_HEADER_BYTES)
-        if dtype.hasobject:
-            raise ValueError("it holds Python objects")
-        if any(type(size) is not int or size < 0 for size in shape):
-            raise ValueError(f"its header announces {shape}"[:200])
-        data = body[file.tell() :]
-        if len(data) != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"its header announces {list(shape)} of {dtype}"[:200])
-        return np.frombuffer(data, dtype).reshape(shape, order="F" if is_fortran else "C")
-    except (*UNREADABLE, ValueError, KeyError, TypeError) as error:
-        raise InvalidRequest(f"The body is not an npy file: {error}.", param="inputs") from None
-
-
-def _checked_rows(tensors: list[Tensor], schema: Schema) -> list[Tensor]:
+def check_rows(tensors: list[Tensor], schema: Schema) -> list[Tensor]:
+    """The same tensors, if those of a batch have as many rows. Raises `InvalidRequest`."""
     if schema.is_batched and len({tensor.shape[0] for tensor in tensors}) > 1:
         sizes = ", ".join(f"{tensor.name}: {tensor.shape[0]}" for tensor in tensors)
         raise InvalidRequest(
@@ -175,12 +204,6 @@ def array_of(tensor: Tensor) -> Array:
         return bits.view("<f4").reshape(tensor.shape)
     dtype = np.dtype(tensor.dtype).newbyteorder("<")
     return np.frombuffer(tensor.data, dtype).reshape(tensor.shape)
-
-
-def npy_of(tensor: Tensor) -> bytes:
-    file = io.BytesIO()
-    np.save(file, array_of(tensor), allow_pickle=False)
-    return file.getvalue()
 
 
 def _to_float(array: Array, dtype: np.dtype[Any], spec: TensorSpec) -> Array:

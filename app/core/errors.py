@@ -66,6 +66,18 @@ class TooLarge(AppError):
     status, type, default_code = 413, "invalid_request_error", "too_large"
 
 
+class UnsupportedMediaType(AppError):
+    """The body is of a kind that this route does not read."""
+
+    status, type, default_code = 415, "invalid_request_error", "unsupported_media_type"
+
+
+class NotImplementedHere(AppError):
+    """Part of a protocol that this box speaks, but not that part."""
+
+    status, type, default_code = 501, "invalid_request_error", "not_implemented"
+
+
 class Unprocessable(AppError):
     """Understood, but cannot be served: a refused model."""
 

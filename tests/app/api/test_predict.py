@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from app.api.tensors import array_of, cast_to, tensors_of, tensors_of_npy
+from app.api.npy import read_npy
+from app.api.tensors import array_of, cast_to, tensors_of
 from app.billing.service import set_spending_limit
 from app.core.errors import InvalidRequest
 from runtime.protocol import Schema, TensorSpec
@@ -159,7 +160,7 @@ def test_an_npy_header_that_makes_no_sense_is_refused(header: str) -> None:
     if header == HEADER % f"(0, {10**30})":
         body = body[:-16]
     with pytest.raises(InvalidRequest, match="not an npy file"):
-        tensors_of_npy(body, SINGLE)
+        read_npy(body)
 
 
 def test_text_among_the_numbers_costs_no_memory() -> None:

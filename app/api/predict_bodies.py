@@ -1,0 +1,200 @@
+"""What a prediction is asked of: JSON, npy, npz, raw bytes, an image, or a form of such parts.
+
+Owns telling bodies apart and the refusals of what a model does not take. Arrays are `npy.py`'s
+and `tensors.py`'s; images and texts go to the worker as they come, and are decoded there.
+"""
+
+import asyncio
+import base64
+import binascii
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import msgspec
+from litestar import Request
+from litestar.datastructures import UploadFile
+
+from app.api import tensors
+from app.api.bodies import decode
+from app.api.npy import NPY, NPZ, read_npy, read_npz
+from app.core.errors import InvalidRequest, UnsupportedMediaType
+from runtime.protocol import Manifest, Schema, Tensor
+
+AnyRequest = Request[Any, Any, Any]
+T = TypeVar("T")
+
+RAW = "application/octet-stream"
+FORM = "multipart/form-data"
+IMAGES = ("image/png", "image/jpeg", "image/webp")
+# curl's `-d` says the second, other clients nothing.
+JSON = ("application/json", "application/x-www-form-urlencoded", "text/plain", "")
+NPY_MAGIC = b"\x93NUMPY"
+LARGE_BODY_BYTES = 64 * 1024  # converted in a thread, so that nobody else waits
+MAX_TEXTS = 2048  # rows of one request
+
+
+class PredictRequest(msgspec.Struct, frozen=True):
+    """Exactly one of three: `inputs`, by name (checked against the model's schema, not here), or
+    of a model that takes them `texts`, each a text or a pair of two; or `image`, a PNG or JPEG
+    in base64."""
+
+    inputs: Any = msgspec.UNSET
+    texts: list[str | list[str]] | msgspec.UnsetType = msgspec.UNSET
+    image: str | msgspec.UnsetType = msgspec.UNSET
+
+
+class Given(msgspec.Struct, frozen=True):
+    """What `Predict` is sent with: one of the three."""
+
+    inputs: list[Tensor] | None = None
+    texts: list[list[str]] | None = None
+    image: bytes | None = None
+
+
+_decoder = msgspec.json.Decoder(PredictRequest)
+
+
+async def read_body(request: AnyRequest, manifest: Manifest, schema: Schema) -> Given:
+    """Raises `InvalidRequest`, `UnsupportedMediaType` or `TooLarge`."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == FORM:
+        return await _of_form(request, schema)
+    body = await request.body()
+    if kind in JSON:
+        return await convert(len(body), lambda: of_json(decode(_decoder, body), manifest, schema))
+    if kind == NPY:
+        return Given(inputs=await convert(len(body), lambda: _of_npy(body, schema)))
+    if kind == NPZ:
+        unpacked = LARGE_BODY_BYTES + 1  # a small file may hold much
+        return Given(inputs=await convert(unpacked, lambda: _of_npz(body, schema)))
+    if kind == RAW:
+        return Given(inputs=tensors.tensors_of_bytes(body, schema))
+    if kind in IMAGES:
+        return Given(image=checked_image(body, schema))
+    raise UnsupportedMediaType(
+        f"A body of type {kind[:80]!r} is not read here; send {', '.join((JSON[0], NPY, NPZ))}, "
+        f"{RAW}, {FORM}, or {', '.join(IMAGES)}."
+    )
+
+
+def of_json(body: PredictRequest, manifest: Manifest, schema: Schema) -> Given:
+    """Raises `InvalidRequest`."""
+    given = [name for name in ("inputs", "texts", "image") if getattr(body, name) is not _UNSET]
+    if len(given) != 1:
+        said = " and ".join(given) + " exclude each other." if given else "inputs is required."
+        raise InvalidRequest(said[0].upper() + said[1:] if given else said, param="inputs")
+    if body.inputs is not _UNSET:
+        return Given(inputs=tensors.tensors_of(body.inputs, schema))
+    if not isinstance(body.texts, msgspec.UnsetType):
+        return Given(texts=checked_texts(body.texts, manifest))
+    try:
+        image = base64.b64decode(cast(str, body.image), validate=True)
+    except (binascii.Error, ValueError):
+        raise InvalidRequest("image must be a PNG or JPEG in base64.", param="image") from None
+    return Given(image=checked_image(image, schema))
+
+
+def checked_texts(texts: list[str | list[str]], manifest: Manifest) -> list[list[str]]:
+    """Rows of one text, or of two where the model takes pairs. Raises `InvalidRequest`."""
+    if manifest.text is None:
+        raise InvalidRequest(
+            "This model takes numbers, not texts; send inputs.", param="texts", code="no_texts"
+        )
+    if not 0 < len(texts) <= MAX_TEXTS:
+        raise InvalidRequest(
+            f"texts holds {len(texts)} rows; a request takes 1 to {MAX_TEXTS}.", param="texts"
+        )
+    rows = [[text] if isinstance(text, str) else text for text in texts]
+    most = 2 if manifest.text.takes_pairs else 1
+    for index, row in enumerate(rows):
+        if not 1 <= len(row) <= most:
+            takes = "one text, or a pair of two" if most == 2 else "one text"
+            raise InvalidRequest(
+                f"texts[{index}] has {len(row)} texts; a row of this model is {takes}.",
+                param=f"texts[{index}]",
+            )
+    return rows
+
+
+def checked_image(image: bytes, schema: Schema) -> bytes:
+    """Raises `InvalidRequest` for a model that takes none; the worker looks at the rest."""
+    if not takes_image(schema):
+        raise InvalidRequest(
+            "This model has no input that images fit; send inputs.",
+            param="image",
+            code="no_images",
+        )
+    if not image:
+        raise InvalidRequest("The image is empty.", param="image")
+    return image
+
+
+def takes_image(schema: Schema) -> bool:
+    """Whether an image is all that the model needs."""
+    return len(schema.inputs) == 1 and schema.inputs[0].image is not None
+
+
+async def convert(size_bytes: int, work: Callable[[], T]) -> T:
+    """In a thread where there is much to do."""
+    return await asyncio.to_thread(work) if size_bytes > LARGE_BODY_BYTES else work()
+
+
+def _of_npy(body: bytes, schema: Schema) -> list[Tensor]:
+    tensors.only_input(schema, "one array")
+    return tensors.tensors_of_array(read_npy(body), schema)
+
+
+def _of_npz(body: bytes, schema: Schema) -> list[Tensor]:
+    return tensors.tensors_of_arrays(read_npz(body), schema)
+
+
+async def _of_form(request: AnyRequest, schema: Schema) -> Given:
+    """Parts by the inputs' names: npy files or lists in JSON; or one part that is an image."""
+    try:
+        form = await request.form()
+    except UnicodeDecodeError:
+        raise InvalidRequest("A part without a file name must be JSON in UTF-8.") from None
+    try:
+        parts: dict[str, bytes] = {}
+        for name, value in form.multi_items():
+            if name in parts:
+                raise InvalidRequest(f"The part {name[:80]!r} comes twice.", param=name[:80])
+            parts[name] = await value.read() if isinstance(value, UploadFile) else value.encode()
+    finally:
+        await form.close()
+    if len(parts) == 1 and takes_image(schema):
+        (part,) = parts.values()
+        if _is_image(part):
+            return Given(image=part)
+    size = sum(map(len, parts.values()))
+    return Given(inputs=await convert(size, lambda: _of_parts(parts, schema)))
+
+
+def _of_parts(parts: dict[str, bytes], schema: Schema) -> list[Tensor]:
+    given: dict[str, Any] = {}
+    for name, part in parts.items():
+        if _is_image(part):
+            checked_image(part, schema)
+            raise InvalidRequest(f"Beside an image, {name[:80]!r} must be the only part.")
+        given[name] = _value_of(part, name)
+    return tensors.tensors_of_values(given, schema)
+
+
+def _value_of(part: bytes, name: str) -> Any:
+    if part.startswith(NPY_MAGIC):
+        return read_npy(part, f"The part {name[:80]!r}")
+    try:
+        return msgspec.json.decode(part)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise InvalidRequest(
+            f"The part {name[:80]!r} is neither an npy file nor JSON.", param=name[:80]
+        ) from None
+
+
+def _is_image(part: bytes) -> bool:
+    return part.startswith((b"\x89PNG", b"\xff\xd8\xff")) or (
+        part.startswith(b"RIFF") and part[8:12] == b"WEBP"
+    )
+
+
+_UNSET = msgspec.UNSET
