@@ -167,7 +167,7 @@ def _run_phases(build: Build, reporter: Reporter, scratch: Path, isolation: str)
         report(1.0, f"found {TITLES[upload.kind]}")
     from runtime.building.kinds import build_program
 
-    outcome = build_program(upload, scratch, reporter)
+    outcome = build_program(upload, scratch, reporter, build.hints)
     output_dir = Path(build.output_dir)
     with reporter.phase("package") as report:
         from runtime.compiling.packaging import write_manifest

@@ -8,14 +8,17 @@ from pathlib import Path
 from runtime.building.outcome import Outcome
 from runtime.building.reporter import Reporter
 from runtime.importing.archive import UnpackedUpload
+from runtime.protocol import BuildHints
 
 
-def build_program(upload: UnpackedUpload, scratch: Path, reporter: Reporter) -> Outcome:
+def build_program(
+    upload: UnpackedUpload, scratch: Path, reporter: Reporter, hints: BuildHints
+) -> Outcome:
     """Import, prove and measure, as the upload's kind asks. What is only needed on the way goes
-    to `scratch`. Raises `ImportFailure`."""
+    to `scratch`; `hints` are what its owner says of a tensor program. Raises `ImportFailure`."""
     # Imported late: a graph's build needs no transformers.
     if upload.kind == "pt2":
-        return _build_graph(upload, reporter)
+        return _build_graph(upload, reporter, hints)
     from runtime.importing.embedder_layout import is_embedder
 
     if is_embedder(upload.path):
@@ -28,7 +31,7 @@ def build_program(upload: UnpackedUpload, scratch: Path, reporter: Reporter) -> 
     return build_decoder(directory_source(upload, scratch), reporter)
 
 
-def _build_graph(upload: UnpackedUpload, reporter: Reporter) -> Outcome:
+def _build_graph(upload: UnpackedUpload, reporter: Reporter, hints: BuildHints) -> Outcome:
     from runtime.compiling.paging import is_decoder_graph
     from runtime.importing.exported import load_exported
 
@@ -42,4 +45,4 @@ def _build_graph(upload: UnpackedUpload, reporter: Reporter) -> Outcome:
         return build_decoder(graph_source(upload, model), reporter)
     from runtime.building.tensor import build_tensor
 
-    return build_tensor(upload, model, reporter)
+    return build_tensor(upload, model, reporter, hints)

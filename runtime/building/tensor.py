@@ -12,7 +12,7 @@ from runtime.importing.archive import UnpackedUpload
 from runtime.importing.image_inputs import with_image
 from runtime.importing.signature import describe_schema
 from runtime.importing.tensor_program import TensorProgram
-from runtime.protocol import Format, Manifest
+from runtime.protocol import BuildHints, Format, Manifest
 from runtime.proving.tensor import prove_tensor
 from runtime.proving.tensor_speed import measure_tensor
 
@@ -23,6 +23,7 @@ def build_tensor(
     upload: UnpackedUpload,
     model: TensorProgram,
     reporter: Reporter,
+    hints: BuildHints = BuildHints(),  # noqa: B008 -- immutable
     *,
     format: Format = "pt2",
     add: Callable[[TensorProgram, Path], object] | None = None,
@@ -48,6 +49,7 @@ def build_tensor(
         num_parameters=model.num_parameters,
         weight_bytes=model.weight_bytes,
         schema=with_image(msgspec.structs.replace(model.schema, is_batched=proof.is_batched)),
+        accepts_loss=hints.accepts_loss,
     )
 
     def package(artifact_dir: Path) -> list[str]:
