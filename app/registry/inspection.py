@@ -14,7 +14,7 @@ from app.registry import refusals
 from app.registry.archives import Totals
 from app.registry.huggingface import HEAD_BYTES, Directory
 from app.registry.onnx import check_external
-from app.registry.onnx_header import is_onnx, looks_like_onnx
+from app.registry.onnx_header import looks_like_onnx
 from app.registry.programs import ZIP_MAGIC, Candidate, find_program, recognise
 from app.registry.protobuf import Budget
 from app.registry.pt2 import is_pt2
@@ -52,7 +52,7 @@ def inspect_upload(path: Path, filename: str) -> Inspection:
         if _is_tar(head):
             stream = PlainStream(file, totals.packed_bytes)
             return _inspect_tar(file, stream, totals)
-        if looks_like_onnx(head) or is_onnx(file, 0, totals.packed_bytes):
+        if looks_like_onnx(head):
             return _inspect_program(file, filename, head, totals)
         file.seek(0)
         head = file.read(refusals.MAX_PICKLE_BYTES)

@@ -24,7 +24,6 @@ BITS = {
 }  # fmt: skip
 STRING = 8
 
-_MODEL_FIELDS = frozenset((1, 2, 3, 4, 5, 6, 7, 8, 14, 20, 25, 26))
 _HEAD = re.compile(rb"\x08[\x01-\x1f][\x12\x1a\x22\x28\x32\x3a\x42\x72]")
 
 
@@ -50,22 +49,6 @@ def looks_like_onnx(head: bytes) -> bool:
     """By the first bytes of a file as the ONNX libraries write them: ir_version, then another
     field of a model."""
     return _HEAD.match(head) is not None
-
-
-def is_onnx(file: BinaryIO, start: int, size_bytes: int) -> bool:
-    """Whether the whole is a message of a model's fields in any order."""
-    reader = Reader(file, start, size_bytes, Budget())
-    numbers: set[int] = set()
-    try:
-        for field in reader.fields(reader.end):
-            if field.number not in _MODEL_FIELDS:
-                return False
-            if (field.number in (1, 5)) != (field.wire == VARINT):
-                return False
-            numbers.add(field.number)
-    except ValueError:
-        return False
-    return {1, 7} <= numbers
 
 
 def read_header(file: BinaryIO, start: int, size_bytes: int, budget: Budget) -> OnnxHeader:

@@ -12,7 +12,7 @@ from app.core.errors import Unprocessable
 from app.registry import refusals
 from app.registry.archives import Totals, reading
 from app.registry.onnx import check_onnx
-from app.registry.onnx_header import OnnxHeader, is_onnx, looks_like_onnx
+from app.registry.onnx_header import OnnxHeader, looks_like_onnx
 from app.registry.protobuf import Budget
 from app.registry.pt2 import check_pt2, is_pt2
 from app.registry.torchscript import check_torchscript, is_torchscript
@@ -60,8 +60,9 @@ def find_program(
     a Hugging Face directory too, and only a `.pt2` comes before it. Raises `Unprocessable`."""
     if has_model:
         candidates = [each for each in candidates if each.name.endswith(".pt2")]
-    if len(candidates) > MAX_CANDIDATES:
-        raise _several([each.name for each in candidates])
+    named = [each.name for each in candidates if each.name.endswith(NAMED_SUFFIXES)]
+    if len(named) > 1 or len(candidates) > MAX_CANDIDATES:
+        raise _several(named or [each.name for each in candidates])
     budget = Budget()
     found: list[Program] = []
     refused: list[Unprocessable] = []
@@ -75,8 +76,7 @@ def find_program(
             continue
         if program is not None:
             found.append(program)
-    named = [each for each in found if each.name.endswith(NAMED_SUFFIXES)]
-    chosen = [each for each in found if each.kind == "pt2"] or named or found
+    chosen = [each for each in found if each.name in named] or found
     if len(chosen) > 1:
         raise _several([each.name for each in chosen])
     if not chosen and refused and not has_model:
@@ -107,7 +107,7 @@ def recognise(
         if found is not None:
             with reading(), archive.open(found) as pickle:
                 raise refusals.describe_pickle(pickle.read(refusals.MAX_PICKLE_BYTES))
-    elif looks_like_onnx(candidate.head) or is_onnx(file, start, size_bytes):
+    elif looks_like_onnx(candidate.head):
         return Program(name=name, kind="onnx", header=check_onnx(file, start, size_bytes, budget))
     if name.endswith(NAMED_SUFFIXES):
         raise refusals.describe_file(candidate.head, size_bytes)

@@ -1,8 +1,7 @@
-"""Unpacks an upload: decides by content what it is and extracts it under hard limits.
+"""Unpacks an upload: tells archives from single files and extracts them under hard limits.
 
-Owns everything about archives as containers (links, names, sizes, bombs). What a tensor
-program's members may be is `pt2.py`'s; what a Hugging Face directory may be, its loader's.
-Executes nothing of it.
+Owns everything about archives as containers (links, names, sizes, bombs). What the files are is
+`unpacked.py`'s to tell. Executes nothing of it.
 """
 
 import gzip
@@ -11,16 +10,23 @@ import shutil
 import stat
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import IO, Literal
+from typing import IO
 
-import msgspec
-
-from runtime.importing.formats import describe_foreign_zip, describe_unknown
+from runtime.importing.formats import describe_foreign_zip, describe_unknown, is_onnx
 from runtime.importing.program import ImportFailure
-from runtime.importing.pt2 import check_pt2, is_pt2
+from runtime.importing.unpacked import (
+    TITLES,
+    ZIP_DAMAGE,
+    ProgramKind,
+    UnpackedUpload,
+    damaged,
+    program_kind,
+    recognise,
+)
+
+__all__ = ["TITLES", "UnpackedUpload", "unpack"]
 
 MAX_MEMBERS = 20_000
 MAX_RATIO = 100  # unpacked bytes per uploaded byte
@@ -30,37 +36,13 @@ MAX_DEPTH = 16
 MAX_PATH_BYTES = 1024
 CHUNK_BYTES = 1024**2
 
-TOKENIZER_NAME = "tokenizer.json"
-TOKENIZER_DIRECTORY = "tokenizer"  # what `tapeout push --tokenizer` packs beside a program
 GZIP_MAGIC = b"\x1f\x8b"
 ZIP_MAGIC = (b"PK\x03\x04", b"PK\x05\x06")
 TAR_MAGIC_AT = 257
 TAR_MAGIC = b"ustar"
 
 # What the standard library raises for archives that are cut short, altered or too exotic.
-_DAMAGE = (
-    *(zipfile.BadZipFile, tarfile.TarError, gzip.BadGzipFile, zlib.error),
-    *(EOFError, NotImplementedError, UnicodeDecodeError),
-)
-
-TITLES = {
-    "huggingface": "a Hugging Face directory",
-    "pt2": "an exported program (.pt2)",
-    "onnx": "an ONNX model",
-    "torchscript": "a TorchScript program",
-}
-
-
-class UnpackedUpload(msgspec.Struct, frozen=True, kw_only=True):
-    """`path` is the Hugging Face directory, or the program's file. `beside` are the names of the
-    files that came with a program and are no part of it; a tokenizer among them is in
-    `text_directory`, and `examples` is the `examples.npz` of inputs by name."""
-
-    kind: Literal["huggingface", "pt2", "onnx", "torchscript"]
-    path: Path
-    beside: list[str] = []
-    text_directory: Path | None = None
-    examples: Path | None = None
+_DAMAGE = (*ZIP_DAMAGE, tarfile.TarError, gzip.BadGzipFile, UnicodeDecodeError)
 
 
 def unpack(path: Path, directory: Path, max_bytes: int = MAX_UNPACKED_BYTES) -> UnpackedUpload:
@@ -70,16 +52,18 @@ def unpack(path: Path, directory: Path, max_bytes: int = MAX_UNPACKED_BYTES) -> 
         head = file.read(512)
     if head.startswith(ZIP_MAGIC):
         try:
-            if _unpack_zip(path, directory, max_bytes) == "pt2":
-                return UnpackedUpload(kind="pt2", path=path)
+            if kind := _unpack_zip(path, directory, max_bytes):
+                return UnpackedUpload(kind=kind, path=path)
         except _DAMAGE as error:
-            raise _damaged(error) from error
+            raise damaged(error) from error
     elif head.startswith(GZIP_MAGIC) or head[TAR_MAGIC_AT:].startswith(TAR_MAGIC):
         is_gzip = head.startswith(GZIP_MAGIC)
         _extract_tar(path, directory, _Budget(path, directory, max_bytes), is_gzip=is_gzip)
+    elif is_onnx(head):
+        return UnpackedUpload(kind="onnx", path=path)
     else:
         raise describe_unknown(path, head)
-    return _recognise(directory)
+    return recognise(directory)
 
 
 # --- limits -----------------------------------------------------------------------------
@@ -140,16 +124,15 @@ class _BoundedReader:
 # --- extraction -------------------------------------------------------------------------
 
 
-def _unpack_zip(path: Path, directory: Path, max_bytes: int) -> Literal["pt2", "archive"]:
-    """Extracts an archive; a `.pt2`, which is a zip too, is only checked."""
+def _unpack_zip(path: Path, directory: Path, max_bytes: int) -> ProgramKind | None:
+    """Extracts an archive; a program, which may be a zip too, is only checked."""
     with zipfile.ZipFile(path) as archive:
-        if is_pt2(archive):
-            check_pt2(archive, path.stat().st_size)
-            return "pt2"
+        if kind := program_kind(archive, path):
+            return kind
         if failure := describe_foreign_zip(archive):
             raise failure
         _extract_zip(archive, directory, _Budget(path, directory, max_bytes))
-        return "archive"
+        return None
 
 
 def _extract_zip(archive: zipfile.ZipFile, directory: Path, budget: _Budget) -> None:
@@ -179,7 +162,7 @@ def _extract_tar(path: Path, directory: Path, budget: _Budget, *, is_gzip: bool)
                 for member in archive:
                     _extract_tar_member(archive, member, directory, budget)
         except _DAMAGE as error:
-            raise _damaged(error) from error
+            raise damaged(error) from error
 
 
 def _extract_tar_member(
@@ -247,85 +230,4 @@ def _special_member(name: str) -> ImportFailure:
         "archive_link",
         f"The archive member {name[:200]!r} is a link or device; only files and directories are "
         "accepted. Pack the files themselves, for example: tar -chf model.tar -C my-model .",
-    )
-
-
-def _damaged(error: Exception) -> ImportFailure:
-    return ImportFailure(
-        "archive_damaged",
-        f"The archive is damaged ({str(error)[:200] or type(error).__name__}). Pack and upload it "
-        "again.",
-    )
-
-
-# --- what was extracted -----------------------------------------------------------------
-
-
-def _recognise(directory: Path) -> UnpackedUpload:
-    root = directory
-    while True:
-        entries = [entry for entry in root.iterdir() if entry.name != "__MACOSX"]
-        if len(entries) != 1 or not entries[0].is_dir():
-            break
-        root = entries[0]
-    names = sorted(entry.name for entry in entries)
-    programs = [entry for entry in entries if entry.is_file() and entry.suffix == ".pt2"]
-    if len(programs) == 1:
-        _check_program(programs[0])
-        beside = [name for name in names if name != programs[0].name]
-        return UnpackedUpload(
-            kind="pt2", path=programs[0], beside=beside, text_directory=_text_directory(root)
-        )
-    if len(programs) > 1:
-        raise ImportFailure(
-            "several_programs",
-            f"The archive holds {len(programs)} .pt2 programs; upload one per model.",
-        )
-    _check_huggingface(names)
-    return UnpackedUpload(kind="huggingface", path=root)
-
-
-def _text_directory(root: Path) -> Path | None:
-    """Where the tokenizer beside a program lies: next to it, or in the one directory that has
-    it."""
-    if (root / TOKENIZER_NAME).is_file():
-        return root
-    found = [path.parent for path in root.glob(f"*/{TOKENIZER_NAME}") if path.is_file()]
-    if len(found) > 1:
-        names = ", ".join(sorted(path.name for path in found)[:5])
-        raise ImportFailure(
-            "several_tokenizers",
-            f"The archive holds {len(found)} tokenizers beside the program ({names}); pack one.",
-        )
-    if not found and (root / TOKENIZER_DIRECTORY).is_dir():
-        return root / TOKENIZER_DIRECTORY  # which says what it lacks
-    return found[0] if found else None
-
-
-def _check_program(path: Path) -> None:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if not is_pt2(archive):
-                raise describe_foreign_zip(archive) or describe_unknown(path, b"")
-            check_pt2(archive, path.stat().st_size)
-    except _DAMAGE as error:
-        raise _damaged(error) from error
-
-
-def _check_huggingface(names: list[str]) -> None:
-    """What is inside is the loader's to judge; this only tells a model from something else."""
-    if "config.json" in names or "modules.json" in names:
-        return
-    if "adapter_config.json" in names:
-        raise ImportFailure(
-            "adapter",
-            "This is an adapter (LoRA), not a whole model. Merge it and upload the result:\n"
-            "    model = model.merge_and_unload()\n"
-            '    model.save_pretrained("merged")',
-        )
-    listing = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
-    raise ImportFailure(
-        "unknown_contents",
-        "The archive holds neither a .pt2 program nor a Hugging Face directory (config.json and "
-        f"*.safetensors). It holds: {listing or 'nothing'}.",
     )

@@ -6,6 +6,7 @@ the person who uploaded the file.
 
 import io
 import pickletools
+import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,8 +27,25 @@ _TENSOR_GLOBALS = ("torch ", "torch._utils ", "torch._tensor ", "torch.nn.parame
 _CONTAINER_GLOBALS = ("collections OrderedDict", "_codecs encode", "__builtin__ set")
 
 
+# ir_version, then another field of a model, as the ONNX libraries write them.
+_ONNX_HEAD = re.compile(rb"\x08[\x01-\x1f][\x12\x1a\x22\x28\x32\x3a\x42\x72]")
+
+
+def is_onnx(head: bytes) -> bool:
+    """Whether a file that begins with `head` is an ONNX model."""
+    return _ONNX_HEAD.match(head) is not None
+
+
+def is_torchscript(archive: zipfile.ZipFile) -> bool:
+    """Whether `torch.jit.save` wrote the zip."""
+    names = archive.namelist()
+    roots = {name.partition("/")[0] for name in names if name.endswith("/data.pkl")}
+    return any(name.startswith(f"{root}/code/") for root in roots for name in names)
+
+
 def describe_foreign_zip(archive: zipfile.ZipFile) -> ImportFailure | None:
-    """Why a zip that torch wrote is not servable; None when torch did not write it."""
+    """Why a zip that torch wrote, and that is no program, is not servable; None when torch did not
+    write it."""
     names = archive.namelist()
     if any(name.endswith(".data/extern_modules") for name in names):
         return ImportFailure(
@@ -44,13 +62,6 @@ def describe_foreign_zip(archive: zipfile.ZipFile) -> ImportFailure | None:
     pickles = [name for name in names if name.endswith("/data.pkl")]
     if not pickles:
         return None
-    root = pickles[0].removesuffix("/data.pkl")
-    if any(name.startswith((f"{root}/code/", f"{root}/constants.pkl")) for name in names):
-        return ImportFailure(
-            "torchscript",
-            "This is TorchScript, which cannot be loaded safely and is deprecated. Export the "
-            f"model that it was made from instead:\n{EXPORT_LINES}",
-        )
     with archive.open(pickles[0]) as file:
         return describe_pickle(file.read(MAX_OPCODES_BYTES))
 
@@ -133,9 +144,9 @@ def describe_unknown(path: Path, head: bytes) -> ImportFailure:
         )
     return ImportFailure(
         "unknown_format",
-        "The file is not recognised. Accepted are a .pt2 from torch.export.save, or a .tar, "
-        ".tar.gz or .zip of a Hugging Face directory (config.json, *.safetensors, tokenizer "
-        f"files). For a PyTorch module:\n{EXPORT_LINES}",
+        "The file is not recognised. Accepted are a .pt2 from torch.export.save, an .onnx file, "
+        "TorchScript, or a .tar, .tar.gz or .zip of a Hugging Face directory (config.json, "
+        f"*.safetensors, tokenizer files). For a PyTorch module:\n{EXPORT_LINES}",
     )
 
 

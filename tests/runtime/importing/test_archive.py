@@ -110,6 +110,47 @@ def test_a_program_may_come_with_files_beside_it(upload, scratch, tmp_path):
     assert unpacked.path.read_bytes() == program
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("top", [None, "", "m/"])
+def test_torchscript_is_told_by_its_content(upload, scratch, top):
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), upload)
+    if top is None:
+        assert unpack(upload, scratch) == UnpackedUpload(kind="torchscript", path=upload)
+        return
+    program = upload.read_bytes()
+    write_tar(upload, {top + "model.dat": program, top + "examples.npz": b"", top + "notes": b""})
+    unpacked = unpack(upload, scratch)
+    assert (unpacked.kind, unpacked.path.name) == ("torchscript", "model.dat")
+    assert unpacked.path.read_bytes() == program
+    assert unpacked.examples == unpacked.path.with_name("examples.npz")
+    assert unpacked.beside == ["notes"]
+
+
+ONNX_HEAD = b"\x08\x0a\x12\x07pytorch:" + bytes(600)
+
+
+def test_onnx_is_told_by_its_content(upload, scratch):
+    upload.write_bytes(ONNX_HEAD)
+    assert unpack(upload, scratch) == UnpackedUpload(kind="onnx", path=upload)
+
+
+@pytest.mark.parametrize(
+    ("names", "kind"),
+    [
+        (["model.onnx", "model.onnx.data"], "onnx"),
+        (["network", "weights/a.bin"], "onnx"),
+        (["model.onnx", "config.json", "tokenizer.json"], "onnx"),
+        (["model.onnx", "config.json", "model.safetensors"], "huggingface"),
+    ],
+)
+def test_a_program_among_other_files(upload, scratch, names, kind):
+    write_tar(upload, {name: bytes(20) for name in names} | {names[0]: ONNX_HEAD})
+    unpacked = unpack(upload, scratch)
+    assert unpacked.kind == kind
+    if kind == "onnx":
+        assert unpacked.path.name == names[0]
+
+
 # --- what is refused, and what to run instead -------------------------------------------
 
 
@@ -133,14 +174,6 @@ def test_the_old_pickle_format_is_recognised_too(upload, refusal, module, code):
     content = Digits() if module else Digits().state_dict()
     torch.save(content, upload, _use_new_zipfile_serialization=False)
     assert refusal().error.code == code
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_torchscript_is_refused_with_the_lines_to_run(upload, refusal):
-    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), upload)
-    failure = refusal()
-    assert failure.error.code == "torchscript"
-    assert "torch.export.export(model.eval()" in failure.error.message
 
 
 @pytest.mark.parametrize(
@@ -172,6 +205,9 @@ def test_other_files_are_named(upload, refusal, data, code):
         ({"adapter_config.json": b"{}", "adapter_model.safetensors": b""}, "adapter"),
         ({"a.pt2": b"", "b.pt2": b""}, "several_programs"),
         ({"a.pt2": b"not a zip"}, "archive_damaged"),
+        ({"a.onnx": b"not a model"}, "unknown_format"),
+        ({"encoder.onnx": ONNX_HEAD, "decoder.onnx": ONNX_HEAD}, "several_programs"),
+        ({"a": ONNX_HEAD, "b": ONNX_HEAD}, "several_programs"),
     ],
 )
 def test_archives_of_something_else_are_named(upload, refusal, files, code):
