@@ -84,7 +84,8 @@ def read_signature(program: ExportedProgram) -> Signature:
         raise ImportFailure(
             "no_tensors", "The program must take at least one tensor and return at least one."
         )
-    batch, note = _find_batch(inputs, outputs, program)
+    lines = _reexport_lines([leaf for leaf in inputs if leaf.spec])
+    batch, note = find_batch(inputs, outputs, program.range_constraints, lines)
     schema = Schema(
         inputs=[leaf.spec for leaf in inputs if leaf.spec],
         outputs=[leaf.spec for leaf in outputs if leaf.spec],
@@ -211,13 +212,13 @@ def _expression(size: int | torch.SymInt) -> sympy.Expr:
 # --- the batch --------------------------------------------------------------------------
 
 
-def _find_batch(
-    inputs: list[Leaf], outputs: list[Leaf], program: ExportedProgram
+def find_batch(
+    inputs: list[Leaf], outputs: list[Leaf], ranges: Mapping[Any, Any], lines: str
 ) -> tuple[set[sympy.Expr], str]:
     """The symbols of the batch, if axis 0 of everything is one of them and no other axis is; if
-    not, the note that says why and what to do."""
+    not, the note that says why and what to do. `lines` are those that export the program with a
+    dynamic batch."""
     tensors = [leaf for leaf in inputs if leaf.spec]
-    lines = _reexport_lines(tensors)
     for leaf in tensors:
         if not leaf.axes:
             return set(), (
@@ -242,7 +243,7 @@ def _find_batch(
                 f"The shape of {_name(leaf)!r} depends on the batch beyond its first axis, so "
                 "that rows depend on each other: requests run one at a time."
             )
-    least = max(axis_bounds(symbol, program.range_constraints)[0] for symbol in batch)
+    least = max(axis_bounds(symbol, ranges)[0] for symbol in batch)
     if least > 1:
         return set(), (
             f"The program wants a batch of at least {least}, and a request may have one row: "
