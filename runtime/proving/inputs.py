@@ -1,7 +1,7 @@
 """Makes inputs that a tensor program accepts, for proof and measurement.
 
-Values follow the example inputs that the program was exported with where the file has them,
-so that token ids stay inside the vocabulary. Owns no judgement of what comes out.
+Values lie in the ranges that the schema declares, and follow the example inputs where there are
+any, so that token ids stay inside the vocabulary. Owns no judgement of what comes out.
 """
 
 import logging
@@ -14,6 +14,7 @@ from runtime.importing.exported import first_line
 from runtime.importing.program import ImportFailure
 from runtime.importing.signature import Leaf, axis_bounds
 from runtime.importing.tensor_program import TensorProgram
+from runtime.protocol import TensorSpec
 
 logger = logging.getLogger(__name__)
 
@@ -56,15 +57,57 @@ class InputMaker:
         if leaf.dtype is torch.bool:
             return torch.randint(0, 2, shape, generator=generator).bool()
         if not (leaf.dtype.is_floating_point or leaf.dtype.is_complex):
-            least, most = 0, MAX_SMALL_INTEGER
-            if example is not None and example.numel() and not self._is_small:
-                least, most = int(example.min()), int(example.max())
-            return torch.randint(least, most + 1, shape, generator=generator).to(wire_dtype)
+            return self._integers(leaf.spec, example, shape, generator).to(wire_dtype)
         values = torch.randn(shape, generator=generator, dtype=_random_dtype(leaf.dtype))
-        if example is not None and leaf.dtype.is_floating_point:
+        if leaf.dtype.is_floating_point:
+            if example is not None:
+                values = _like(values, example)
             # Rounded to the program's dtype, so that the wire's wider one adds nothing.
-            values = _like(values, example).to(leaf.dtype)
+            values = _within(values, leaf.spec, example, generator).to(leaf.dtype)
         return values.to(wire_dtype)
+
+    def _integers(
+        self,
+        spec: TensorSpec,
+        example: torch.Tensor | None,
+        shape: list[int],
+        generator: torch.Generator,
+    ) -> torch.Tensor:
+        """Of the declared range, ends included; else of the example's; else 0 and 1."""
+        is_declared = spec.minimum is not None and spec.maximum is not None
+        least, most = 0, MAX_SMALL_INTEGER
+        if is_declared:
+            least, most = int(spec.minimum or 0), min(int(spec.maximum or 0), 2**63 - 2)
+        elif example is not None and example.numel() and not self._is_small:
+            least, most = int(example.min()), int(example.max())
+        values = torch.randint(least, most + 1, shape, generator=generator)
+        return _with_ends(values, least, most) if is_declared else values
+
+
+def _within(
+    values: torch.Tensor,
+    spec: TensorSpec,
+    example: torch.Tensor | None,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """Values in the declared range, ends included: evenly spread unless an example says how."""
+    if spec.minimum is None or spec.maximum is None:
+        return values
+    if example is None:
+        uniform = torch.rand(values.shape, generator=generator, dtype=values.dtype)
+        values = spec.minimum + (spec.maximum - spec.minimum) * uniform
+    return _with_ends(values.clamp(spec.minimum, spec.maximum), spec.minimum, spec.maximum)
+
+
+def _with_ends(values: torch.Tensor, least: float, most: float) -> torch.Tensor:
+    """With the least and the greatest value in the first row, and again at the very end."""
+    flat = values.reshape(-1)
+    row = flat[: values[0].numel()] if values.dim() else flat
+    if row.numel() > 1:
+        row[0], row[-1] = least, most
+    if flat.numel() > row.numel():
+        flat[-1] = most
+    return values
 
 
 def find_inputs(model: TensorProgram) -> list[InputMaker]:

@@ -28,9 +28,11 @@ def find_tolerance(
     results: list[list[torch.Tensor]],
     *,
     has_reference: bool = True,
+    is_strict: bool = False,
 ) -> Tolerance:
     """Runs the float64 form on `batches` and compares it with the original's `results`. Without
-    a reference (of a program that may be random, say) only the floors count."""
+    a reference (of a program that may be random, say) only the floors count. `is_strict`: the
+    floor of half dtypes counts only where the deviation is not known."""
     references = model.run_float64(batches) if has_reference else None
     deviations: list[float | None] = []
     allowed = []
@@ -41,7 +43,9 @@ def find_tolerance(
             reference = torch.cat([result[index].flatten() for result in references])
         deviation = _deviation(outputs, reference)
         deviations.append(deviation)
-        allowed.append(max(_floor(model, index, outputs), NOISE_FACTOR * (deviation or 0.0)))
+        is_blind = not is_strict or deviation is None
+        floor = _floor(model, index, outputs, is_blind=is_blind)
+        allowed.append(max(floor, NOISE_FACTOR * (deviation or 0.0)))
     return Tolerance(deviations, allowed)
 
 
@@ -54,7 +58,7 @@ def _deviation(outputs: torch.Tensor, reference: torch.Tensor | None) -> float |
     return float((outputs.double() - reference)[both].abs().max())
 
 
-def _floor(model: TensorProgram, index: int, outputs: torch.Tensor) -> float:
+def _floor(model: TensorProgram, index: int, outputs: torch.Tensor, *, is_blind: bool) -> float:
     if not (outputs.is_floating_point() or outputs.is_complex()):
         return 0.0  # integers and booleans are equal or they are not
     values = torch.view_as_real(outputs) if outputs.is_complex() else outputs
@@ -64,6 +68,6 @@ def _floor(model: TensorProgram, index: int, outputs: torch.Tensor) -> float:
     span = float(known.max() - known.min()) or float(known.abs().max())
     leaf = [leaf for leaf in model.signature.outputs if leaf.spec][index]
     assert leaf.dtype is not None, "a tensor has a dtype"
-    roundings = BLIND_FLOOR.get(leaf.dtype, 0.0)
+    roundings = BLIND_FLOOR.get(leaf.dtype, 0.0) if is_blind else 0.0
     unit = torch.finfo(leaf.dtype).eps if roundings else 0.0
     return span * max(RANGE_FLOOR, roundings * unit)
