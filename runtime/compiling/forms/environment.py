@@ -5,9 +5,11 @@ A form made in one environment is not used in another; equality of the string is
 
 import hashlib
 from importlib import metadata
-from pathlib import Path
+from typing import Any
 
 import torch
+
+from runtime.compiling.forms.processor import processor
 
 LAYOUT = 1  # of the files that families write; raise it when older ones can no longer be loaded
 _PACKAGES = ("torch", "onnxruntime", "onnxruntime-gpu", "triton")
@@ -32,18 +34,14 @@ def _versions() -> list[str]:
 
 def _gpu(device: str) -> str:
     major, minor = torch.cuda.get_device_capability(device)
-    driver = torch._C._cuda_getDriverVersion()
+    internals: Any = torch._C
+    driver = internals._cuda_getDriverVersion()
     name = torch.cuda.get_device_name(device)
     return f"{name} (capability {major}.{minor}, driver {driver}, CUDA {torch.version.cuda})"
 
 
 def _cpu() -> str:
     """Model and a digest of its instruction sets: compiled code uses all that it was made on."""
-    fields: dict[str, str] = {}
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        key, _, value = line.partition(":")
-        fields.setdefault(key.strip(), value.strip())
-    name = fields.get("model name") or fields.get("CPU part") or "unnamed processor"
-    flags = sorted((fields.get("flags") or fields.get("Features") or "").split())
-    digest = hashlib.sha256(" ".join(flags).encode()).hexdigest()[:8]
+    name, flags = processor()
+    digest = hashlib.sha256(" ".join(sorted(flags)).encode()).hexdigest()[:8]
     return f"{name} (flags {digest})"

@@ -41,12 +41,18 @@ class Making(msgspec.Struct, frozen=True):
     inputs: list[list[torch.Tensor]]
     num_threads: int
 
+    @property
+    def device(self) -> str:
+        """Where the program's weights lie."""
+        return next((str(tensor.device) for tensor in self.program.state.values()), "cpu")
+
 
 class Loading(msgspec.Struct, frozen=True):
-    """What a family loads a form from."""
+    """What a family loads a form from. Compiled forms need no `program`: a worker does not hold
+    the weights twice."""
 
     form: Form
-    program: TensorProgram
+    program: TensorProgram | None
     directory: Path
     device: str
     num_threads: int
@@ -56,7 +62,7 @@ class Family(Protocol):
     """Makes and loads the forms of one compiler or runtime. Whatever `make` and `load` raise is
     caught by the table; reasons that they know are `FormFailure`s."""
 
-    def suits(self, program: TensorProgram, device: str) -> bool:
+    def suits(self, form: Form, program: TensorProgram, device: str) -> bool:
         """Whether the program is one that this family could ever run there."""
         ...
 

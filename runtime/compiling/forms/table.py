@@ -4,14 +4,24 @@ from pathlib import Path
 
 import torch
 
+from runtime.compiling.forms.aot_inductor import AotInductor
 from runtime.compiling.forms.eager import Eager
 from runtime.compiling.forms.form import Family, Form, FormFailure, Loading, Making, Run
+from runtime.compiling.forms.onnx_runtime import OnnxRuntime
 from runtime.importing.exported import first_line
 from runtime.importing.tensor_program import TensorProgram
 
 # In the order in which they are tried.
 _TABLE: list[tuple[Form, Family]] = [
     (Form("eager"), Eager()),
+    (Form("onnxruntime"), OnnxRuntime()),
+    (Form("onnxruntime_cuda"), OnnxRuntime("CUDAExecutionProvider")),
+    (Form("onnxruntime_cuda_float16", "float16"), OnnxRuntime("CUDAExecutionProvider")),
+    (Form("tensorrt"), OnnxRuntime("TensorrtExecutionProvider")),
+    (Form("aot_inductor"), AotInductor()),
+    (Form("aot_inductor_bfloat16", "bfloat16"), AotInductor()),
+    (Form("aot_inductor_float16", "float16"), AotInductor()),
+    (Form("onnxruntime_int8", "int8", is_lossy=True), OnnxRuntime()),
 ]
 FORMS: list[Form] = [form for form, _ in _TABLE]
 _FAMILIES = {form.name: (form, family) for form, family in _TABLE}
@@ -20,7 +30,7 @@ _FAMILIES = {form.name: (form, family) for form, family in _TABLE}
 def forms_for(program: TensorProgram, device: str) -> list[Form]:
     """Those that make sense for this program on this kind of device, eager first. Whether the box
     can have them is `unavailable`'s question."""
-    return [form for form, family in _TABLE if family.suits(program, device)]
+    return [form for form, family in _TABLE if family.suits(form, program, device)]
 
 
 def unavailable(form: Form, device: str) -> str | None:
@@ -49,9 +59,10 @@ def make_form(
 
 
 def load_form(
-    name: str, program: TensorProgram, directory: Path, *, device: str, num_threads: int
+    name: str, program: TensorProgram | None, directory: Path, *, device: str, num_threads: int
 ) -> Run:
-    """The form that `make_form` wrote into `directory`. Raises `FormFailure`."""
+    """The form that `make_form` wrote into `directory`; all but the eager one do without the
+    program. Raises `FormFailure`."""
     if name not in _FAMILIES:
         raise FormFailure(f"This release has no form called {name!r}.")
     form, family = _FAMILIES[name]
