@@ -45,6 +45,7 @@ from app.core.storage import Storage
 from app.deployments.builder import Builder
 from app.deployments.fleet import Fleet
 from app.deployments.launchers.local import LocalLauncher
+from app.deployments.optimiser import Optimiser
 from app.metering.journal import Journal
 from app.organizations.keys import KeyRing
 from app.organizations.service import bootstrap, default_organization_id
@@ -178,7 +179,8 @@ async def start_money(state: State, settings: Settings, stack: AsyncExitStack) -
 
 
 async def start_serving(state: State, settings: Settings, stack: AsyncExitStack) -> None:
-    """The launcher and its two users: workers of what is deployed, builds of what is queued."""
+    """The launcher and its users: workers of what is deployed, builds and optimisations of what is
+    queued."""
     launcher = LocalLauncher(state.storage)
     stack.push_async_callback(launcher.close)
     parts = (state.database, state.storage, launcher, state.broadcast, settings)
@@ -188,6 +190,9 @@ async def start_serving(state: State, settings: Settings, stack: AsyncExitStack)
     state.builder = builder = Builder(*parts)
     await builder.start()
     stack.push_async_callback(builder.close)
+    state.optimiser = optimiser = Optimiser(*parts, fleet)
+    await optimiser.start()
+    stack.push_async_callback(optimiser.close)
 
 
 def migrate(settings: Settings) -> None:

@@ -36,6 +36,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     build_threads: int = 0
     build_timeout_seconds: int = 1800
     build_memory_bytes: int = 0
+    optimise: bool = True
+    optimise_timeout_seconds: int = 1800
     max_upload_bytes: int = 64 * 1024**3
     max_request_bytes: int = 8 * 1024**2
     kv_cache_bytes: int = 512 * 1024**2
@@ -163,6 +165,12 @@ FIELDS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "BUILD_THREADS": ("build_threads", _count, "CPU threads of a build; 0: all cores"),
     "BUILD_TIMEOUT_SECONDS": ("build_timeout_seconds", _positive, "a build is stopped after this"),
     "BUILD_MEMORY": ("build_memory_bytes", _bytes, "memory limit of a build; 0: none"),
+    "OPTIMISE": ("optimise", _flag, "look for faster forms of tensor models: 0 or 1"),
+    "OPTIMISE_TIMEOUT_SECONDS": (
+        "optimise_timeout_seconds",
+        _positive,
+        "looking for a faster form is stopped after this",
+    ),
     "MAX_UPLOAD": ("max_upload_bytes", _bytes, "largest upload"),
     "MAX_REQUEST": ("max_request_bytes", _bytes, "largest request body"),
     "KV_CACHE": ("kv_cache_bytes", _bytes, "KV cache of each decoder replica"),

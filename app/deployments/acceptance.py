@@ -1,35 +1,45 @@
-"""Whether what a build reports can be believed, stored and served.
+"""Whether what a build or an optimisation reports can be believed, stored and served.
 
-A build runs somebody's code, so its manifest and receipt are claims: bounded, finite, printable
-and consistent, or the version is refused.
+They run somebody's code, so their manifest and receipt are claims: bounded, finite, printable and
+consistent, or the result is refused. What a schema may say is `schema_claims.py`'s.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any, cast
 
 import msgspec
 
 from app.deployments.logs import clean_text
-from runtime.protocol import BuildReceipt, Built, DecoderInfo, EmbedderInfo, Manifest, Schema
+from app.deployments.schema_claims import NotAcceptable, check_labels, check_schema, check_text
+from runtime.protocol import (
+    BuildReceipt,
+    Built,
+    CandidateReport,
+    DecoderInfo,
+    EmbedderInfo,
+    Manifest,
+    Optimised,
+)
+
+__all__ = ["NotAcceptable"]
 
 MAX_STORED_BYTES = 4 * 1024**2  # of manifest and receipt together, as JSON
 MAX_STRING_CHARS = 8_192
 MAX_INTEGER = 2**53  # beyond it JSON readers round
-MAX_TENSORS = 256
-MAX_DIMENSIONS = 32
 MAX_VOCAB_SIZE = 16_000_000
 MAX_CONTEXT_TOKENS = 100_000_000
 MAX_TOOL_FACTOR = 16
 MAX_TEMPLATE_TOKENS = 100_000
 MAX_EMBEDDING_DIMENSIONS = 1_000_000  # at least one vector fits a frame
+MAX_MATRYOSHKA_SIZES = 256
+MAX_CANDIDATES = 64
+MAX_BATCH_SIZES = 32
+FORM_NAME = re.compile(r"[a-z0-9_]{1,64}")  # it names a folder of the artifact too
 
 
-class NotAcceptable(Exception):
-    """The build's result contradicts itself or cannot be kept. The message says what is wrong."""
-
-
-def check_built(built: Built) -> None:
+def check_built(built: Built | Optimised) -> None:
     """Raises `NotAcceptable`."""
     stored = {"manifest": manifest_json(built.manifest), "receipt": receipt_json(built.receipt)}
     for value in _leaves(stored):
@@ -39,12 +49,58 @@ def check_built(built: Built) -> None:
     _check_manifest(built.manifest)
     if built.receipt.verdict == "different":
         raise NotAcceptable("its proof found that the served form answers differently")
-    durations = [
-        *built.receipt.phase_seconds.values(),
-        *(candidate.device_ms_max for candidate in built.receipt.candidates),
-    ]
-    if any(duration < 0 for duration in durations):
+    if any(duration < 0 for duration in built.receipt.phase_seconds.values()):
         raise NotAcceptable("it reports negative durations")
+    _check_candidates(built.receipt.candidates)
+
+
+def check_optimised(optimised: Optimised, before: Manifest, accepts_loss: bool) -> None:
+    """Of a version that serves with the manifest `before`. Raises `NotAcceptable`."""
+    check_built(optimised)
+    manifest, receipt = optimised.manifest, optimised.receipt
+    if not FORM_NAME.fullmatch(manifest.form):
+        raise NotAcceptable("its form has no name")
+    if not is_same_program(manifest, before):
+        raise NotAcceptable("it describes another program than the one that was built")
+    if manifest.form != "eager" and not manifest.environment:
+        raise NotAcceptable("it does not say where its form holds")
+    chosen = [candidate.name for candidate in receipt.candidates if candidate.is_chosen]
+    if chosen != [manifest.form]:
+        raise NotAcceptable("its receipt does not say that its form was chosen")
+    if receipt.verdict == "lossy" and not accepts_loss:
+        raise NotAcceptable("it loses accuracy, which the owner has not allowed")
+
+
+def is_same_program(manifest: Manifest, before: Manifest) -> bool:
+    """Whether the two differ in the form that serves alone."""
+    form = {"form": before.form, "environment": before.environment}
+    return msgspec.structs.replace(manifest, **form) == before
+
+
+def _check_candidates(candidates: list[CandidateReport]) -> None:
+    if len(candidates) > MAX_CANDIDATES:
+        raise NotAcceptable("it reports too many candidates")
+    for candidate in candidates:
+        measured = (candidate.p50_ms, candidate.p99_ms, candidate.rows_per_second)
+        batch_sizes = {size for values in measured for size in values}
+        if len(batch_sizes) > MAX_BATCH_SIZES or any(size < 1 for size in batch_sizes):
+            raise NotAcceptable("a candidate was measured at batch sizes that are none")
+        durations = [
+            *(value for values in measured for value in values.values()),
+            candidate.device_ms_max,
+            candidate.prefill_ms or 0.0,
+            candidate.prepare_seconds or 0.0,
+        ]
+        if any(duration < 0 for duration in durations):
+            raise NotAcceptable("it reports negative durations")
+        counts = (candidate.num_runs, candidate.memory_bytes or 0, candidate.error or 0.0)
+        if any(count < 0 for count in counts):
+            raise NotAcceptable("a candidate reports less than nothing")
+        if not 0 <= (candidate.top_1_agreement or 0.0) <= 1:
+            raise NotAcceptable("a candidate agrees on a share of rows that is none")
+        is_chosen_by_fate = candidate.fate in (None, "chosen") if candidate.is_chosen else True
+        if not is_chosen_by_fate or (candidate.fate == "chosen" and not candidate.is_chosen):
+            raise NotAcceptable("a candidate was chosen and not chosen")
 
 
 def manifest_json(manifest: Manifest) -> dict[str, Any]:
@@ -111,7 +167,9 @@ def _check_manifest(manifest: Manifest) -> None:
     if manifest.kind == "tensor":
         if manifest.schema is None:
             raise NotAcceptable("it lacks the schema of its inputs and outputs")
-        _check_schema(manifest.schema)
+        check_schema(manifest.schema)
+        check_text(manifest.text, manifest.schema)
+        check_labels(manifest.labels)
     elif manifest.kind == "decoder":
         if manifest.decoder is None:
             raise NotAcceptable("it lacks the description of a decoder")
@@ -120,19 +178,6 @@ def _check_manifest(manifest: Manifest) -> None:
         if manifest.embedder is None:
             raise NotAcceptable("it lacks the description of an embedder")
         _check_embedder(manifest.embedder)
-
-
-def _check_schema(schema: Schema) -> None:
-    for specs in (schema.inputs, schema.outputs):
-        names = {spec.name for spec in specs}
-        if not specs or len(specs) > MAX_TENSORS or len(names) != len(specs):
-            raise NotAcceptable("its schema lists no tensors, too many, or one twice")
-        for spec in specs:
-            shapes = [spec.shape, spec.min_shape or spec.shape, spec.max_shape or spec.shape]
-            if len(spec.shape) > MAX_DIMENSIONS or len({len(shape) for shape in shapes}) != 1:
-                raise NotAcceptable(f"the shapes of {spec.name!r} do not agree")
-            if any(size is not None and size < 0 for shape in shapes for size in shape):
-                raise NotAcceptable(f"{spec.name!r} has a negative size")
 
 
 def _check_decoder(decoder: DecoderInfo) -> None:
@@ -158,7 +203,7 @@ def _check_embedder(embedder: EmbedderInfo) -> None:
         and 1 <= embedder.max_tokens <= MAX_CONTEXT_TOKENS
         and 1 <= embedder.dimensions <= MAX_EMBEDDING_DIMENSIONS
         and 0 <= embedder.special_tokens <= MAX_TEMPLATE_TOKENS
-        and len(sizes) <= MAX_TENSORS
+        and len(sizes) <= MAX_MATRYOSHKA_SIZES
         and all(1 <= size <= embedder.dimensions for size in sizes)
     )
     if not is_plausible:

@@ -8,6 +8,8 @@ is `link.py`'s.
 import json
 import math
 
+import msgspec
+
 from app.core.errors import AppError, RuntimeFailure
 from app.deployments.logs import clean_text
 from runtime.protocol import (
@@ -141,6 +143,15 @@ def check_device_time(device_ns: int, elapsed_ns: int, num_devices: int) -> None
     """Device time within the wall time of as many devices, but for what clocks differ."""
     if device_ns > (elapsed_ns + elapsed_ns // 100 + CLOCK_SLACK_NS) * num_devices:
         raise FalseClaim(f"claimed {device_ns} ns of device time in {elapsed_ns} ns")
+
+
+def is_form_of(served: Manifest, built: Manifest) -> bool:
+    """Whether a worker serves what was built: as it is, or in its eager form where the one that
+    was chosen cannot be had."""
+    if served.form not in (built.form, "eager"):
+        return False
+    chosen = {"form": built.form, "environment": built.environment}
+    return msgspec.structs.replace(served, **chosen) == built
 
 
 def check_predicted(predicted: Predicted, manifest: Manifest) -> None:

@@ -40,15 +40,27 @@ class Desired(msgspec.Struct, frozen=True, kw_only=True):
 
     def runs_like(self, other: "Desired") -> bool:
         """A replica started for the one can serve the other."""
-        return self.version_id == other.version_id and self.serving == other.serving
+        return (
+            self.version_id == other.version_id
+            and self.artifact_id == other.artifact_id
+            and self.serving == other.serving
+        )
+
+
+class _Built(msgspec.Struct, frozen=True):
+    """What a version serves. `found` is None when another release stored it and this one cannot
+    read it."""
+
+    artifact_id: str | None
+    found: tuple[Manifest, BuildReceipt] | None
 
 
 class DesiredReader:
-    """Reads all deployments. What a build found never changes, so it is decoded once."""
+    """Reads all deployments. What a version serves changes with its artifact alone, so it is
+    decoded once for each."""
 
     def __init__(self) -> None:
-        # None: what another release stored and this one cannot read
-        self._built: dict[str, tuple[Manifest, BuildReceipt] | None] = {}
+        self._built: dict[str, _Built] = {}
 
     async def read(self, session: AsyncSession) -> dict[str, Desired]:
         """By deployment id. A deployment whose version cannot be served is left out."""
@@ -69,13 +81,13 @@ class DesiredReader:
             .where(ModelVersion.status == "ready", ModelVersion.artifact_id.is_not(None))
         )
         found = rows.all()
-        await self._read_built(session, {version_id for _, _, _, _, version_id, _, _ in found})
+        await self._read_built(session, {row[4]: row[6] for row in found})
         desired: dict[str, Desired] = {}
-        for deployment, endpoint, model_name, revision, version_id, number, artifact_id in found:
-            built = self._built[version_id]
-            if built is None or artifact_id is None:
+        for deployment, endpoint, model_name, revision, version_id, number, _ in found:
+            built = self._built.get(version_id)
+            if built is None or built.found is None or built.artifact_id is None:
                 continue
-            manifest, receipt = built
+            manifest, receipt = built.found
             desired[deployment.id] = Desired(
                 deployment_id=deployment.id,
                 organization_id=deployment.organization_id,
@@ -89,28 +101,38 @@ class DesiredReader:
                 serving=revision.serving,
                 version_id=version_id,
                 version_number=number,
-                artifact_id=artifact_id,
+                artifact_id=built.artifact_id,
                 manifest=manifest,
                 receipt=receipt,
             )
         return desired
 
-    async def _read_built(self, session: AsyncSession, version_ids: set[str]) -> None:
-        self._built = {key: value for key, value in self._built.items() if key in version_ids}
-        missing = version_ids - set(self._built)
+    async def _read_built(self, session: AsyncSession, artifact_ids: dict[str, str | None]) -> None:
+        """Of versions, by id, what they serve now."""
+        self._built = {
+            version_id: built
+            for version_id, built in self._built.items()
+            if artifact_ids.get(version_id) == built.artifact_id
+        }
+        missing = artifact_ids.keys() - self._built.keys()
         if not missing:
             return
+        # With the artifact again: it may have been replaced since the first look.
         rows = await session.execute(
-            select(ModelVersion.id, ModelVersion.manifest, ModelVersion.receipt).where(
-                ModelVersion.id.in_(missing)
-            )
+            select(
+                ModelVersion.id,
+                ModelVersion.artifact_id,
+                ModelVersion.manifest,
+                ModelVersion.receipt,
+            ).where(ModelVersion.id.in_(missing))
         )
-        for version_id, manifest, receipt in rows:
+        for version_id, artifact_id, manifest, receipt in rows:
             try:
-                self._built[version_id] = read_manifest(manifest), read_receipt(receipt)
+                found = read_manifest(manifest), read_receipt(receipt)
             except msgspec.ValidationError as error:
                 log.error("version %s must be uploaded again: %s", version_id, error)
-                self._built[version_id] = None
+                found = None
+            self._built[version_id] = _Built(artifact_id, found)
 
 
 class Running(Protocol):

@@ -64,6 +64,7 @@ class LiveReplica(msgspec.Struct, frozen=True):
     detail: str
     memory_bytes: int
     attention: str
+    form: str  # in which it serves, empty until it does
     num_outstanding: int
     stats: Stats
 
@@ -164,6 +165,10 @@ class Fleet:
         """The deployment's replicas as they are now, oldest first."""
         return [_live(replica) for replica in self._reconciler.replicas(deployment_id)]
 
+    def running(self) -> list[RunningReplica]:
+        """Every replica of the box, those included that finish for a deleted model."""
+        return self._reconciler.all_replicas()
+
     def all_live(self) -> Iterator[tuple[EndpointView, LiveReplica]]:
         """Every replica of every endpoint."""
         for view in self._views.values():
@@ -263,6 +268,7 @@ def _live(replica: RunningReplica) -> LiveReplica:
         detail=replica.detail,
         memory_bytes=replica.memory_bytes,
         attention=replica.attention,
+        form=replica.form,
         num_outstanding=link.num_outstanding if link is not None else 0,
         stats=link.stats if link is not None else Stats(),
     )

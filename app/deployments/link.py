@@ -18,6 +18,7 @@ from app.deployments.claims import (
     check_device_time,
     check_predicted,
     failure_of,
+    is_form_of,
     worker_failure,
 )
 from app.deployments.delivery import Commit, Delivery
@@ -287,7 +288,7 @@ class ReplicaLink:
     def _on_ready(self, ready: Ready) -> None:
         if self._ready.done():
             raise FalseClaim("got ready twice")
-        if self._manifest is not None and ready.manifest != self._manifest:
+        if self._manifest is not None and not is_form_of(ready.manifest, self._manifest):
             raise FalseClaim("serves something else than its build made")
         self._manifest = ready.manifest
         self._vocab_size = ready.manifest.decoder.vocab_size if ready.manifest.decoder else 0

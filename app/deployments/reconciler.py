@@ -26,6 +26,10 @@ class Reconciler:
         """Oldest first, retiring ones included."""
         return list(self._replicas.get(deployment_id, ()))
 
+    def all_replicas(self) -> list[RunningReplica]:
+        """Of all deployments, retiring ones included."""
+        return [replica for running in self._replicas.values() for replica in running]
+
     async def begin(self) -> None:
         """Called once, before the first `reconcile`."""
         async with self._database.write() as session:

@@ -79,12 +79,15 @@ class RunningReplica:
         self.detail = ""
         self.memory_bytes = 0
         self.attention = ""
+        self.form = ""  # in which it serves; eager where the manifest's cannot be had
+        self.num_failures = 0  # since it was last well for long
         self.target: Target | None = None
         self.link: ReplicaLink | None = None
         self.has_been_ready = False
         self.has_failed = False
         self.is_retired = False
         self._box = box
+        self._ready_at: float | None = None
         self._process: Process | None = None
         self._row_lock = asyncio.Lock()  # writes of the row keep their order
         self._log_path = box.storage.log(replica_log_name(self.id))
@@ -94,6 +97,13 @@ class RunningReplica:
     @property
     def is_ready(self) -> bool:
         return self.status == "ready" and self.link is not None and not self.link.closed
+
+    @property
+    def ready_seconds(self) -> float:
+        """How long it has answered without a break."""
+        if not self.is_ready or self._ready_at is None:
+            return 0.0
+        return asyncio.get_running_loop().time() - self._ready_at
 
     async def retire(self, seconds: float, *, late_seconds: float | None = None) -> None:
         """Takes the replica off, lets its requests finish for `seconds` and ends it for good."""
@@ -116,28 +126,28 @@ class RunningReplica:
     async def _run(self) -> None:
         await asyncio.shield(self._insert_row())
         timing, loop = self._box.timing, asyncio.get_running_loop()
-        num_failures = 0
         while not self.is_retired:
-            ready_at = None
+            self._ready_at = None
             try:
                 async with self._box.starts:
                     await self._start()
-                ready_at = loop.time()
+                self._ready_at = loop.time()
                 await self._show("ready")
                 reason = await self._watch()
             except LaunchError as error:
                 reason = await self._explain(str(error))
             if self.is_retired:
                 return
-            if ready_at is not None and loop.time() - ready_at >= timing.healthy:
-                num_failures = 0
-            num_failures += 1
+            if self._ready_at is not None and loop.time() - self._ready_at >= timing.healthy:
+                self.num_failures = 0
+            self.num_failures += 1
             self.has_failed = True
-            delay = min(timing.max_back_off, timing.first_back_off * 2 ** min(num_failures - 1, 16))
-            await self._fail(reason, num_failures, delay)
+            exponent = min(self.num_failures - 1, 16)
+            delay = min(timing.max_back_off, timing.first_back_off * 2**exponent)
+            await self._fail(reason, delay)
             await self._end_process()
             await asyncio.sleep(delay)
-            await self._show("starting", f"Start {num_failures + 1} after: {reason}")
+            await self._show("starting", f"Start {self.num_failures + 1} after: {reason}")
 
     async def _start(self) -> None:
         """Raises `LaunchError`."""
@@ -169,6 +179,7 @@ class RunningReplica:
         load_seconds = desired.manifest.weight_bytes / timing.load_bytes
         ready = await link.serve(serve, timing.start + load_seconds)
         self.memory_bytes, self.attention = ready.memory_bytes, ready.attention
+        self.form = ready.manifest.form
         self.has_been_ready = True
         self.has_failed = False
         self.target = Target(
@@ -218,14 +229,18 @@ class RunningReplica:
 
     # --- what people see ------------------------------------------------------------------
 
-    async def _fail(self, reason: str, num_failures: int, delay: float) -> None:
+    async def _fail(self, reason: str, delay: float) -> None:
         version = self._box.keeps_serving(self.desired.deployment_id)
         number = self.desired.version_number
-        kept = f" Version {version} keeps serving." if version not in (None, number) else ""
+        kept = ""
+        if version is not None:
+            kept = f" Version {version} keeps serving."
+            if version == number:
+                kept = " Another replica of it keeps serving."
         reason = reason.rstrip(".")
         message = f"{reason}. Version {number} starts again in {delay:.0f} s"
         log.warning("replica %s of %s: %s", self.id, self.desired.endpoint_name, reason)
-        await self._show("failed", f"{message} (failure {num_failures}).{kept}")
+        await self._show("failed", f"{message} (failure {self.num_failures}).{kept}")
 
     async def _insert_row(self) -> None:
         desired = self.desired

@@ -21,7 +21,7 @@ from app.core.storage import Storage
 from app.registry.input_hints import Said, with_remembered
 from app.registry.inspection import Inspection, inspect_upload
 from app.registry.names import check_model_name
-from app.registry.tables import Artifact, Model, ModelVersion, Upload
+from app.registry.tables import Artifact, Model, ModelVersion, Optimisation, Upload
 from app.registry.uploads import UploadStore
 from runtime.protocol import BuildHints
 
@@ -197,17 +197,31 @@ async def delete_model(session: AsyncSession, organization_id: str, name: str) -
                 code="build_running",
             )
     upload_ids = {version.upload_id for version in versions}
-    artifact_ids = {version.artifact_id for version in versions if version.artifact_id}
+    artifact_ids = await named_artifacts(session, [version.id for version in versions])
     await session.execute(delete(Model).where(Model.id == model.id))
     still_used = select(ModelVersion.upload_id).where(ModelVersion.upload_id.in_(upload_ids))
     upload_ids -= set(await session.scalars(still_used))
     await session.execute(delete(Upload).where(Upload.id.in_(upload_ids)))
-    still_used = select(ModelVersion.artifact_id).where(ModelVersion.artifact_id.in_(artifact_ids))
-    artifact_ids -= set(await session.scalars(still_used))
+    artifact_ids -= await named_artifacts(session)
     await session.execute(delete(Artifact).where(Artifact.id.in_(artifact_ids)))
     return RemovedFiles(
         sorted(upload_ids), sorted(artifact_ids), sorted(version.id for version in versions)
     )
+
+
+async def named_artifacts(session: AsyncSession, version_ids: list[str] | None = None) -> set[str]:
+    """Artifacts that these versions, or all, and their optimisations name."""
+    named: set[str] = set()
+    for column, version_id in (
+        (ModelVersion.artifact_id, ModelVersion.id),
+        (Optimisation.artifact_id, Optimisation.version_id),
+        (Optimisation.base_artifact_id, Optimisation.version_id),
+    ):
+        chosen = select(column).where(column.is_not(None)).distinct()
+        if version_ids is not None:
+            chosen = chosen.where(version_id.in_(version_ids))
+        named |= {artifact_id for artifact_id in await session.scalars(chosen) if artifact_id}
+    return named
 
 
 async def remove_files(storage: Storage, uploads: UploadStore, removed: RemovedFiles) -> None:

@@ -66,13 +66,15 @@ def _server_connection(url: str) -> Connection:
 
 @pytest.fixture
 def settings(database_url: str, tmp_path: Path) -> Settings:
-    """Settings of a box whose data lies in the test's own directory."""
+    """Settings of a box whose data lies in the test's own directory. Faster forms are looked for
+    only where a test asks for it."""
     return Settings(
         data_dir=tmp_path / "data",
         database_url=database_url,
         admin_key=ADMIN_KEY,
         worker_threads=1,
         build_threads=1,
+        optimise=False,
         kv_cache_bytes=32 * 1024**2,
     )
 

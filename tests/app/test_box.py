@@ -46,6 +46,7 @@ class Box:
             "TAPEOUT_ADMIN_KEY": ADMIN_KEY,
             "TAPEOUT_DATABASE_URL": database_url,
             "TAPEOUT_DATA_DIR": str(data_dir),
+            "TAPEOUT_OPTIMISE": "0",
             "TAPEOUT_PORT": str(port),
             "TAPEOUT_WORKER_THREADS": "1",
             "TAPEOUT_BUILD_THREADS": "1",

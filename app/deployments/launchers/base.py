@@ -21,7 +21,8 @@ class LaunchError(Exception):
 
 class Launch(msgspec.Struct, frozen=True, kw_only=True):
     """What to start. `readable` and `writable` are all that it may be given of the data
-    directory; `memory_bytes` 0 means no limit."""
+    directory; `memory_bytes` 0 means no limit. `niceness` is how far a build stands back from
+    what serves (0 to 19)."""
 
     role: Literal["worker", "build"]
     log_path: Path
@@ -30,6 +31,7 @@ class Launch(msgspec.Struct, frozen=True, kw_only=True):
     readable: tuple[Path, ...] = ()
     writable: tuple[Path, ...] = ()
     memory_bytes: int = 0
+    niceness: int = 10
 
 
 class Exit(msgspec.Struct, frozen=True, kw_only=True):

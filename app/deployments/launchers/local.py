@@ -26,7 +26,6 @@ MAX_SOCKET_PATH_BYTES = 107  # sockaddr_un.sun_path, less its terminating zero
 CONNECT_POLL_SECONDS = 0.02
 MEMORY_POLL_SECONDS = 0.25
 KILL_SECONDS = 5.0  # how long the kernel may take to end a killed process
-BUILD_NICENESS = 10
 
 Command = Callable[[Launch, str], Sequence[str]]
 
@@ -224,7 +223,7 @@ class LocalProcess:
             Path(f"/proc/{self._popen.pid}/oom_score_adj").write_text(score)
         if self._launch.role == "build":
             with suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, self._popen.pid, BUILD_NICENESS)
+                os.setpriority(os.PRIO_PROCESS, self._popen.pid, self._launch.niceness)
 
     def _signal(self, number: signal.Signals) -> None:
         """To the whole group; safe because its leader is not reaped before `exited` is set."""

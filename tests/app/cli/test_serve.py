@@ -21,6 +21,7 @@ def serve(data_dir: Path, database_url: str) -> subprocess.CompletedProcess[str]
         port = probe.getsockname()[1]
     environment = os.environ | {
         "TAPEOUT_DATA_DIR": str(data_dir),
+        "TAPEOUT_OPTIMISE": "0",
         "TAPEOUT_DATABASE_URL": database_url,
         "TAPEOUT_PORT": str(port),
     }

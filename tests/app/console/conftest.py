@@ -137,7 +137,12 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
     directory = tmp_path_factory.mktemp("box")
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("TAPEOUT_")
-    } | {"TAPEOUT_WORKER_THREADS": "1", "TAPEOUT_BUILD_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    } | {
+        "TAPEOUT_WORKER_THREADS": "1",
+        "TAPEOUT_BUILD_THREADS": "1",
+        "TAPEOUT_OPTIMISE": "0",
+        "PYTHONUNBUFFERED": "1",
+    }
     command = [sys.executable, "-c", "from app.cli import main; main()", "serve"]
     command += ["--data-dir", str(directory / "data"), "--port", str(port)]
     log = directory / "log"

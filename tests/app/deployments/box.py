@@ -15,6 +15,7 @@ from app.deployments.acceptance import manifest_json, receipt_json
 from app.deployments.builder import Builder
 from app.deployments.fleet import Fleet
 from app.deployments.launchers.local import LocalLauncher
+from app.deployments.optimiser import Optimiser
 from app.deployments.replica import Timing
 from app.deployments.service import CHANGED, deploy_version
 from app.deployments.tables import Replica
@@ -37,7 +38,7 @@ QUICK = Timing(
 
 @dataclass
 class Box:
-    """`fleet` and `builder` are started by the tests that need them."""
+    """`fleet`, `builder` and `optimiser` are started by the tests that need them."""
 
     database: Database
     storage: Storage
@@ -50,10 +51,22 @@ class Box:
     def __post_init__(self) -> None:
         self.builder = self.new_builder()
         self.fleet = self.new_fleet()
+        self.optimiser = self.new_optimiser()
 
     def new_builder(self, **options: Any) -> Builder:
         return Builder(
             self.database, self.storage, self.launcher, self.broadcast, self.settings, **options
+        )
+
+    def new_optimiser(self, **options: Any) -> Optimiser:
+        return Optimiser(
+            self.database,
+            self.storage,
+            self.launcher,
+            self.broadcast,
+            self.settings,
+            self.fleet,
+            **options,
         )
 
     def new_fleet(self) -> Fleet:

@@ -78,5 +78,6 @@ async def box(
 ) -> AsyncIterator[Box]:
     box = Box(database, storage, settings, launcher)
     yield box
+    await box.optimiser.close()
     await box.builder.close()
     await box.fleet.close(1)

@@ -19,11 +19,11 @@ import msgspec
 
 from runtime.protocol import (
     LENGTH,
-    Build,
     BuildFailed,
     BuildReceipt,
     Built,
     Cancel,
+    CandidateReport,
     DecoderInfo,
     Drain,
     Embed,
@@ -33,6 +33,8 @@ from runtime.protocol import (
     Fatal,
     Generate,
     Manifest,
+    Optimise,
+    Optimised,
     Predict,
     Predicted,
     Prepared,
@@ -45,6 +47,7 @@ from runtime.protocol import (
     Stats,
     Step,
     TensorSpec,
+    ToBuild,
     ToWorker,
     WireError,
     encode_frame,
@@ -147,7 +150,7 @@ def worker(path: str, script: dict[str, Any]) -> None:
     report = script.get("report")
     if report:
         surroundings(Path(report))
-    manifest = MANIFESTS[script.get("kind", "decoder")]
+    manifest = served_manifest(serve, script)
     if script.get("fatal") or Path(serve.artifact_dir, "broken").exists():
         error = WireError(type="server_error", message="The weights are damaged.", code="damaged")
         wire.send(Fatal(error=error))
@@ -221,6 +224,16 @@ def worker(path: str, script: dict[str, Any]) -> None:
                 raise AssertionError(message)
 
 
+def served_manifest(serve: Serve, script: dict[str, Any]) -> Manifest:
+    """The artifact's, in the form that it was optimised to; eager where `only_eager` says so."""
+    manifest = MANIFESTS[script.get("kind", "decoder")]
+    stored = Path(serve.artifact_dir, "program.json")
+    if stored.exists() and not script.get("only_eager"):
+        built = msgspec.json.decode(stored.read_bytes(), type=Manifest)
+        manifest = msgspec.structs.replace(manifest, form=built.form, environment=built.environment)
+    return manifest
+
+
 def num_tokens(request: Embed) -> list[int]:
     if request.token_ids is not None:
         return [len(ids) for ids in request.token_ids]
@@ -274,7 +287,10 @@ def generate(wire: Wire, request: Generate, script: dict[str, Any]) -> None:
 
 def build(path: str, script: dict[str, Any]) -> None:
     wire = Wire(path)
-    message = wire.receive(Build)
+    message = wire.receive(ToBuild)
+    if isinstance(message, Optimise):
+        optimise(wire, message, {**script, **script.get("optimise", {})})
+        return
     output = Path(message.output_dir)
     say("building", message.upload_path)
     wire.send(Progress(phase="import", fraction=0.25, detail="reading"))
@@ -304,7 +320,8 @@ def build(path: str, script: dict[str, Any]) -> None:
         wire.connection.sendall(b"\xff\xff\xff\xffgarbage")
         time.sleep(60)
     (output / "sub").mkdir()
-    (output / "program.json").write_bytes(msgspec.json.encode(DECODER))
+    manifest = MANIFESTS[script.get("kind", "decoder")]
+    (output / "program.json").write_bytes(msgspec.json.encode(manifest))
     (output / "sub" / "weights").write_bytes(Path(message.upload_path).read_bytes())
     if script.get("link"):
         (output / "link").symlink_to("/etc/passwd")
@@ -313,8 +330,46 @@ def build(path: str, script: dict[str, Any]) -> None:
     receipt = RECEIPT
     if script.get("verdict"):
         receipt = msgspec.structs.replace(receipt, verdict=script["verdict"])
-    manifest = MANIFESTS[script.get("kind", "decoder")]
     wire.send(Progress(phase="package", fraction=1.0), Built(manifest=manifest, receipt=receipt))
+
+
+def optimise(wire: Wire, message: Optimise, script: dict[str, Any]) -> None:
+    """Chooses `form`; the process's own id tells results apart."""
+    artifact, output = Path(message.artifact_dir), Path(message.output_dir)
+    form = script.get("form", "quick")
+    say("optimising", sorted(path.name for path in artifact.iterdir()), message.accepts_loss)
+    wire.send(Progress(phase="measure", fraction=0.5, detail=form))
+    if script.get("signal"):
+        os.kill(os.getpid(), script["signal"])
+    time.sleep(script.get("seconds", 0))
+    if script.get("refuse"):
+        error = WireError(type="server_error", message="Nothing could be measured.", code="none")
+        wire.send(BuildFailed(error=error))
+        return
+    manifest = msgspec.json.decode((artifact / "program.json").read_bytes(), type=Manifest)
+    manifest = msgspec.structs.replace(
+        manifest, form=form, environment="" if form == "eager" else "here"
+    )
+    if script.get("bad_manifest"):
+        manifest = msgspec.structs.replace(manifest, num_parameters=7)
+    receipt = msgspec.structs.replace(
+        RECEIPT,
+        candidates=[
+            CandidateReport(
+                name=name,
+                is_chosen=name == form,
+                reason="measured",
+                fate="chosen" if name == form else "slower",
+                p50_ms={1: milliseconds, 8: 8 * milliseconds},
+            )
+            for name, milliseconds in (("eager", 1.0), ("quick", 0.5))
+        ],
+    )
+    (output / "program.json").write_bytes(msgspec.json.encode(manifest))
+    (output / "made_by").write_text(str(os.getpid()))
+    if script.get("broken"):
+        (output / "broken").touch()
+    wire.send(Optimised(manifest=manifest, receipt=receipt))
 
 
 def surroundings(path: Path) -> None:

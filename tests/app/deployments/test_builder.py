@@ -11,7 +11,7 @@ from sqlalchemy import delete, select, update
 from sqlalchemy.exc import OperationalError
 
 from app.core.errors import Conflict
-from app.deployments import builder as builder_module
+from app.deployments import jobs as jobs_module
 from app.deployments.logs import build_log_name, read_log
 from app.deployments.service import get_endpoint
 from app.registry.tables import Artifact, Model, ModelVersion
@@ -277,7 +277,7 @@ async def test_a_name_that_belongs_to_someone_else(box: Box) -> None:
 async def test_a_busy_database_does_not_cost_a_build(
     box: Box, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(builder_module, "RECORD_PAUSES_SECONDS", (0.01, 0.01))
+    monkeypatch.setattr(jobs_module, "RECORD_PAUSES_SECONDS", (0.01, 0.01))
     record, attempts = box.builder._record, 0
 
     async def busy(*args: Any) -> bool:
