@@ -8,6 +8,8 @@ from runtime.compiling.forms.aot_inductor import AotInductor
 from runtime.compiling.forms.eager import Eager
 from runtime.compiling.forms.form import Family, Form, FormFailure, Loading, Making, Run
 from runtime.compiling.forms.onnx_runtime import OnnxRuntime
+from runtime.compiling.forms.precisions import DTYPES, uploaded_precision
+from runtime.compiling.forms.witness import keep_witness
 from runtime.importing.exported import first_line
 from runtime.importing.tensor_program import TensorProgram
 
@@ -48,10 +50,15 @@ def make_form(
     num_threads: int,
 ) -> None:
     """Write what a worker loads into `directory`, which is empty. `calibration` are inputs the
-    program is known to take, of at most `max_rows` rows. Raises `FormFailure`."""
+    program is known to take, of at most `max_rows` rows; the smallest become the form's witness.
+    Raises `FormFailure`."""
     making = Making(form, program, directory, max_rows, calibration, num_threads)
     try:
-        _FAMILIES[form.name][1].make(making)
+        family = _FAMILIES[form.name][1]
+        family.make(making)
+        if any(directory.iterdir()):
+            run = family.load(Loading(form, None, directory, making.device, num_threads))
+            keep_witness(run, min(calibration, key=_num_values), directory, _dtype(making))
     except FormFailure:
         raise
     except Exception as error:  # compilers raise anything, on graphs of strangers
@@ -72,3 +79,20 @@ def load_form(
         raise
     except Exception as error:  # whatever a damaged file brings about
         raise FormFailure(f"{name} cannot be loaded: {first_line(error)}.") from error
+
+
+def form_directory(artifact_dir: Path, name: str) -> Path:
+    """Where an artifact keeps the files of a form."""
+    return artifact_dir / "forms" / name
+
+
+def _num_values(inputs: list[torch.Tensor]) -> int:
+    return sum(tensor.numel() for tensor in inputs)
+
+
+def _dtype(making: Making) -> torch.dtype:
+    """Of a form's arithmetic."""
+    precision = making.form.precision
+    if precision == "int8":
+        return torch.int8
+    return DTYPES.get(precision) or getattr(torch, uploaded_precision(making.program))
