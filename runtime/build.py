@@ -184,6 +184,7 @@ def _run_phases(build: Build, reporter: Reporter, scratch: Path, isolation: str)
         device="cpu",
         route=outcome.route,
         notes=[printable(note) for note in [*outcome.notes, f"Built with {isolation}."]],
+        warnings=[printable(warning) for warning in outcome.warnings],
     )
     write_manifest(output_dir, outcome.manifest, receipt)
     return Built(manifest=outcome.manifest, receipt=receipt)

@@ -17,5 +17,6 @@ class Outcome(msgspec.Struct, kw_only=True):
     checks: list[Check]
     candidates: list[CandidateReport]
     notes: list[str]
+    warnings: list[str] = []
     route: str = ""  # of a decoder: how its attention was reached, in one sentence
     package: Callable[[Path], list[str]]

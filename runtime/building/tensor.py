@@ -9,8 +9,13 @@ from runtime.building.outcome import Outcome
 from runtime.building.reporter import Reporter
 from runtime.compiling.packaging import add_program
 from runtime.importing.archive import UnpackedUpload
+from runtime.importing.examples import Arrays, keep_examples, read_examples
+from runtime.importing.exported import first_line
 from runtime.importing.image_inputs import with_image
+from runtime.importing.knowledge import inform
+from runtime.importing.program import ImportFailure
 from runtime.importing.signature import describe_schema
+from runtime.importing.soundness import check_outputs, check_weights
 from runtime.importing.tensor_program import TensorProgram
 from runtime.protocol import BuildHints, Format, Manifest
 from runtime.proving.tensor import prove_tensor
@@ -32,17 +37,23 @@ def build_tensor(
     """`add` writes the program's files into the artifact, as `load_program` wants them for
     `format`; without it the upload's own file is copied. `otherwise` gives the program to build
     instead if this one's rows must not share a run. Raises `ImportFailure`."""
+    examples = read_examples(upload.examples) if upload.examples else None
     with reporter.phase("import") as report:
+        dead = _examine(model, hints, examples)
         schema = describe_schema(model.schema)
         report(1.0, f"{model.num_parameters:,} parameters; {schema}")
     with reporter.phase("prove") as report:
-        proof = prove_tensor(model, MAX_BATCH_ROWS, report)
+        own_inputs = model.example_inputs if examples else None
+        proof = prove_tensor(model, MAX_BATCH_ROWS, report, own_inputs)
         if otherwise is not None and not proof.is_batched:
             model = otherwise()
-            proof = prove_tensor(model, MAX_BATCH_ROWS, report)
+            dead = _examine(model, hints, examples)
+            proof = prove_tensor(model, MAX_BATCH_ROWS, report, own_inputs)
     with reporter.phase("measure") as report:
         make_inputs = proof.makers[0].make
         candidates = measure_tensor(model.run, make_inputs, proof.max_rows, report)
+    signature = model.signature
+    batch_warning = signature.batch_note if signature.is_batch_fixed else ""
     manifest = Manifest(
         kind="tensor",
         format=format,
@@ -57,6 +68,8 @@ def build_tensor(
             add_program(upload.path, artifact_dir)
         else:
             add(model, artifact_dir)
+        if own_inputs is not None:
+            keep_examples(own_inputs, model.schema, artifact_dir)
         return upload.beside
 
     return Outcome(
@@ -64,6 +77,28 @@ def build_tensor(
         verdict=proof.verdict,
         checks=proof.checks,
         candidates=candidates,
-        notes=model.notes + proof.notes,
+        notes=[note for note in model.notes if note != batch_warning] + proof.notes,
+        warnings=[*([batch_warning] if batch_warning else []), *dead, *proof.warnings],
         package=package,
     )
+
+
+def _examine(model: TensorProgram, hints: BuildHints, examples: Arrays | None) -> list[str]:
+    """Puts what is known of the inputs into `model`, and refuses one that cannot be meant. Gives
+    warnings."""
+    inform(model, hints, examples)
+    check_weights(model.state)
+    if examples is not None and model.example_inputs is not None:
+        try:
+            model.run(model.example_inputs)
+        except Exception as error:  # a stranger's graph may raise anything
+            raise ImportFailure(
+                "examples", f"The model does not run on examples.npz: {first_line(error)}."
+            ) from error
+    if model.program is None:
+        return []
+    names = [spec.name for spec in model.schema.outputs]
+    return [
+        f"The output {name!r} cannot depend on any input: it is the same in every answer."
+        for name in check_outputs(model.program, names)
+    ]

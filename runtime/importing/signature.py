@@ -68,6 +68,12 @@ class Signature(msgspec.Struct, frozen=True, kw_only=True):
     batch: frozenset[sympy.Expr] = frozenset()
     batch_note: str = ""
 
+    @property
+    def is_batch_fixed(self) -> bool:
+        """Whether all inputs have a first axis, and one of them is of one size."""
+        axes = [leaf.axes[:1] for leaf in self.inputs if leaf.spec]
+        return all(axes) and any(axis[0].is_Integer for axis in axes)
+
 
 def read_signature(program: ExportedProgram) -> Signature:
     """Raises `ImportFailure` for inputs and outputs that have no place on the wire."""

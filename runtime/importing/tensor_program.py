@@ -16,27 +16,18 @@ MAX_REFERENCE_BYTES = 2 * 1024**3  # weights beyond this are not copied into flo
 
 class TensorProgram(Protocol):
     """A loaded program. Tensors go in and out in the order of `schema`, which lacks the constants
-    that `signature` lists."""
+    that `signature` lists. `notes` are what its owner should know of it, in plain words;
+    `example_inputs` came with it, in the order of the schema. What is learned of the inputs later
+    changes these four."""
 
-    @property
-    def signature(self) -> Signature: ...
-
-    @property
-    def schema(self) -> Schema: ...
+    signature: Signature
+    schema: Schema
+    notes: list[str]
+    example_inputs: list[torch.Tensor] | None
 
     @property
     def program(self) -> ExportedProgram | None:
         """Its graph, where it is one that torch can compile."""
-        ...
-
-    @property
-    def notes(self) -> list[str]:
-        """What its owner should know of it, in plain words."""
-        ...
-
-    @property
-    def example_inputs(self) -> list[torch.Tensor] | None:
-        """Inputs that came with it, in the order of the schema."""
         ...
 
     @property

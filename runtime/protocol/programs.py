@@ -184,6 +184,7 @@ class Manifest(Wire, frozen=True):
     schema: Schema | None = None
     text: TextInput | None = None  # tensor programs that take texts too
     labels: list[str] = []  # names of the last axis of a classifier's first output
+    are_labels_independent: bool = False  # any number of them may hold: a sigmoid each, no softmax
     accepts_loss: bool = False  # as the owner said
     decoder: DecoderInfo | None = None
     embedder: EmbedderInfo | None = None
@@ -238,4 +239,6 @@ class BuildReceipt(Wire, frozen=True):
     device: str
     route: str = ""
     notes: list[str] = []
+    # What looks wrong with the model though it can be served: its owner should see to it.
+    warnings: list[str] = []
     environment: str = ""  # what the candidates were measured on, in one line

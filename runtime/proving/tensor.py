@@ -20,6 +20,7 @@ from runtime.proving.comparing import (
     same_bits,
     take_rows,
 )
+from runtime.proving.constant_outputs import constant_warnings
 from runtime.proving.inputs import InputMaker, find_inputs
 from runtime.proving.reference import Tolerance, find_tolerance
 
@@ -32,7 +33,7 @@ Report = Callable[[float, str], None]
 
 class TensorProof(msgspec.Struct, frozen=True, kw_only=True):
     """`is_batched` is whether requests may share runs, of up to `max_rows` rows. `makers` gave
-    inputs the program ran on."""
+    inputs the program ran on. `warnings` say what looks wrong though nothing failed."""
 
     verdict: Verdict
     checks: list[Check]
@@ -40,19 +41,24 @@ class TensorProof(msgspec.Struct, frozen=True, kw_only=True):
     max_rows: int
     makers: list[InputMaker]
     notes: list[str]
+    warnings: list[str] = []
 
 
 def prove_tensor(
-    model: TensorProgram, max_batch_rows: int = 64, report: Report = lambda *_: None
+    model: TensorProgram,
+    max_batch_rows: int = 64,
+    report: Report = lambda *_: None,
+    own_inputs: list[torch.Tensor] | None = None,
 ) -> TensorProof:
-    """`report` takes a fraction and a line. Raises `ImportFailure` for a program that does not
-    run, or that changes itself as it runs."""
+    """`report` takes a fraction and a line; `own_inputs` are its owner's. Raises `ImportFailure`
+    for a program that does not run, or that changes itself as it runs."""
     versions = _versions(model)
     report(0.0, "finding inputs that the program accepts")
     makers = find_inputs(model)
     _check_state(model, versions)
     checks = [_check_outputs(model, makers), _check_repeat(model, makers[0])]
     is_repeatable = checks[-1].is_equal
+    warnings = constant_warnings(model, makers[0])
     notes: list[str] = []
     if not is_repeatable:
         notes.append(
@@ -66,6 +72,8 @@ def prove_tensor(
         max_rows = min([max_batch_rows, *(limit for limit in limits if limit is not None)])
         report(0.3, f"comparing rows in batches of up to {max_rows} with rows alone")
         batch_checks = _check_batches(model, makers, max_rows, report)
+        if own_inputs is not None and (own := check_own_inputs(model, own_inputs, max_rows)):
+            batch_checks.append(own)
         checks += batch_checks
         failed = [check for check in batch_checks if not check.is_equal]
         is_batched = not failed
@@ -85,6 +93,7 @@ def prove_tensor(
         max_rows=max_rows if is_batched else 1,
         makers=makers,
         notes=notes,
+        warnings=warnings,
     )
 
 
@@ -180,6 +189,26 @@ def _check_sizes(model: TensorProgram, maker: InputMaker, largest: int) -> list[
     if logits := [index for index, output in enumerate(alone[0]) if is_logits(output)]:
         checks.append(_top_1_check(alone, together, logits, tolerance))
     return checks
+
+
+def check_own_inputs(
+    model: TensorProgram, inputs: list[torch.Tensor], largest: int
+) -> Check | None:
+    """The owner's rows together against themselves alone; None of a single row."""
+    num_rows = min(inputs[0].shape[0], largest)
+    if num_rows < 2:
+        return None
+    picked = sorted({*range(min(NUM_ALONE, num_rows)), num_rows - 1})
+    rows = [take_rows(inputs, [row]) for row in picked]
+    alone = [model.run(row) for row in rows]
+    together = model.run([tensor[:num_rows] for tensor in inputs])
+    tolerance = find_tolerance(model, rows, alone)
+    return _batch_check(
+        f"your inputs, batch of {num_rows}",
+        dict(zip(picked, alone, strict=True)),
+        together,
+        tolerance,
+    )
 
 
 def _noise_check(tolerance: Tolerance) -> Check:
