@@ -1,4 +1,4 @@
-"""Checks the tensors of a request against a program's schema and turns them to and from wire form.
+"""Checks the tensors of a request, in wire form, against a program's schema.
 
 Owns the typed refusals a caller sees for wrong inputs. NaN and infinity are values like others.
 """
@@ -27,8 +27,50 @@ class PredictFailure(Exception):
         self.error = WireError(type=kind, code=code, message=message, param=param, status=status)
 
 
-def decode_inputs(tensors: Sequence[Tensor], schema: Schema) -> list[torch.Tensor]:
-    """Torch tensors in the schema's order. Raises `PredictFailure` naming the wrong input."""
+class InputChecker:
+    """Checks requests to one program. Most have the same shapes but for their rows: what these
+    are is worked out once."""
+
+    def __init__(self, schema: Schema) -> None:
+        self._schema = schema
+        self._names = [spec.name for spec in schema.inputs]
+        # Of inputs with no dynamic axis but the batch: dtype, shape and bytes of one row.
+        self._plain = [_plain_row(spec) for spec in schema.inputs] if schema.is_batched else []
+        self._is_plain = bool(self._plain) and None not in self._plain
+
+    def check(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors in the schema's order. Raises `PredictFailure` naming the wrong input."""
+        if self._is_plain and self._are_plain(tensors):
+            return list(tensors)
+        return check_inputs(tensors, self._schema)
+
+    def _are_plain(self, tensors: Sequence[Tensor]) -> bool:
+        """False: not in the schema's order, or something is wrong."""
+        if [tensor.name for tensor in tensors] != self._names:
+            return False
+        rows = tensors[0].shape[0] if tensors[0].shape else 0
+        if rows < 1:
+            return False
+        for tensor, plain in zip(tensors, self._plain, strict=True):
+            assert plain is not None, "all are plain"
+            dtype, row_shape, row_bytes = plain
+            shape = tensor.shape
+            if tensor.dtype != dtype or shape[0:1] != [rows] or shape[1:] != row_shape:
+                return False
+            if len(tensor.data) != rows * row_bytes:
+                return False
+        return True
+
+
+def _plain_row(spec: TensorSpec) -> tuple[str, list[int], int] | None:
+    row_shape = [size for size in spec.shape[1:] if size is not None]
+    if len(row_shape) != len(spec.shape) - 1 or 0 in row_shape:
+        return None
+    return spec.dtype, row_shape, math.prod(row_shape) * torch_dtype(spec.dtype).itemsize
+
+
+def check_inputs(tensors: Sequence[Tensor], schema: Schema) -> list[Tensor]:
+    """The tensors in the schema's order. Raises `PredictFailure` naming the wrong input."""
     by_name: dict[str, Tensor] = {}
     for tensor in tensors:
         if tensor.name in by_name:
@@ -46,9 +88,10 @@ def decode_inputs(tensors: Sequence[Tensor], schema: Schema) -> list[torch.Tenso
                 spec.name, "missing_input", f"is missing: {spec.dtype} of shape {show_shape(spec)}"
             )
         check_input(by_name[spec.name], spec, is_batched=schema.is_batched)
-    inputs = [decode(by_name[name]) for name in names]
+    inputs = [by_name[name] for name in names]
     if schema.is_batched:
         _check_rows(inputs, names)
+        _check_lengths(inputs, schema)
     return inputs
 
 
@@ -86,21 +129,8 @@ def check_input(tensor: Tensor, spec: TensorSpec, *, is_batched: bool) -> None:
         )
 
 
-def decode(tensor: Tensor) -> torch.Tensor:
-    """A tensor that owns its memory. The wire form has been checked."""
-    dtype = torch_dtype(tensor.dtype)
-    if not tensor.data:
-        return torch.empty(tensor.shape, dtype=dtype)
-    data = bytearray(tensor.data)  # torch wants writable memory
-    if dtype is torch.bool:  # any byte but 0 is true; torch itself only bears 0 and 1
-        return torch.frombuffer(data, dtype=torch.uint8).reshape(tensor.shape).ne(0)
-    return torch.frombuffer(data, dtype=dtype).reshape(tensor.shape)
-
-
-def encode_outputs(outputs: Sequence[torch.Tensor], schema: Schema) -> list[Tensor]:
-    """Wire form of a program's outputs, which are on the CPU in the schema's order and dtypes.
-    Raises `PredictFailure` when they would not fit a frame."""
-    total_bytes = sum(output.nbytes for output in outputs)
+def check_output_bytes(total_bytes: int) -> None:
+    """Raises `PredictFailure` when outputs would not fit a frame."""
     if total_bytes > MAX_OUTPUT_BYTES:
         raise PredictFailure(
             "output_too_large",
@@ -108,15 +138,6 @@ def encode_outputs(outputs: Sequence[torch.Tensor], schema: Schema) -> list[Tens
             "Send fewer rows per request.",
             status=413,
         )
-    return [
-        Tensor(
-            name=spec.name,
-            dtype=spec.dtype,
-            shape=list(output.shape),
-            data=output.contiguous().numpy().tobytes(),
-        )
-        for spec, output in zip(schema.outputs, outputs, strict=True)
-    ]
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -133,7 +154,7 @@ def show_shape(spec: TensorSpec) -> str:
     return f"[{', '.join(sizes)}]"
 
 
-def _check_rows(inputs: Sequence[torch.Tensor], names: Sequence[str]) -> None:
+def _check_rows(inputs: Sequence[Tensor], names: Sequence[str]) -> None:
     rows = inputs[0].shape[0]
     for tensor, name in zip(inputs, names, strict=True):
         if tensor.shape[0] != rows:
@@ -141,6 +162,23 @@ def _check_rows(inputs: Sequence[torch.Tensor], names: Sequence[str]) -> None:
                 name,
                 "wrong_shape",
                 f"has {tensor.shape[0]} rows but {names[0]!r} has {rows}; all inputs need as many",
+            )
+
+
+def _check_lengths(inputs: Sequence[Tensor], schema: Schema) -> None:
+    """Inputs that are padded together have one length."""
+    padded = [
+        (tensor, spec, spec.padded_axis)
+        for tensor, spec in zip(inputs, schema.inputs, strict=True)
+        if spec.padded_axis is not None
+    ]
+    for tensor, spec, axis in padded[1:]:
+        first, first_spec, first_axis = padded[0]
+        if tensor.shape[axis] != first.shape[first_axis]:
+            raise _wrong_shape(
+                tensor,
+                spec,
+                f"axis {axis} must be {first.shape[first_axis]}, as it is of {first_spec.name!r}",
             )
 
 

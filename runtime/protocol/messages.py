@@ -32,6 +32,7 @@ class Optimise(Message, frozen=True):
     device: str = "cpu"
     num_threads: int = 2
     budget_seconds: float = 900.0  # candidates not finished by then are left out
+    memory_bytes: int = 0  # that this process and its children may take; 0: what is free
     accepts_loss: bool = False
 
 
@@ -177,7 +178,8 @@ class Step(Message, frozen=True):
 
 
 class Predicted(Message, frozen=True):
-    """`device_ns` is this request's share (by rows) of the run it was part of."""
+    """`device_ns` is this request's share (by the values of its rows) of the runs it was part
+    of."""
 
     request_id: str
     outputs: list[Tensor]
@@ -223,6 +225,8 @@ class Stats(Message, frozen=True):
     rows: int = 0
     runs: int = 0
     device_ns: int = 0
+    queue_ns: int = 0  # tensor programs: that answered requests spent outside of runs
+    runs_by_rows: dict[int, int] = {}  # likewise: runs by their rows, up to a power of two
 
 
 class Fatal(Message, frozen=True):

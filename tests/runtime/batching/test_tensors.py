@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.batching.tensors import PredictFailure, decode_inputs, encode_outputs
+from runtime.batching.joining import Rows, check_outputs, encode, join
+from runtime.batching.tensors import InputChecker, PredictFailure
 from runtime.protocol import Schema, Tensor, TensorSpec
 
 SCHEMA = Schema(
@@ -24,6 +25,17 @@ SCHEMA = Schema(
     outputs=[TensorSpec(name="output", dtype="float32", shape=[None, 3])],
     is_batched=True,
 )
+
+
+def decode_inputs(tensors: list[Tensor], schema: Schema) -> list[torch.Tensor]:
+    """One request's inputs as they reach the program."""
+    inputs = InputChecker(schema).check(tensors)
+    num_rows = inputs[0].shape[0] if schema.is_batched else 1
+    return join([Rows(inputs, 0, num_rows, 0)], schema)
+
+
+def encode_outputs(outputs: list[torch.Tensor], schema: Schema) -> list[Tensor]:
+    return encode([check_outputs(outputs, len(outputs[0]), schema)], schema)
 
 
 def wire(name: str, array: np.ndarray) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 
-from runtime.batching.tensors import encode_outputs
+from runtime.batching.joining import check_outputs, encode
 from runtime.importing.exported import ExportedProgramModel, load_exported
 from runtime.importing.program import ImportFailure
 from runtime.importing.signature import describe_schema
@@ -131,7 +131,8 @@ def test_a_weight_may_be_an_output(path):
 
     model = load_exported(export(path, Both(), torch.randn(3, 2)))
     outputs = model.run([torch.zeros(4, 2)])
-    assert [each.shape for each in encode_outputs(outputs, model.schema)] == [[2], [4, 2]]
+    encoded = encode([check_outputs(outputs, 4, model.schema)], model.schema)
+    assert [each.shape for each in encoded] == [[2], [4, 2]]
 
 
 def test_a_program_that_writes_to_its_input_leaves_ours_alone(path):
