@@ -20,7 +20,12 @@ def build_program(
     if upload.kind == "pt2":
         return _build_graph(upload, reporter, hints)
     from runtime.importing.embedder_layout import is_embedder
+    from runtime.importing.heads_layout import read_head
 
+    if (head := read_head(upload.path)) is not None:
+        from runtime.building.heads import build_head
+
+        return build_head(upload, head, scratch, reporter, hints)
     if is_embedder(upload.path):
         from runtime.building.embedder import build_embedder
 

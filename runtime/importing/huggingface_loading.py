@@ -49,10 +49,14 @@ def load_original(directory: Path | str, dtype: torch.dtype | None = None) -> Pr
 
 
 def load_module(
-    directory: Path, attention: str, dtype: torch.dtype | None, notes: list[str]
+    directory: Path,
+    attention: str | None,
+    dtype: torch.dtype | None,
+    notes: list[str],
+    auto: Any = AutoModelForCausalLM,
 ) -> PreTrainedModel:
     """A module with all its weights; those it has no use for are noted."""
-    module, loading = from_pretrained(directory, attention, dtype)
+    module, loading = from_pretrained(directory, attention, dtype, auto)
     missing = sorted(loading["missing_keys"])
     if missing or loading["mismatched_keys"]:
         wrong = missing or sorted(str(key) for key in loading["mismatched_keys"])
@@ -69,7 +73,10 @@ def load_module(
 
 
 def from_pretrained(
-    directory: Path, attention: str, dtype: torch.dtype | None
+    directory: Path,
+    attention: str | None,
+    dtype: torch.dtype | None,
+    auto: Any = AutoModelForCausalLM,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The module and what transformers tells of its loading. Raises `ImportFailure`, with code
     `attention_not_found` for a class that knows no attention but its own."""
@@ -77,7 +84,7 @@ def from_pretrained(
 
     def load() -> Any:
         try:
-            return AutoModelForCausalLM.from_pretrained(
+            return auto.from_pretrained(
                 directory,
                 dtype=dtype or "auto",
                 attn_implementation=attention,
@@ -91,7 +98,7 @@ def from_pretrained(
                 raise attention_not_found() from error
             raise
 
-    return by_transformers(AutoModelForCausalLM, load)
+    return by_transformers(auto, load)
 
 
 def check_sizes(
