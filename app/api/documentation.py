@@ -19,6 +19,8 @@ from litestar.serialization import encode_json
 from markupsafe import Markup, escape
 
 from app.api.embeddings import Embeddings, EmbeddingsRequest
+from app.api.inference_v2_answers import Inferred
+from app.api.inference_v2_requests import InferRequest
 from app.api.model_view import VersionState
 from app.api.models import NewVersion
 from app.api.openai_types import ChatCompletion, ChatRequest, Completion, CompletionRequest
@@ -29,9 +31,11 @@ from app.api.schema_view import Schema, read_groups
 TEMPLATES_DIR = Path(__file__).resolve().parents[2] / "templates" / "docs"
 VERSION = "1"
 DESCRIPTION = (
-    "One box, one API: OpenAI's routes under /v1 and /models for calling endpoints, and /api for "
-    "managing models, keys and money. Send an API key as `Authorization: Bearer <key>`. Every "
-    'error has the body {"error": {"message", "type", "param", "code"}}.'
+    "One box, one API: OpenAI's routes under /v1, /models and the Open Inference Protocol under "
+    "/v2 for calling endpoints, and /api for managing models, keys and money. Send an API key as "
+    "`Authorization: Bearer <key>`. Every "
+    'error has the body {"error": {"message", "type", "param", "code"}}; under /v2, as that '
+    'protocol has it, {"error": message, "type", "param", "code"}.'
 )
 
 # Bodies that their routes decode themselves, which the framework therefore does not see: (what is
@@ -41,6 +45,8 @@ BODIES: dict[str, tuple[type[msgspec.Struct], type[msgspec.Struct]]] = {
     "/v1/chat/completions": (ChatRequest, ChatCompletion),
     "/v1/embeddings": (EmbeddingsRequest, Embeddings),
     "/models/{name}/predict": (PredictRequest, PredictAnswer),
+    "/v2/models/{name}/infer": (InferRequest, Inferred),
+    "/v2/models/{name}/versions/{version}/infer": (InferRequest, Inferred),
     "/api/models/{name}/versions": (NewVersion, VersionState),
     "/api/prices": (NewBook, BookAnswer),
 }

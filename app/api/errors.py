@@ -48,9 +48,25 @@ class ErrorDetail(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ErrorBody(msgspec.Struct, frozen=True):
-    """The body of every error."""
+    """The body of every error, but for those below /v2."""
 
     error: ErrorDetail
+
+
+class FlatErrorBody(msgspec.Struct, frozen=True):
+    """As the Open Inference Protocol has it, where `error` is the sentence itself. What the other
+    errors tell stands beside it."""
+
+    error: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+def _body(request: AnyRequest, detail: ErrorDetail) -> ErrorBody | FlatErrorBody:
+    if request.url.path.startswith("/v2/"):
+        return FlatErrorBody(detail.message, detail.type, detail.param, detail.code)
+    return ErrorBody(detail)
 
 
 def error_body(error: AppError) -> ErrorBody:
@@ -60,7 +76,7 @@ def error_body(error: AppError) -> ErrorBody:
     )
 
 
-def render_app_error(_: AnyRequest, error: AppError) -> Response[ErrorBody]:
+def render_app_error(request: AnyRequest, error: AppError) -> Response[Any]:
     """An error of ours, with `Retry-After` where waiting helps."""
     headers: dict[str, str] = {}
     if error.retry_after_seconds is not None:
@@ -68,7 +84,7 @@ def render_app_error(_: AnyRequest, error: AppError) -> Response[ErrorBody]:
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return Response(
-        error_body(error),
+        _body(request, error_body(error).error),
         status_code=error.status,
         headers=headers,
         media_type="application/json",
@@ -86,7 +102,7 @@ def render_http_error(request: AnyRequest, error: HTTPException) -> Response[Any
     param: str | None = None
     if isinstance(error, ValidationException):
         message, param = _invalid_parameter(error)
-    body = ErrorBody(ErrorDetail(message=message, type=kind, param=param, code=code))
+    body = _body(request, ErrorDetail(message=message, type=kind, param=param, code=code))
     headers = {
         name: value
         for name, value in (error.headers or {}).items()
@@ -97,7 +113,7 @@ def render_http_error(request: AnyRequest, error: HTTPException) -> Response[Any
     )
 
 
-def render_unknown_error(request: AnyRequest, error: Exception) -> Response[ErrorBody]:
+def render_unknown_error(request: AnyRequest, error: Exception) -> Response[Any]:
     """A fault of ours: logged in full under an id that the caller gets to quote."""
     if isinstance(error, RecursionError) and "deserializing" in str(error):
         # Not a fault: a JSON body nested deeper than any request is.
@@ -114,7 +130,7 @@ def render_unknown_error(request: AnyRequest, error: Exception) -> Response[Erro
         param=None,
         code="internal_error",
     )
-    return Response(ErrorBody(detail), status_code=500, media_type="application/json")
+    return Response(_body(request, detail), status_code=500, media_type="application/json")
 
 
 def _invalid_parameter(error: ValidationException) -> tuple[str, str | None]:

@@ -17,11 +17,14 @@ def show_health() -> dict[str, str]:
 @get("/readyz", summary="Can it serve")
 async def show_readiness(request: Request[Any, Any, Any]) -> Response[dict[str, str]]:
     """200 when requests can be served, 503 with the reason when not."""
-    state = request.app.state
-    problem = _stopped(state) or await _silent(state)
-    if problem:
+    if problem := await problem_of(request.app.state):
         return Response({"status": problem}, status_code=503)
     return Response({"status": "ready"})
+
+
+async def problem_of(state: State) -> str:
+    """Why no request can be served, or nothing."""
+    return _stopped(state) or await _silent(state)
 
 
 def _stopped(state: State) -> str:

@@ -4,7 +4,7 @@ from typing import Any
 
 from litestar import Request, Response
 
-from app.api.errors import ErrorBody, render_app_error
+from app.api.errors import render_app_error
 from app.core.errors import AppError
 from app.core.ids import new_id
 
@@ -19,13 +19,13 @@ def new_request_id(request: AnyRequest) -> str:
     return request_id
 
 
-def _named(request: AnyRequest, response: Response[ErrorBody]) -> Response[ErrorBody]:
+def _named(request: AnyRequest, response: Response[Any]) -> Response[Any]:
     if (request_id := request.state.get(KEY)) is not None:
         response.headers["x-request-id"] = request_id
     return response
 
 
-def _app_error(request: AnyRequest, error: AppError) -> Response[ErrorBody]:
+def _app_error(request: AnyRequest, error: AppError) -> Response[Any]:
     return _named(request, render_app_error(request, error))
 
 

@@ -10,7 +10,10 @@ import msgspec
 METHODS = ("get", "post", "put", "patch", "delete", "head", "options")
 MAX_DEPTH = 6  # of nested objects shown
 # Groups in the order in which people need them; others follow by name.
-ORDER = ("OpenAI", "Predictions", "Models", "Uploads", "Deployments", "Keys", "Usage", "Prices")
+ORDER = (
+    *("OpenAI", "Predictions", "Open Inference Protocol", "Models", "Uploads", "Deployments"),
+    *("Keys", "Usage", "Prices"),
+)
 SAMPLES: dict[str, Any] = {"integer": 1, "number": 1.0, "boolean": True, "array": [], "object": {}}
 
 Schema = dict[str, Any]

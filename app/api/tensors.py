@@ -27,7 +27,7 @@ def tensors_of(inputs: Any, schema: Schema) -> list[Tensor]:
             raise InvalidRequest(f"inputs must be an object with: {_names(specs)}.", param="inputs")
         inputs = {specs[0].name: inputs}
     named = cast("dict[str, Any]", inputs)
-    return _tensors(named, schema, _array_of)
+    return _tensors(named, schema, array_of_lists)
 
 
 def tensors_of_arrays(arrays: Mapping[str, Array], schema: Schema) -> list[Tensor]:
@@ -38,10 +38,10 @@ def tensors_of_arrays(arrays: Mapping[str, Array], schema: Schema) -> list[Tenso
 def tensors_of_values(values: Mapping[str, Any], schema: Schema) -> list[Tensor]:
     """As `tensors_of`, of arrays and lists by the inputs' names."""
 
-    def array_of(value: Any, spec: TensorSpec) -> Array:
-        return cast(Array, value) if isinstance(value, np.ndarray) else _array_of(value, spec)
+    def read(value: Any, spec: TensorSpec) -> Array:
+        return cast(Array, value) if isinstance(value, np.ndarray) else array_of_lists(value, spec)
 
-    return _tensors(values, schema, array_of)
+    return _tensors(values, schema, read)
 
 
 def tensors_of_array(array: Array, schema: Schema) -> list[Tensor]:
@@ -79,7 +79,7 @@ def only_input(schema: Schema, what: str) -> TensorSpec:
 
 
 def _tensors(
-    named: Mapping[str, Any], schema: Schema, array_of: Callable[[Any, TensorSpec], Array]
+    named: Mapping[str, Any], schema: Schema, read: Callable[[Any, TensorSpec], Array]
 ) -> list[Tensor]:
     specs = schema.inputs
     known = {spec.name for spec in specs}
@@ -93,7 +93,7 @@ def _tensors(
     for spec in specs:
         if spec.name not in named:
             raise _wrong(spec, "is required")
-        array = cast_to(array_of(named[spec.name], spec), spec)
+        array = cast_to(read(named[spec.name], spec), spec)
         tensors.append(tensor_of(array, spec, schema))
     return check_rows(tensors, schema)
 
@@ -157,7 +157,8 @@ def cast_to(array: Array, spec: TensorSpec) -> Array:
     return array.astype(dtype)
 
 
-def _array_of(value: Any, spec: TensorSpec) -> Array:
+def array_of_lists(value: Any, spec: TensorSpec) -> Array:
+    """Numbers in lists of lists. Raises `InvalidRequest` naming the input."""
     # numpy would give every element the room of the longest text.
     if not _is_numeric(value):
         raise _wrong(spec, NUMBERS_ONLY)
@@ -169,7 +170,17 @@ def _array_of(value: Any, spec: TensorSpec) -> Array:
         raise _wrong(spec, "holds a number that is too large") from None
     if array.size == 0 and array.dtype.kind == "f":
         return array.astype("<f4")
+    if spec.dtype == "uint64" and array.dtype.kind == "f":
+        return _exact(value, array)
     return array
+
+
+def _exact(value: Any, array: Array) -> Array:
+    """Integers beyond int64 beside small ones, which numpy makes floats of."""
+    numbers = np.array(value, dtype=object)
+    if any(type(number) is not int or not 0 <= number < 2**64 for number in numbers.flat):
+        return array
+    return numbers.astype(np.uint64)
 
 
 def _is_numeric(value: Any) -> bool:

@@ -6,6 +6,7 @@ import contextlib
 import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -16,7 +17,7 @@ import uvicorn
 from litestar import Litestar
 from litestar.datastructures import State
 
-from app.api import health, predict, prices, receipts, usage
+from app.api import health, inference_v2, predict, prices, receipts, usage
 from app.api import openai as openai_routes
 from app.api.errors import EXCEPTION_HANDLERS
 from app.api.relay import Relay
@@ -69,9 +70,26 @@ class FakeFleet:
         self.targets: dict[str, FakeTarget] = {}
 
     def resolve(self, principal: Principal, model_name: str) -> FakeTarget:
-        if model_name not in self.targets:
+        name, _, version = model_name.partition("@")
+        if name not in self.targets or version not in ("", "3"):
             raise NotFound(f"The model {model_name!r} does not exist.", param="model")
-        return self.targets[model_name]
+        return self.targets[name]
+
+    def visible_endpoints(self, principal: Principal) -> list[Any]:
+        """Of the first organization, which has published them."""
+        return [
+            SimpleNamespace(
+                name=name,
+                is_ready=not target.link.closed,
+                desired=SimpleNamespace(
+                    deployment_id=name, organization_id=ORGANIZATION, version_number=3
+                ),
+            )
+            for name, target in self.targets.items()
+        ]
+
+    def live(self, deployment_id: str) -> list[Any]:
+        return [SimpleNamespace(stats=self.targets[deployment_id].link.stats)]
 
 
 class Box:
@@ -145,6 +163,7 @@ class Box:
                 health.router,
                 openai_routes.router,
                 predict.router,
+                inference_v2.router,
                 receipts.router,
                 usage.router,
                 prices.router,
