@@ -1,8 +1,10 @@
-"""A build: one sandboxed process that turns one upload into an artifact, or says why not.
+"""A build: one sandboxed process that turns one upload into an artifact, or says why not. Or an
+optimisation: the same process, which looks for a faster form of what an artifact holds.
 
 Owns the order of the phases, their progress, and what every failure becomes. Each phase's work
-is done elsewhere. The process serves one connection on a unix socket: it takes one `Build`,
-answers with `Progress` and then `Built` or `BuildFailed`, and ends when the peer hangs up.
+is done elsewhere. The process serves one connection on a unix socket: it takes one `Build` or
+`Optimise`, answers with `Progress` and then with its result or `BuildFailed`, and ends when the
+peer hangs up.
 
 Nothing that could start a thread is imported before the sandbox is applied, hence the imports
 inside functions.
@@ -20,7 +22,7 @@ from pathlib import Path
 import msgspec
 
 from runtime.building.failures import describe_failure, internal_error
-from runtime.building.reporter import Reporter
+from runtime.building.reporter import OPTIMISE_STARTS, PHASE_STARTS, Reporter
 from runtime.importing import sandbox
 from runtime.protocol import (
     LENGTH,
@@ -29,6 +31,8 @@ from runtime.protocol import (
     BuildReceipt,
     Built,
     FrameError,
+    Optimise,
+    Optimised,
     ToBuild,
     check_frame_length,
 )
@@ -52,19 +56,22 @@ def main() -> None:
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
     )
     connection = accept_one(arguments.socket)
-    build = read_build(connection)
-    if build is None:
+    job = read_job(connection)
+    if job is None:
         return
-    reporter = Reporter(connection)
+    reporter = Reporter(connection, PHASE_STARTS if isinstance(job, Build) else OPTIMISE_STARTS)
     try:
-        isolation = confine(build)
+        isolation = confine(job)
     except (OSError, sandbox.SandboxError) as error:
         logger.exception("the sandbox could not be applied")
         reporter.send(BuildFailed(error=internal_error(error)))
         return
     watcher = threading.Thread(target=end_with_peer, args=(connection,), daemon=True)
     watcher.start()
-    reporter.send(run_build(build, reporter, isolation.summary()))
+    if isinstance(job, Build):
+        reporter.send(run_build(job, reporter, isolation.summary()))
+    else:
+        reporter.send(run_optimise(job, reporter, isolation.summary()))
     watcher.join(HANG_UP_SECONDS)
 
 
@@ -87,7 +94,7 @@ def accept_one(path: Path) -> socket.socket:
     return connection
 
 
-def read_build(connection: socket.socket) -> Build | None:
+def read_job(connection: socket.socket) -> Build | Optimise | None:
     """The one frame a build is given; None when the peer hangs up first. Raises `FrameError`."""
     prefix = _read_exactly(connection, LENGTH.size)
     if prefix is None:
@@ -126,15 +133,17 @@ def end_with_peer(connection: socket.socket) -> None:
 # --- the build --------------------------------------------------------------------------
 
 
-def confine(build: Build) -> sandbox.IsolationReport:
+def confine(job: Build | Optimise) -> sandbox.IsolationReport:
     """Apply the build sandbox and limit threads, before anything heavy is imported."""
-    os.environ["OMP_NUM_THREADS"] = str(build.num_threads)
+    os.environ["OMP_NUM_THREADS"] = str(job.num_threads)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    output_dir = Path(build.output_dir)
+    output_dir = Path(job.output_dir)
     tmp_dir = Path(os.environ.get("TMPDIR") or output_dir)
-    return sandbox.apply_build(Path(build.upload_path), output_dir, tmp_dir)
+    if isinstance(job, Build):
+        return sandbox.apply_build(Path(job.upload_path), output_dir, tmp_dir)
+    return sandbox.apply_build(Path(job.artifact_dir), output_dir, tmp_dir, device=job.device)
 
 
 def run_build(build: Build, reporter: Reporter, isolation: str) -> Built | BuildFailed:
@@ -147,12 +156,32 @@ def run_build(build: Build, reporter: Reporter, isolation: str) -> Built | Build
         return _run_phases(build, reporter, scratch, isolation)
     except Exception as error:
         logger.exception("the build failed")
-        for path in output_dir.iterdir():
-            if path.is_file():
-                path.unlink()
+        _clear(output_dir)
         return BuildFailed(error=describe_failure(error))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def run_optimise(job: Optimise, reporter: Reporter, isolation: str) -> Optimised | BuildFailed:
+    """Never raises, likewise."""
+    logger.info("%s", isolation)
+    try:
+        from runtime.building.optimise import optimise
+
+        return optimise(job, reporter, isolation)
+    except Exception as error:
+        logger.exception("the optimisation failed")
+        _clear(Path(job.output_dir))
+        return BuildFailed(error=describe_failure(error))
+
+
+def _clear(output_dir: Path) -> None:
+    """Half an artifact is of no use."""
+    for path in output_dir.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
 
 
 def _run_phases(build: Build, reporter: Reporter, scratch: Path, isolation: str) -> Built:

@@ -47,7 +47,7 @@ class Source(Protocol):
         inputs: "list[list[torch.Tensor]]",
     ) -> None: ...
 
-    def load(self, name: str, program: "TensorProgram", place: "Place") -> "Run": ...
+    def load(self, name: str, program: "TensorProgram | None", place: "Place") -> "Run": ...
 
 
 class KnownForms:
@@ -72,7 +72,7 @@ class KnownForms:
             num_threads=making.place.num_threads,
         )
 
-    def load(self, name: str, program: "TensorProgram", place: "Place") -> "Run":
+    def load(self, name: str, program: "TensorProgram | None", place: "Place") -> "Run":
         """Raises `FormFailure`."""
         from runtime.compiling.forms import load_form
 
@@ -180,7 +180,10 @@ class Contender:
                 self._source.make(place.form, self._load_program(place), question, inputs)
                 return messages.Done(peak_bytes=self._peak_bytes())
             case messages.Load(place=place):
-                self._run = self._source.load(place.form, self._load_program(place), place)
+                # As in a worker, which does not hold the weights twice.
+                program = self._load_program(place) if place.form == "eager" else None
+                self._use(place)
+                self._run = self._source.load(place.form, program, place)
                 return messages.Done(peak_bytes=self._peak_bytes())
             case messages.Answer(inputs=wire):
                 outputs = messages.to_wire(self._call(messages.from_wire(wire)))
@@ -194,15 +197,18 @@ class Contender:
 
     def _load_program(self, place: "Place") -> "TensorProgram":
         if self._program is None:
-            import torch
-
             from runtime.compiling.programs import load_program
 
-            torch.set_num_threads(place.num_threads)
-            self._device = place.device
+            self._use(place)
             artifact_dir = Path(place.artifact_dir)
             self._program = load_program(artifact_dir, place.manifest, place.device)
         return self._program
+
+    def _use(self, place: "Place") -> None:
+        import torch
+
+        torch.set_num_threads(place.num_threads)
+        self._device = place.device
 
     def _call(self, inputs: "list[torch.Tensor]") -> "list[torch.Tensor]":
         assert self._run is not None, "a form is loaded before it is run"

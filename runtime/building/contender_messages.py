@@ -12,7 +12,6 @@ from typing import TypeVar
 import msgspec
 import torch
 
-from runtime.batching.tensors import decode, torch_dtype
 from runtime.protocol import Manifest, Schema, Tensor
 
 LENGTH = struct.Struct("<Q")
@@ -150,7 +149,7 @@ def to_wire(tensors: Sequence[torch.Tensor]) -> list[Tensor]:
 
 def from_wire(tensors: Sequence[Tensor]) -> list[torch.Tensor]:
     """Of a peer that is trusted: the judge's inputs, seen from its contender."""
-    return [decode(tensor) for tensor in tensors]
+    return [_tensor(each) for each in tensors]
 
 
 def outputs_from_wire(tensors: Sequence[Tensor], schema: Schema) -> list[torch.Tensor]:
@@ -158,12 +157,20 @@ def outputs_from_wire(tensors: Sequence[Tensor], schema: Schema) -> list[torch.T
     if [tensor.dtype for tensor in tensors] != [spec.dtype for spec in schema.outputs]:
         raise Garbled("outputs of other dtypes or of another number than the program's")
     for tensor in tensors:
-        num_bytes = torch_dtype(tensor.dtype).itemsize
+        num_bytes = getattr(torch, tensor.dtype).itemsize
         for size in tensor.shape:
             num_bytes *= size
         if len(tensor.data) != num_bytes or any(size < 0 for size in tensor.shape):
             raise Garbled("an output whose data do not fit its shape")
-    return [decode(tensor) for tensor in tensors]
+    return [_tensor(each) for each in tensors]
+
+
+def _tensor(wire: Tensor) -> torch.Tensor:
+    dtype = getattr(torch, wire.dtype)
+    if not wire.data:
+        return torch.empty(wire.shape, dtype=dtype)
+    data = bytearray(wire.data)  # torch wants writable memory
+    return torch.frombuffer(data, dtype=dtype).reshape(wire.shape)
 
 
 def _decode(decoder: msgspec.msgpack.Decoder[M], body: bytes | bytearray) -> M:

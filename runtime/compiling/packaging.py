@@ -3,6 +3,7 @@
 program.json   the manifest
 receipt.json   what the build tried and found
 program.pt2    a tensor program or a decoder's graph, or *.safetensors of a decoder
+forms/<name>/  of a tensor program: the faster form that was chosen, as `forms` wrote it
 program.plan   of a paged graph: what the build derived from program.pt2 (see `plans`)
 config.json, tokenizer.json, ...   of a decoder, as far as it has them
 """
