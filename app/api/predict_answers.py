@@ -5,6 +5,7 @@ from typing import Any, Literal
 import msgspec
 
 from app.api import npy, tensors
+from app.api.labels import Label, labels_of
 from app.core.errors import InvalidRequest
 from app.metering.records import Usage
 from runtime.protocol import Manifest, Predicted, Schema
@@ -26,10 +27,12 @@ class PredictUsage(msgspec.Struct, frozen=True):
 
 
 class PredictAnswer(msgspec.Struct, frozen=True, omit_defaults=True):
-    """`outputs` are nested lists by name; NaN and infinities, which JSON lacks, are null."""
+    """`outputs` are nested lists by name; NaN and infinities, which JSON lacks, are null.
+    `labels`, of a classifier alone: per row the best five, best first."""
 
     outputs: dict[str, Any]
     usage: PredictUsage
+    labels: list[list[Label]] | None = None
 
 
 _encoder = msgspec.json.Encoder()
@@ -58,7 +61,7 @@ def answer_bytes(form: Form, predicted: Predicted, usage: Usage, manifest: Manif
         return npy.npz_of(predicted.outputs)
     outputs = {tensor.name: tensors.array_of(tensor).tolist() for tensor in predicted.outputs}
     used = PredictUsage(usage.device_ms, predicted.batch_rows, predicted.queue_ns)
-    return _encoder.encode(PredictAnswer(outputs, used))
+    return _encoder.encode(PredictAnswer(outputs, used, labels_of(predicted, manifest)))
 
 
 def answer_size(form: Form, predicted: Predicted) -> int:

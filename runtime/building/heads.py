@@ -14,6 +14,7 @@ import msgspec
 import tokenizers
 import torch
 
+from runtime.batching.text_rows import TextRows
 from runtime.building.deadline import within
 from runtime.building.outcome import Outcome
 from runtime.building.reporter import Reporter
@@ -31,7 +32,6 @@ from runtime.importing.tensor_program import TensorProgram
 from runtime.protocol import BuildHints, Check, ImageInput, Schema, TensorSpec
 from runtime.proving.heads import HeadProof, prove_head
 from runtime.proving.heads_inputs import check_image, check_texts
-from runtime.text.text_rows import TextRows
 
 EXPORT_SECONDS = 240.0
 # What of the directory is in the artifact, in one form or another.

@@ -23,7 +23,7 @@ from runtime.protocol import ImageInput
 
 DEFAULT_MAX_TOKENS = 512  # where nothing sets a limit
 HUGE_LENGTH = 10**9  # tokenizers without a limit of their own name one beyond it
-EXAMPLE_TOKENS = 7  # any length that is no size of a model's own
+EXAMPLE_TOKENS = 19  # a short sentence; a length that is no size of a model's own
 # An example waveform: this many frames of the model's own, and as many again.
 EXAMPLE_FRAMES = 23
 _POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")

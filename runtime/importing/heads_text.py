@@ -1,6 +1,6 @@
 """Finds the tokenizer of a model with a head, as transformers builds it from the files.
 
-Owns the one file that a worker tokenises by. How rows become tensors is `text/text_rows.py`'s.
+Owns the one file that a worker tokenises by. How rows become tensors is `batching/text_rows.py`'s.
 """
 
 from dataclasses import dataclass

@@ -12,12 +12,12 @@ import numpy as np
 from PIL import Image
 
 from runtime.batching.images import image_row
+from runtime.batching.tensors import PredictFailure
+from runtime.batching.text_rows import TextRows
 from runtime.importing.heads_images import load_processor
 from runtime.importing.heads_text import HeadText
 from runtime.importing.huggingface_loading import first_line
 from runtime.protocol import Check, TensorSpec
-from runtime.scheduling.validation import RequestError
-from runtime.text.text_rows import TextRows
 
 SAMPLES = [
     "A short text.",
@@ -40,7 +40,7 @@ def check_texts(text: HeadText, rows: TextRows) -> Check:
         expected = transformers(*row)
         try:
             found = rows([row])
-        except RequestError as error:
+        except PredictFailure as error:
             if error.error.code == "context_length_exceeded":
                 continue  # of a model that takes a few tokens only
             return _texts(is_equal=False, detail=f"{row!r} is refused: {error}")

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
+from runtime.batching.text_rows import TextRows
 from runtime.protocol import Manifest, Ready, Serve
 from runtime.server.tensor import TensorServer
 from runtime.starting.memory import settled_bytes
 from runtime.starting.tensor_form import load_run
-from runtime.text.text_rows import TextRows
 
 
 def load_tensor(config: Serve, manifest: Manifest) -> tuple[TensorServer, Ready]:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import tokenizers
 
+from runtime.batching.tensors import PredictFailure
 from runtime.protocol import MAX_FRAME_BYTES, Schema, Tensor, TensorSpec, TextInput
-from runtime.scheduling.validation import refusal
 from runtime.text.tokenizer import TokenizerError
 
 TOKENIZER_NAME = "tokenizer.json"
@@ -50,9 +50,9 @@ class TextRows:
 
     def __call__(self, rows: list[list[str]]) -> list[Tensor]:
         """One row of every input for each of `rows`, in the program's order. Raises
-        `RequestError`."""
+        `PredictFailure`."""
         if not rows:
-            raise refusal("texts must hold at least one row", "texts")
+            raise _refusal("texts must hold at least one row")
         for index, row in enumerate(rows):
             self._check(index, row)
         encodings = self._encode(rows)
@@ -72,33 +72,29 @@ class TextRows:
 
     def _check(self, index: int, row: list[str]) -> None:
         if len(row) not in (1, 2):
-            raise refusal(f"texts[{index}] must be a text, or two", "texts")
+            raise _refusal(f"texts[{index}] must be a text, or two")
         if len(row) == 2 and not self._text.takes_pairs:
-            raise refusal(
-                f"texts[{index}] has two texts; this model takes one in each row", "texts"
-            )
+            raise _refusal(f"texts[{index}] has two texts; this model takes one in each row")
         num_characters = sum(map(len, row))
         if num_characters > self._max_characters:
-            raise refusal(
+            raise _refusal(
                 f"texts[{index}] has {num_characters:,} characters; this model takes "
                 f"{self._text.max_tokens:,} tokens at most. Split or shorten it.",
-                "texts",
                 "context_length_exceeded",
             )
 
     def _check_length(self, index: int, encoding: tokenizers.Encoding) -> None:
         num_tokens = len(encoding.ids)
         if not num_tokens:
-            raise refusal(f"texts[{index}] has no tokens", "texts")
+            raise _refusal(f"texts[{index}] has no tokens")
         if num_tokens > self._text.max_tokens:
-            raise refusal(
+            raise _refusal(
                 f"texts[{index}] has {num_tokens:,} tokens; this model takes at most "
                 f"{self._text.max_tokens:,}. Split or shorten it.",
-                "texts",
                 "context_length_exceeded",
             )
         if self._most_id is not None and max(encoding.ids) > self._most_id:
-            raise refusal(f"texts[{index}] has a token that the model does not know", "texts")
+            raise _refusal(f"texts[{index}] has a token that the model does not know")
 
     # --- all rows -----------------------------------------------------------------------
 
@@ -110,22 +106,20 @@ class TextRows:
             # A panic of the library is no `Exception`, and would end the thread.
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
-            raise refusal("the tokenizer fails on these texts", "texts") from error
+            raise _refusal("the tokenizer fails on these texts") from error
 
     def _check_together(self, lengths: list[int]) -> None:
         if not self._is_padded and len(set(lengths)) > 1:
-            raise refusal(
+            raise _refusal(
                 f"texts have {min(lengths)} to {max(lengths)} tokens; this model's answers would "
                 "change if the shorter ones were padded. Send one row per request.",
-                "texts",
                 "unequal_lengths",
             )
         num_bytes = len(lengths) * max(lengths) * ITEM_BYTES * len(self._specs)
         if num_bytes > MAX_TENSOR_BYTES:
-            raise refusal(
+            raise _refusal(
                 f"texts have {len(lengths):,} rows of up to {max(lengths):,} tokens, which is more "
                 "than fits one request. Send fewer rows per request.",
-                "texts",
                 "too_many_rows",
             )
 
@@ -138,3 +132,7 @@ def _tensor(spec: TensorSpec, rows: list[list[int]], longest: int) -> Tensor:
         values.extend(row)
         values.extend([pad] * (longest - len(row)))
     return Tensor(name=spec.name, dtype="int64", shape=[len(rows), longest], data=values.tobytes())
+
+
+def _refusal(message: str, code: str = "invalid_value") -> PredictFailure:
+    return PredictFailure(code, message, param="texts")
