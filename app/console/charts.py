@@ -1,4 +1,4 @@
-"""Charts as SVG, drawn on the server: stacked bars over days, with axes and titles.
+"""Charts as SVG, drawn on the server: stacked bars over days, and bars that compare.
 
 Colours and fonts come from the style sheet through classes; every bar carries a `<title>`, and
 the numbers also stand in a table beside each chart.
@@ -99,9 +99,58 @@ def _bar(
     return f"<g><title>{title}</title>{hover}{''.join(rectangles)}</g>"
 
 
-def _text(x: float, y: float, text: str, anchor: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+def _text(x: float, y: float, text: str, anchor: str, kind: str = "axis") -> str:
+    return (
+        f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+    )
 
 
 def _y(value: int, top: int) -> float:
     return TOP + (HEIGHT - TOP - BOTTOM) * (1 - value / top)
+
+
+# --- lengths ----------------------------------------------------------------------------
+
+ROW, GROUP_GAP, NAME_WIDTH, VALUE_WIDTH, TITLE_HEIGHT = 22, 14, 190, 230, 22
+
+
+class Length(msgspec.Struct, frozen=True):
+    """One bar from left to right; `text` stands at its end."""
+
+    label: str
+    text: str
+    value: float
+    is_marked: bool
+
+
+def grouped_lengths(groups: Sequence[tuple[str, Sequence[Length]]], *, title: str) -> Markup:
+    """An SVG element: groups below each other, each on a scale of its own."""
+    shapes: list[str] = []
+    y = 0
+    for name, lengths in groups:
+        shapes.append(_text(0, y + 14, name, "start", "group"))
+        y += TITLE_HEIGHT
+        longest = max((length.value for length in lengths), default=0.0)
+        for length in lengths:
+            shapes.append(_length(length, y, longest))
+            y += ROW
+        y += GROUP_GAP
+    height = max(y - GROUP_GAP, 1)
+    return Markup(  # noqa: S704 - numbers, and texts that are escaped
+        f'<svg class="chart lengths" viewBox="0 0 {WIDTH} {height}" role="img" '
+        f'aria-label="{escape(title)}">{"".join(shapes)}</svg>'
+    )
+
+
+def _length(length: Length, y: int, longest: float) -> str:
+    room = WIDTH - NAME_WIDTH - VALUE_WIDTH
+    width = max(room * length.value / longest, 1.0) if longest else 1.0
+    kind = "marked" if length.is_marked else "plain"
+    label = escape(f"{length.label}: {length.text}")
+    place = f'x="{NAME_WIDTH}" y="{y + 3}" width="{width:.1f}" height="{ROW - 8}"'
+    return (
+        f"<g><title>{label}</title>"
+        f"{_text(NAME_WIDTH - 10, y + 14, length.label, 'end', kind)}"
+        f'<rect class="{kind}" {place}/>'
+        f"{_text(NAME_WIDTH + width + 8, y + 14, length.text, 'start', kind)}</g>"
+    )

@@ -5,12 +5,13 @@ Reads registry and deployments together, which neither area does for itself. Cha
 
 from collections.abc import Iterable, Sequence
 from datetime import datetime
-from typing import Literal
 
 import msgspec
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from app.console.candidates_view import CandidatesView, candidates_view
+from app.console.lamps import Lamp
 from app.console.proof_view import FormProof, proofs_by_form
 from app.console.templating import format_bytes, format_short
 from app.core.errors import NotFound
@@ -18,7 +19,6 @@ from app.deployments.tables import Deployment, Endpoint, Replica, Revision
 from app.registry.tables import Model, ModelVersion
 from runtime.protocol import BuildReceipt, Manifest
 
-Tone = Literal["good", "bad", "busy", ""]
 MAX_MODELS = 1000
 LIVE_REPLICAS = ("starting", "ready", "draining")
 
@@ -32,13 +32,6 @@ PHASES = {
     "package": ("Packaging", "Writing the files that a replica loads."),
 }
 KINDS = {"decoder": "Decoder", "embedder": "Embedder", "tensor": "Tensor program"}
-
-
-class Lamp(msgspec.Struct, frozen=True):
-    """A state as a coloured light and a word."""
-
-    tone: Tone
-    text: str
 
 
 VERDICTS = {
@@ -133,9 +126,8 @@ class ModelView(msgspec.Struct, frozen=True):
         return any(proof.judges_tokens for proof in self.proofs)
 
     @property
-    def has_prefill(self) -> bool:
-        candidates = self.receipt.candidates if self.receipt else []
-        return any(candidate.prefill_ms is not None for candidate in candidates)
+    def candidates(self) -> CandidatesView:
+        return candidates_view(self.receipt.candidates if self.receipt else [])
 
     @property
     def phase(self) -> str:

@@ -21,6 +21,7 @@ from tests.app.console.conftest import ORIGIN, Console
 from tests.app.console.samples import (
     DECODER,
     EMBEDDER,
+    OPTIMISED,
     RECEIPT,
     UNPAGED,
     add_model,
@@ -62,8 +63,21 @@ async def test_a_tensor_models_page_has_schema_proof_endpoint_and_snippets(owned
         await add_model(session, "digits")
     page = (await owned.client.get("/console/models/digits")).text
     for shown in ("images", "1 \N{MULTIPLICATION SIGN} 8", "logits", "proven equal", "1.4e-06",
-                  "412 MB", f"curl -sS {ORIGIN}/models/digits/predict", "1: 2.31 ms"):  # fmt: skip
+                  "412 MB", f"curl -sS {ORIGIN}/models/digits/predict", "2.31 ms",
+                  "As uploaded"):  # fmt: skip
         assert shown in page, shown
+
+
+async def test_a_receipt_shows_every_form_that_was_measured_and_why_it_won_or_lost(
+    owned: Console,
+) -> None:
+    async with owned.database.write() as session:
+        await add_model(session, "fast", receipt=OPTIMISED)
+    page = (await owned.client.get("/console/models/fast")).text
+    for shown in ("ONNX Runtime", "AOTInductor, bfloat16", "other answers", "loses accuracy",
+                  "<svg class=\"chart lengths\"", "5.00x", "98.20 %", "189 MB"):  # fmt: skip
+        assert shown in page, shown
+    assert page.index("ONNX Runtime, int8") < page.index("No C++ compiler"), "measured ones first"
 
 
 async def test_a_decoders_page_has_its_facts_and_an_openai_snippet(owned: Console) -> None:
