@@ -19,6 +19,10 @@ def build_program(
     # Imported late: a graph's build needs no transformers.
     if upload.kind == "pt2":
         return _build_graph(upload, reporter, hints)
+    if upload.kind == "onnx":
+        from runtime.building.onnx import build_onnx
+
+        return build_onnx(upload, scratch, reporter, hints)
     from runtime.importing.embedder_layout import is_embedder
     from runtime.importing.heads_layout import read_head
 

@@ -3,6 +3,7 @@
 program.json   the manifest
 receipt.json   what the build tried and found
 program.pt2    a tensor program or a decoder's graph, or *.safetensors of a decoder
+program.onnx   a tensor program of that format, its large weights in program.data/
 forms/<name>/  of a tensor program: the faster form that was chosen, as `forms` wrote it
 program.plan   of a paged graph: what the build derived from program.pt2 (see `plans`)
 config.json, tokenizer.json, ...   of a decoder, as far as it has them
@@ -10,6 +11,7 @@ config.json, tokenizer.json, ...   of a decoder, as far as it has them
 
 import os
 import shutil
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TypeVar
@@ -23,6 +25,7 @@ T = TypeVar("T")
 MANIFEST_NAME = "program.json"
 RECEIPT_NAME = "receipt.json"
 PROGRAM_NAME = "program.pt2"
+ONNX_NAME = "program.onnx"
 MAX_MANIFEST_BYTES = 16 * 1024**2
 
 # What of a Hugging Face directory is served; everything else stays behind.
@@ -59,6 +62,16 @@ class ArtifactError(Exception):
 def add_program(source: Path, artifact_dir: Path) -> None:
     """Copy a `.pt2` into the artifact. The upload itself stays where it is."""
     shutil.copyfile(source, artifact_dir / PROGRAM_NAME)
+
+
+def add_onnx(source: Path, locations: Sequence[str], artifact_dir: Path) -> None:
+    """Copy an ONNX file into the artifact, and move there what lies in files of its own, which
+    `locations` names from its directory."""
+    shutil.copyfile(source, artifact_dir / ONNX_NAME)
+    for location in locations:
+        target = artifact_dir / location
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(source.parent / location, target)
 
 
 def add_text(source: Path, artifact_dir: Path) -> set[str]:

@@ -5,7 +5,7 @@ The one table of formats on the worker's side; each format's loader lies with it
 
 from pathlib import Path
 
-from runtime.compiling.packaging import PROGRAM_NAME
+from runtime.compiling.packaging import ONNX_NAME, PROGRAM_NAME
 from runtime.importing.examples import EXAMPLES_NAME, match_examples, read_examples
 from runtime.importing.knowledge import set_schema
 from runtime.importing.program import ImportFailure
@@ -31,6 +31,10 @@ def _load(artifact_dir: Path, manifest: Manifest, device: str) -> TensorProgram:
         from runtime.importing.exported import load_exported
 
         return load_exported(artifact_dir / PROGRAM_NAME, device)
+    if manifest.format == "onnx":
+        from runtime.importing.onnx.model import load_onnx
+
+        return load_onnx(artifact_dir / ONNX_NAME, device=device)
     raise ImportFailure(
         "format", f"The artifact's format, {manifest.format!r}, is none of a tensor program."
     )
