@@ -34,8 +34,8 @@ class ReplicaState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DeploymentState(msgspec.Struct, frozen=True, kw_only=True):
-    """`version` and `revision` are the desired ones; `replicas`, newest first, are what there is,
-    recent ones that ended included."""
+    """`version` and `revision` are the desired ones, `serving` the settings that differ from the
+    box's; `replicas`, newest first, are what there is, recent ones that ended included."""
 
     endpoint: str
     model: str
@@ -45,6 +45,7 @@ class DeploymentState(msgspec.Struct, frozen=True, kw_only=True):
     version: int
     revision: int
     num_replicas: int
+    serving: dict[str, int | float]
     replicas: list[ReplicaState]
 
 
@@ -56,6 +57,7 @@ class RevisionState(msgspec.Struct, frozen=True, kw_only=True):
     number: int
     version: int
     num_replicas: int
+    serving: dict[str, int | float]
     created_at: datetime
 
 
@@ -75,6 +77,20 @@ class EndpointChange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     is_public: bool | UnsetType = UNSET
     is_default: bool | UnsetType = UNSET
+
+
+class DeploymentChange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is not given stays; null takes a serving setting back to the box's default.
+    `latency_target_ms` is how long a request may take in the worker: rows wait for company only
+    within it, and 0 lets none wait."""
+
+    num_replicas: int | UnsetType = UNSET
+    latency_target_ms: float | UnsetType | None = UNSET
+    max_batch_rows: int | UnsetType | None = UNSET
+    max_batch_tokens: int | UnsetType | None = UNSET
+    max_sequences: int | UnsetType | None = UNSET
+    max_waiting: int | UnsetType | None = UNSET
+    kv_cache_bytes: int | UnsetType | None = UNSET
 
 
 @get("/deployments", guards=[allowed("read")], summary="List deployments")
@@ -110,11 +126,39 @@ async def list_revisions(
                 number=revision.number,
                 version=version.number,
                 num_replicas=revision.num_replicas,
+                serving=revision.serving,
                 created_at=revision.created_at,
             )
             for revision, version in rows
         ]
     )
+
+
+@patch("/deployments/{endpoint:str}", guards=[allowed("write")], summary="Change how it serves")
+async def change_deployment(
+    request: AnyRequest,
+    principal: NamedDependency[Principal],
+    endpoint: FromPath[str],
+    data: JSONBody[DeploymentChange],
+) -> DeploymentState:
+    """Makes a new revision with these settings, which takes over without a break."""
+    given = {
+        name: value
+        for name, value in msgspec.structs.asdict(data).items()
+        if value is not UNSET and name != "num_replicas"
+    }
+    if not given and data.num_replicas is UNSET:
+        raise InvalidRequest("Give at least one setting to change.")
+    database: Database = request.app.state.database
+    async with database.write() as session:
+        await service.change_settings(
+            session,
+            principal.organization_id,
+            endpoint,
+            num_replicas=None if data.num_replicas is UNSET else data.num_replicas,
+            serving=given,
+        )
+    return await _changed(request, principal, endpoint)
 
 
 @post(
@@ -240,6 +284,7 @@ def _shown(state: EndpointState) -> DeploymentState:
         version=version.number,
         revision=state.revision.number,
         num_replicas=state.revision.num_replicas,
+        serving=state.revision.serving,
         replicas=[
             ReplicaState(
                 id=replica.id,
@@ -262,6 +307,7 @@ router = Router(
         list_deployments,
         show_deployment,
         list_revisions,
+        change_deployment,
         stop,
         start,
         roll_back,

@@ -9,6 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.core.errors import AppError
 from app.deployments import service as deployments
+from app.deployments.optimisation_view import OptimisationView, read_optimisations
 from app.deployments.service import EndpointState
 from app.organizations.principal import Principal
 from app.registry import service as registry
@@ -26,7 +27,8 @@ class BuildError(msgspec.Struct, frozen=True):
 class VersionState(msgspec.Struct, frozen=True, kw_only=True):
     """`status` is `queued`, `building`, `ready`, `failed` or `cancelled`; `progress` is of the
     whole build, 0 to 1. `endpoint` is the endpoint whose desired version this is. `is_serving`:
-    a call to `model@number` is answered now; if not, `serving_detail` says why. `manifest` and
+    a call to `model@number` is answered now; if not, `serving_detail` says why. `optimisation` is
+    how the search for a faster form of it stands, null where there was none. `manifest` and
     `receipt` are the build's; `notes` are what the inspection of the upload found odd. `inputs` and
     `accepts_loss` are what its owner says of it, of which a later version inherits what it is not
     told anew; `upload_id` builds it again."""
@@ -52,6 +54,7 @@ class VersionState(msgspec.Struct, frozen=True, kw_only=True):
     accepts_loss: bool
     created_at: datetime
     finished_at: datetime | None
+    optimisation: OptimisationView | None = None
     notes: list[str] = []
 
 
@@ -80,20 +83,29 @@ async def read_models(
     organization_id = principal.organization_id
     states = await deployments.list_endpoints(session, organization_id)
     models: list[ModelState] = []
-    for summary in await registry.list_models(session, organization_id):
+    summaries = await registry.list_models(session, organization_id)
+    newest = [summary.latest_version for summary in summaries if summary.latest_version]
+    attempts = await read_optimisations(session, newest)
+    for summary in summaries:
         model, latest = summary.model, summary.latest_version
         if name not in (None, model.name):
             continue
         versions = None
         if name is not None:
             rows = await registry.list_versions(session, organization_id, name)
-            versions = [version_state(fleet, principal, name, row, states) for row in rows]
+            attempts = await read_optimisations(session, rows)
+            versions = [
+                version_state(fleet, principal, name, row, states, attempts.get(row.id))
+                for row in rows
+            ]
         models.append(
             ModelState(
                 id=model.id,
                 name=model.name,
                 created_at=model.created_at,
-                latest_version=version_state(fleet, principal, model.name, latest, states)
+                latest_version=version_state(
+                    fleet, principal, model.name, latest, states, attempts.get(latest.id)
+                )
                 if latest
                 else None,
                 versions=versions,
@@ -102,12 +114,23 @@ async def read_models(
     return models
 
 
+async def read_version(
+    session: AsyncSession, fleet: _Fleet, principal: Principal, name: str, number: int
+) -> VersionState:
+    """Raises `NotFound`."""
+    version = await registry.get_version(session, principal.organization_id, name, number)
+    states = await deployments.list_endpoints(session, principal.organization_id)
+    attempts = await read_optimisations(session, [version])
+    return version_state(fleet, principal, name, version, states, attempts.get(version.id))
+
+
 def version_state(
     fleet: _Fleet,
     principal: Principal,
     name: str,
     version: ModelVersion,
     states: Sequence[EndpointState],
+    optimisation: OptimisationView | None,
 ) -> VersionState:
     """A version with what of it runs, among the organization's endpoints."""
     desired = next((state for state in states if state.version.id == version.id), None)
@@ -138,6 +161,7 @@ def version_state(
         accepts_loss=hints.accepts_loss,
         created_at=version.created_at,
         finished_at=version.finished_at,
+        optimisation=optimisation,
     )
 
 

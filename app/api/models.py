@@ -15,7 +15,7 @@ from litestar.params import FromPath, FromQuery
 
 from app.api.auth import allowed, authenticated, dependencies
 from app.api.bodies import decode
-from app.api.model_view import ModelList, ModelState, VersionState, read_models, version_state
+from app.api.model_view import ModelList, ModelState, VersionState, read_models, read_version
 from app.core.database import Database
 from app.core.errors import InvalidRequest, Unprocessable
 from app.core.storage import Storage
@@ -101,12 +101,9 @@ async def show_version(
     name: FromPath[str],
     number: FromPath[int],
 ) -> VersionState:
-    """How its build goes, what came of it, and whether it serves."""
-    database: Database = request.app.state.database
-    async with database.read() as session:
-        version = await registry.get_version(session, principal.organization_id, name, number)
-        states = await deployments.list_endpoints(session, principal.organization_id)
-    return version_state(request.app.state.fleet, principal, name, version, states)
+    """How its build goes, what came of it, and whether it serves; and how the search for a faster
+    form goes then."""
+    return await _version(request, principal, name, number)
 
 
 @get(
@@ -200,9 +197,7 @@ async def _version(
 ) -> VersionState:
     database: Database = request.app.state.database
     async with database.read() as session:
-        version = await registry.get_version(session, principal.organization_id, name, number)
-        states = await deployments.list_endpoints(session, principal.organization_id)
-    return version_state(request.app.state.fleet, principal, name, version, states)
+        return await read_version(session, request.app.state.fleet, principal, name, number)
 
 
 async def _receive_form(request: AnyRequest, principal: Principal) -> tuple[NewVersion, Said]:

@@ -7,6 +7,7 @@ import click
 
 from app.cli.bench import bench as bench_command
 from app.cli.listings import keys, logs, models, prices, usage
+from app.cli.optimise import optimise as optimise_command
 from app.cli.push import push as push_command
 from app.cli.serve import serve as serve_command
 
@@ -21,5 +22,15 @@ def main() -> None:
     """
 
 
-for command in (serve_command, push_command, models, logs, usage, keys, prices, bench_command):
+for command in (
+    serve_command,
+    push_command,
+    optimise_command,
+    models,
+    logs,
+    usage,
+    keys,
+    prices,
+    bench_command,
+):
     main.add_command(command)

@@ -22,14 +22,14 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
 def models() -> None:
     """List the models and how their newest versions stand."""
     rows = [model_row(model) for model in Box().json("GET", "/api/models")["models"]]
-    print_table(["MODEL", "VERSION", "STATUS", "KIND", "ENDPOINT"], rows)
+    print_table(["MODEL", "VERSION", "STATUS", "KIND", "ENDPOINT", "FORM"], rows)
 
 
 def model_row(model: dict[str, Any]) -> list[str]:
     """One line of the list of models."""
     version: dict[str, Any] | None = model["latest_version"]
     if version is None:
-        return [model["name"], "", "no version", "", ""]
+        return [model["name"], "", "no version", "", "", ""]
     manifest: dict[str, Any] = version["manifest"] or {}
     serving = "serving" if version["is_serving"] else ""
     return [
@@ -38,7 +38,20 @@ def model_row(model: dict[str, Any]) -> list[str]:
         version["status"],
         manifest.get("kind", ""),
         serving,
+        form_cell(manifest, version.get("optimisation")),
     ]
+
+
+def form_cell(manifest: dict[str, Any], optimisation: dict[str, Any] | None) -> str:
+    """The form that serves and what it gained, or how far the search for a faster one is."""
+    form: str = manifest.get("form", "")
+    if optimisation is None:
+        return form
+    if optimisation["status"] in ("queued", "running"):
+        return f"{form}, optimising {optimisation['progress']:.0%}"
+    if form == "eager" or optimisation["speed_up"] is None:
+        return form
+    return f"{form}, {optimisation['speed_up']:.1f}x"
 
 
 @click.command()

@@ -13,6 +13,7 @@ import click
 import httpx
 
 from app.cli.client import Box, Refused
+from app.cli.optimise import follow_optimisation
 from app.cli.packing import Parcel, pack
 from app.core.errors import InvalidRequest
 from app.registry.names import check_model_name
@@ -30,10 +31,12 @@ TUS = {"Tus-Resumable": "1.0.0"}
 @click.option("--name", required=True, help="Name of the model and of its endpoint.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="Tokenizer for a bare .pt2.")
 @click.option("--no-wait", is_flag=True, help="Return once the build is queued.")
-def push(path: Path, name: str, tokenizer: Path | None, no_wait: bool) -> None:
+@click.option("--optimised", is_flag=True, help="Wait for its fastest form too.")
+def push(path: Path, name: str, tokenizer: Path | None, no_wait: bool, optimised: bool) -> None:
     """Upload PATH (a .pt2, an archive or a Hugging Face directory) and build it.
 
     Exit code 0: the endpoint answers (or, with --no-wait, the build is queued). 1: refused.
+    The search for a faster form goes on while it answers; --optimised waits for that too.
     """
     try:
         check_model_name(name)
@@ -47,9 +50,13 @@ def push(path: Path, name: str, tokenizer: Path | None, no_wait: bool) -> None:
         say(f"{label} is queued; `tapeout logs {name}` shows its build.")
         return
     try:
-        follow(box, name, version["number"])
+        built = follow(box, name, version["number"])
+        if optimised:
+            follow_optimisation(box, name, version["number"])
+        elif is_optimising(built):
+            say(f"  {label} answers; a faster form is looked for meanwhile (`tapeout models`).")
     except KeyboardInterrupt:
-        say(f"\nNo longer watching; the build of {label} goes on.")
+        say(f"\nNo longer watching; what is under way for {label} goes on.")
         raise SystemExit(130) from None
     click.echo(f"{box.url}/models/{name}")
 
@@ -96,9 +103,15 @@ def send_chunk(box: Box, location: str, parcel: Parcel, offset: int) -> int:
     return int(box.checked(response).headers["Upload-Offset"])
 
 
-def follow(box: Box, name: str, number: int) -> None:
-    """Shows the build's phases until the version's endpoint answers. Raises `Refused` if that
-    will not happen: the build failed, or what was built does not run."""
+def is_optimising(version: dict[str, Any]) -> bool:
+    """Whether the box looks for a faster form of it now, or will."""
+    optimisation = version.get("optimisation")
+    return optimisation is not None and optimisation["status"] in ("queued", "running")
+
+
+def follow(box: Box, name: str, number: int) -> dict[str, Any]:
+    """Shows the build's phases until the version's endpoint answers, and gives the version. Raises
+    `Refused` if that will not happen: the build failed, or what was built does not run."""
     shown = ""
     starting = Starting()
     while True:
@@ -112,7 +125,7 @@ def follow(box: Box, name: str, number: int) -> None:
             raise Refused(error["message"])
         if version["status"] == "ready":
             if version["is_serving"]:
-                return
+                return version
             starting.check(version)
         time.sleep(POLL_SECONDS)
 

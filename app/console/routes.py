@@ -9,7 +9,7 @@ from litestar.static_files import (
     create_static_files_router,  # pyright: ignore[reportUnknownVariableType]
 )
 
-from app.console import entry, keys, models, uploads, usage
+from app.console import entry, keys, models, optimisations, uploads, usage
 from app.console.errors import exception_handlers
 from app.console.sessions import require_person
 from app.console.templating import HEADERS, STATIC_DIR, STATIC_PATH, PageRequest
@@ -32,7 +32,13 @@ async def home(request: PageRequest) -> Response[None]:
 
 behind_session = Router(
     "/console",
-    route_handlers=[models.router, uploads.router, keys.router, usage.router],
+    route_handlers=[
+        models.router,
+        optimisations.router,
+        uploads.router,
+        keys.router,
+        usage.router,
+    ],
     before_request=require_person,
 )
 before_session = Router("/console", route_handlers=[entry.router])

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import msgspec
 from sqlalchemy import delete, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import defer
 
 from app.core.clock import now
 from app.core.errors import Conflict
@@ -81,9 +82,15 @@ async def _active(session: AsyncSession, version_id: str) -> Optimisation | None
 
 
 async def newest(session: AsyncSession, version_ids: Iterable[str]) -> dict[str, Optimisation]:
-    """The last attempt of each version that has one."""
+    """The last attempt of each version that has one, without what it found."""
     rows = await session.scalars(
         select(Optimisation)
+        .options(
+            defer(Optimisation.manifest),
+            defer(Optimisation.receipt),
+            defer(Optimisation.base_manifest),
+            defer(Optimisation.base_receipt),
+        )
         .where(Optimisation.version_id.in_(list(version_ids)))
         .order_by(Optimisation.created_at, Optimisation.id)
     )

@@ -5,7 +5,7 @@ What runs is brought in line with it by `reconciler.py`, which looks once a seco
 """
 
 import msgspec
-from sqlalchemy import ColumnElement, select, update
+from sqlalchemy import ColumnElement, func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -67,26 +67,71 @@ async def deploy_version(
         )
         endpoint = found.scalar_one()
     before = await session.get(Revision, deployment.revision_id) if deployment.revision_id else None
-    last = await session.execute(
-        select(Revision.number)
-        .where(Revision.deployment_id == deployment.id)
-        .order_by(Revision.number.desc())
-        .limit(1)
+    settings = before.serving if before else {}
+    await _add_revision(
+        session,
+        deployment,
+        version.id,
+        num_replicas=num_replicas or (before.num_replicas if before else 1),
+        serving=serving if serving is not None else settings,
+    )
+    deployment.is_stopped = False
+    return endpoint
+
+
+async def change_settings(
+    session: AsyncSession,
+    organization_id: str,
+    name: str,
+    *,
+    num_replicas: int | None = None,
+    serving: dict[str, int | float | None],
+) -> Revision:
+    """A new revision of the version that is served, with these settings and, for those that are
+    not given, the present ones; None takes one back to the box's default. Raises `NotFound` and
+    `InvalidRequest`."""
+    endpoint = await find_endpoint(session, organization_id, name)
+    deployment = await session.get_one(
+        Deployment, endpoint.deployment_id, with_for_update=True, populate_existing=True
+    )
+    before = await session.get(Revision, deployment.revision_id) if deployment.revision_id else None
+    if before is None:
+        raise Conflict(f"{name!r} serves no version yet.", code="no_revision")
+    merged = {**before.serving, **serving}
+    return await _add_revision(
+        session,
+        deployment,
+        before.version_id,
+        num_replicas=before.num_replicas if num_replicas is None else num_replicas,
+        serving={key: value for key, value in merged.items() if value is not None},
+    )
+
+
+async def _add_revision(
+    session: AsyncSession,
+    deployment: Deployment,
+    version_id: str,
+    *,
+    num_replicas: int,
+    serving: dict[str, int | float],
+) -> Revision:
+    """The deployment's next one, in force."""
+    last = await session.scalar(
+        select(func.max(Revision.number)).where(Revision.deployment_id == deployment.id)
     )
     revision = Revision(
         id=new_id("rev"),
         deployment_id=deployment.id,
-        number=(last.scalar_one_or_none() or 0) + 1,
-        version_id=version.id,
-        num_replicas=check_num_replicas(num_replicas or (before.num_replicas if before else 1)),
-        serving=check_serving(serving if serving is not None else before.serving if before else {}),
+        number=(last or 0) + 1,
+        version_id=version_id,
+        num_replicas=check_num_replicas(num_replicas),
+        serving=check_serving(serving),
         created_at=now(),
     )
     session.add(revision)
     deployment.revision_id = revision.id
-    deployment.is_stopped = False
     await session.flush()
-    return endpoint
+    return revision
 
 
 async def _create_deployment(session: AsyncSession, model: Model) -> tuple[Deployment, Endpoint]:

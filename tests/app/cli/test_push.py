@@ -6,8 +6,9 @@ from typing import Any, cast
 import pytest
 from click.testing import CliRunner
 
-from app.cli import main, push
+from app.cli import main, optimise, push
 from app.cli.client import Box, Refused
+from app.cli.listings import form_cell
 
 
 class ScriptedBox:
@@ -39,6 +40,7 @@ VERSION: dict[str, Any] = {
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(push, "POLL_SECONDS", 0)
+    monkeypatch.setattr(optimise, "POLL_SECONDS", 0)
     monkeypatch.setattr(push, "SUPERSEDED_SECONDS", 0)
 
 
@@ -77,3 +79,66 @@ def test_a_bad_name_is_refused_before_anything_is_sent(tmp_path: Path, name: str
     done = CliRunner().invoke(main, ["push", str(path), "--name", name], env={})
     assert done.exit_code == 1
     assert "name" in done.output
+
+
+def attempt(**values: Any) -> dict[str, Any]:
+    made = {
+        "status": "running",
+        "phase": "measure",
+        "phase_detail": "",
+        "progress": 0.5,
+        "form": "eager",
+        "speed_up": None,
+        "error": None,
+    }
+    return {"optimisation": made | values}
+
+
+def follow_optimisation(*states: dict[str, Any]) -> None:
+    optimise.follow_optimisation(cast(Box, ScriptedBox(*states)), "digits", 3)
+
+
+def test_it_waits_for_the_faster_form(capsys: pytest.CaptureFixture[str]) -> None:
+    follow_optimisation(
+        attempt(status="queued"),
+        attempt(phase_detail="onnxruntime"),
+        attempt(status="done", form="onnxruntime", speed_up=3.21),
+    )
+    said = capsys.readouterr().err
+    assert "waiting for its turn" in said
+    assert "50%  measure: onnxruntime" in said
+    assert "optimised: onnxruntime, 3.2 times as fast as eager" in said
+
+
+def test_eager_may_win(capsys: pytest.CaptureFixture[str]) -> None:
+    follow_optimisation(attempt(status="done", speed_up=1.0))
+    assert "eager is as fast as any other form" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("state", "why"),
+    [
+        (attempt(status="failed", error={"message": "It crashed."}), "It crashed."),
+        (attempt(status="cancelled"), "cancelled"),
+        ({"optimisation": None}, "tensor models"),
+    ],
+)
+def test_it_says_why_there_is_no_faster_form(state: dict[str, Any], why: str) -> None:
+    with pytest.raises(Refused, match=why):
+        follow_optimisation(state)
+
+
+@pytest.mark.parametrize(
+    ("form", "state", "cell"),
+    [
+        ("", {"optimisation": None}, ""),
+        ("eager", {"optimisation": None}, "eager"),
+        ("eager", attempt(), "eager, optimising 50%"),
+        ("eager", attempt(status="done", speed_up=1.0), "eager"),
+        ("onnxruntime", attempt(status="done", speed_up=3.21), "onnxruntime, 3.2x"),
+    ],
+)
+def test_the_list_of_models_shows_form_and_speed_up(
+    form: str, state: dict[str, Any], cell: str
+) -> None:
+    assert form_cell({"form": form}, state["optimisation"]) == cell

@@ -9,12 +9,21 @@ import pytest
 from litestar import Litestar
 from litestar.datastructures import State
 
-from app.api import deployments, documentation, keys, models, organization, uploads
+from app.api import (
+    deployments,
+    documentation,
+    keys,
+    models,
+    optimisations,
+    organization,
+    uploads,
+)
 from app.api.errors import EXCEPTION_HANDLERS
 from app.core.broadcast import Broadcast
 from app.core.database import Database
 from app.core.errors import Unavailable
 from app.core.storage import Storage
+from app.deployments import optimisation_rows
 from app.organizations.keys import KeyRing
 from app.organizations.principal import Principal
 from app.organizations.service import bootstrap, create_organization
@@ -51,6 +60,23 @@ class FakeBuilder:
             version.status = "cancelled"
 
 
+class FakeOptimiser:
+    """Takes what it is told into the rows, and looks for nothing."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def ask(self, version_id: str) -> None:
+        async with self._database.write() as session:
+            version = await session.get_one(ModelVersion, version_id)
+            await optimisation_rows.enqueue(session, version, "asked")
+
+    async def cancel(self, version_id: str) -> None:
+        async with self._database.write() as session:
+            row = await optimisation_rows.require_active(session, version_id)
+            row.status = "cancelled"
+
+
 @pytest.fixture
 async def app(database: Database, settings: Settings) -> AsyncIterator[Litestar]:
     await bootstrap(database, settings)
@@ -65,6 +91,7 @@ async def app(database: Database, settings: Settings) -> AsyncIterator[Litestar]
         "uploads": UploadStore(database, storage, settings),
         "fleet": FakeFleet(),
         "builder": FakeBuilder(database),
+        "optimiser": FakeOptimiser(database),
     }
     yield Litestar(
         route_handlers=[
@@ -72,6 +99,7 @@ async def app(database: Database, settings: Settings) -> AsyncIterator[Litestar]
             organization.router,
             uploads.router,
             models.router,
+            optimisations.router,
             deployments.router,
             documentation.router,
         ],

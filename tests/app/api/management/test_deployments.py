@@ -89,3 +89,49 @@ async def test_worker_log(client: httpx.AsyncClient, app: Litestar, serving: Ser
     assert response.headers["x-replica"] == serving.replica_id
     offset = int(response.headers["x-next-offset"])
     assert (await client.get(url, headers=headers, params={"offset": offset})).text == ""
+
+
+async def test_settings_make_a_new_revision(
+    client: httpx.AsyncClient, app: Litestar, serving: Serving
+) -> None:
+    notices: list[str] = []
+    app.state.broadcast.publish = notices.append
+    url, headers = "/api/deployments/digits", serving.caller.headers
+    assert (await client.get(url, headers=headers)).json()["serving"] == {}
+    await client.post(f"{url}/stop", headers=headers)
+    body = {"num_replicas": 3, "latency_target_ms": 20.5, "max_batch_rows": 64}
+    changed = await client.patch(url, headers=headers, json=body)
+    assert changed.status_code == 200, changed.text
+    state = changed.json()
+    assert (state["revision"], state["num_replicas"], state["version"]) == (2, 3, 1)
+    assert state["serving"] == {"latency_target_ms": 20.5, "max_batch_rows": 64}
+    assert state["is_stopped"]  # only a start starts
+    assert notices == [service.CHANGED] * 2
+    # What is not given stays; null goes back to the default.
+    changed = await client.patch(url, headers=headers, json={"latency_target_ms": None})
+    assert changed.json()["serving"] == {"max_batch_rows": 64}
+    assert changed.json()["num_replicas"] == 3
+    revisions = (await client.get(f"{url}/revisions", headers=headers)).json()["revisions"]
+    assert [(each["number"], each["serving"]) for each in revisions] == [
+        (3, {"max_batch_rows": 64}),
+        (2, {"latency_target_ms": 20.5, "max_batch_rows": 64}),
+        (1, {}),
+    ]
+
+
+async def test_settings_that_cannot_be(client: httpx.AsyncClient, serving: Serving) -> None:
+    url, headers = "/api/deployments/digits", serving.caller.headers
+    for body, param in (
+        ({}, None),
+        ({"num_replicas": 0}, "num_replicas"),
+        ({"num_replicas": 65}, "num_replicas"),
+        ({"max_batch_rows": 0}, "serving.max_batch_rows"),
+        ({"latency_target_ms": -1}, "serving.latency_target_ms"),
+        ({"max_batch_rows": "many"}, None),
+        ({"device": "cuda"}, None),
+    ):
+        response = await client.patch(url, headers=headers, json=body)
+        assert response.status_code == 400, body
+        if param:
+            assert response.json()["error"]["param"] == param
+    assert (await client.get(url, headers=headers)).json()["revision"] == 1
