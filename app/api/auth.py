@@ -1,5 +1,5 @@
 """Authentication of API requests: a bearer secret becomes a `Principal`, before anything of
-the request's body is read. Cookies mean nothing here."""
+the request's body is read. Cookies mean nothing here, but to pages that people only read."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +12,8 @@ from litestar.handlers import BaseRouteHandler
 from app.core.errors import Unauthenticated
 from app.organizations.keys import KeyRing
 from app.organizations.principal import Principal, Scope
+from app.organizations.signins import COOKIE, SignIns, host_cookie
+from app.settings import Settings
 
 Connection = ASGIConnection[Any, Any, Any, Any]
 
@@ -33,6 +35,18 @@ async def bearer_principal(request: Connection) -> Principal:
     """Who holds the request's API key. Raises `Unauthenticated`."""
     key_ring: KeyRing = request.app.state.key_ring
     return await key_ring.authenticate(bearer_secret(request))
+
+
+async def reading_principal(request: Connection) -> Principal:
+    """For what is only read, and by people too: the holder of an API key, or who is signed in at
+    the console. Raises `Unauthenticated`."""
+    settings: Settings = request.app.state.settings
+    is_https = settings.public_url.startswith("https://")
+    token = request.cookies.get(host_cookie(COOKIE, is_https=is_https), "")
+    if not token or "authorization" in request.headers or "x-api-key" in request.headers:
+        return await bearer_principal(request)
+    sign_ins: SignIns = request.app.state.sign_ins
+    return (await sign_ins.authenticate(token)).principal
 
 
 async def authenticated(connection: Connection, _: BaseRouteHandler) -> None:

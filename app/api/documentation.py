@@ -59,9 +59,7 @@ class DocumentationPage(OpenAPIRenderPlugin):
         super().__init__(path="/")
 
     def render(self, request: Request[Any, Any, Any], openapi_schema: Schema) -> bytes:
-        page = _environment().get_template("page.html")
-        groups = read_groups(completed(openapi_schema))
-        return page.render(info=openapi_schema["info"], groups=groups).encode()
+        return rendered(completed(openapi_schema), "/docs/openapi.json")
 
     def receive_router(self, router: Router) -> None:
         router.register(show_style)
@@ -96,6 +94,13 @@ def completed(openapi: Schema) -> Schema:
             if status.startswith("2"):
                 answer["content"] = answered
     return openapi
+
+
+def rendered(openapi: Schema, schema_path: str) -> bytes:
+    """The page of a whole schema, which programs find at `schema_path`."""
+    page = _environment().get_template("page.html")
+    groups = read_groups(openapi)
+    return page.render(info=openapi["info"], groups=groups, schema_path=schema_path).encode()
 
 
 def prose(text: str) -> Markup:

@@ -15,6 +15,7 @@ ORDER = (
     *("Keys", "Usage", "Prices"),
 )
 SAMPLES: dict[str, Any] = {"integer": 1, "number": 1.0, "boolean": True, "array": [], "object": {}}
+FILES = {"image/png": "image.png", "application/x-npz": "inputs.npz"}
 
 Schema = dict[str, Any]
 
@@ -109,12 +110,21 @@ def _command(path: str, method: str, sent: Schema | None, schemas: Schema) -> st
     """A curl command with the least body that the schema allows."""
     verb = {"get": "", "head": "--head "}.get(method, f"-X {method.upper()} ")
     lines = [f'curl {verb}"$TAPEOUT_URL{path}"', '-H "Authorization: Bearer $TAPEOUT_API_KEY"']
-    media = (sent or {}).get("content", {}).get("application/json")
-    if media is not None:
-        schema = _resolved(media.get("schema", {}), schemas)
-        body = _sample(schema, schemas, 0)
-        lines += ['-H "Content-Type: application/json"', f"-d {shlex.quote(json.dumps(body))}"]
-    return " \\\n  ".join(lines)
+    return " \\\n  ".join(lines + _sent(sent.get("content", {}), schemas) if sent else lines)
+
+
+def _sent(content: Schema, schemas: Schema) -> list[str]:
+    """The options that send a body: an image where it takes one, else the example that the schema
+    gives, else another file, else the least that it allows."""
+    media = content.get("application/json", {})
+    for media_type, name in FILES.items():
+        if media_type in content and (media_type.startswith("image/") or "example" not in media):
+            return [f'-H "Content-Type: {media_type}"', f"--data-binary @{name}"]
+    if not media:
+        return []
+    schema = _resolved(media.get("schema", {}), schemas)
+    body = media.get("example") or _sample(schema, schemas, 0)
+    return ['-H "Content-Type: application/json"', f"-d {shlex.quote(json.dumps(body))}"]
 
 
 def _sample(schema: Schema, schemas: Schema, depth: int) -> Any:

@@ -15,11 +15,11 @@ from litestar.datastructures import Cookie
 from app.console.templating import PageRequest
 from app.core.errors import AppError, Forbidden, Unauthenticated
 from app.core.security import new_token
-from app.organizations.signins import SignedIn, SignIns
+from app.organizations.signins import COOKIE, SignedIn, SignIns, host_cookie
 from app.settings import Settings
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
-SESSION, FORM = "tapeout_session", "tapeout_form"
+SESSION, FORM = COOKIE, "tapeout_form"
 SIGN_IN_PATH = "/console/sign-in"
 
 
@@ -135,8 +135,7 @@ def _cookie(
 
 
 def _cookie_name(request: PageRequest, name: str) -> str:
-    """With `__Host-` a browser takes the cookie from this very host over https alone."""
-    return f"__Host-{name}" if _is_https(request) else name
+    return host_cookie(name, is_https=_is_https(request))
 
 
 def _is_https(request: PageRequest) -> bool:

@@ -1,6 +1,6 @@
 """Browser sessions: signing in and out, the CSRF token, and the brake on guessing.
 
-The cookie itself is the console's business; here it is only a token.
+Setting and ending the cookie is the console's business; here are its name and its token.
 """
 
 import hmac
@@ -24,6 +24,12 @@ NUM_FREE_FAILURES_PER_ADDRESS = 20
 MAX_WAIT_SECONDS = 900
 MAX_REMEMBERED = 10_000
 SECOND_NS = 1_000_000_000
+COOKIE = "tapeout_session"
+
+
+def host_cookie(name: str, *, is_https: bool) -> str:
+    """With `__Host-` a browser takes the cookie from this very host over https alone."""
+    return f"__Host-{name}" if is_https else name
 
 
 class SignedIn(msgspec.Struct, frozen=True, kw_only=True):

@@ -17,7 +17,7 @@ import uvicorn
 from litestar import Litestar
 from litestar.datastructures import State
 
-from app.api import health, inference_v2, predict, prices, receipts, usage
+from app.api import health, inference_v2, model_docs, predict, prices, receipts, usage
 from app.api import openai as openai_routes
 from app.api.errors import EXCEPTION_HANDLERS
 from app.api.relay import Relay
@@ -164,6 +164,7 @@ class Box:
                 openai_routes.router,
                 predict.router,
                 inference_v2.router,
+                model_docs.router,
                 receipts.router,
                 usage.router,
                 prices.router,

@@ -7,6 +7,7 @@ must call tools gets two calls of the first, after one word of text.
 """
 
 import asyncio
+import contextlib
 import re
 import struct
 from pathlib import Path
@@ -136,6 +137,9 @@ class ScriptedWorker:
             task.cancel()
         await asyncio.gather(*self._running.values(), return_exceptions=True)
         self._server.close()
+        self._writer.close()
+        with contextlib.suppress(ConnectionError):
+            await self._writer.wait_closed()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._writer = writer
