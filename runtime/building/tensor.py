@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
-
 from runtime.building.outcome import Outcome
 from runtime.building.reporter import Reporter
 from runtime.compiling.packaging import add_program
@@ -59,7 +57,7 @@ def build_tensor(
         format=format,
         num_parameters=model.num_parameters,
         weight_bytes=model.weight_bytes,
-        schema=with_image(msgspec.structs.replace(model.schema, is_batched=proof.is_batched)),
+        schema=with_image(proof.schema),
         accepts_loss=hints.accepts_loss,
     )
 

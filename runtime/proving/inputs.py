@@ -4,6 +4,7 @@ Values lie in the ranges that the schema declares, and follow the example inputs
 any, so that token ids stay inside the vocabulary. Owns no judgement of what comes out.
 """
 
+import copy
 import logging
 from collections.abc import Iterator
 
@@ -37,6 +38,12 @@ class InputMaker:
         self._sizes = sizes
         self._batch = model.signature.batch
         self._is_small = is_small
+
+    def resized(self, symbol: sympy.Expr, size: int) -> "InputMaker":
+        """The same with another size of one dynamic axis."""
+        other = copy.copy(self)
+        other._sizes = self._sizes | {symbol: size}
+        return other
 
     def make(self, rows: int, seed: int = 0) -> list[torch.Tensor]:
         """Wire tensors in the schema's order; `rows` matters to batched programs only."""

@@ -11,7 +11,7 @@ import torch
 
 from runtime.importing.exported import first_line, mutation_failure
 from runtime.importing.tensor_program import TensorProgram
-from runtime.protocol import Check, Verdict
+from runtime.protocol import Check, Schema, Verdict
 from runtime.proving.comparing import (
     Outputs,
     compare,
@@ -22,6 +22,7 @@ from runtime.proving.comparing import (
 )
 from runtime.proving.constant_outputs import constant_warnings
 from runtime.proving.inputs import InputMaker, find_inputs
+from runtime.proving.padding import find_padding
 from runtime.proving.reference import Tolerance, find_tolerance
 
 logger = logging.getLogger(__name__)
@@ -32,12 +33,14 @@ Report = Callable[[float, str], None]
 
 
 class TensorProof(msgspec.Struct, frozen=True, kw_only=True):
-    """`is_batched` is whether requests may share runs, of up to `max_rows` rows. `makers` gave
-    inputs the program ran on. `warnings` say what looks wrong though nothing failed."""
+    """`is_batched` is whether requests may share runs, of up to `max_rows` rows; `schema` the
+    program's, which says so too, and where rows may be padded. `makers` gave inputs the program
+    ran on. `warnings` say what looks wrong though nothing failed."""
 
     verdict: Verdict
     checks: list[Check]
     is_batched: bool
+    schema: Schema
     max_rows: int
     makers: list[InputMaker]
     notes: list[str]
@@ -83,6 +86,12 @@ def prove_tensor(
                 "requests run one at a time, exactly as the program was uploaded. A row's output "
                 "must depend on that row alone, which batch statistics and sums over axis 0 break."
             )
+    schema = msgspec.structs.replace(model.schema, is_batched=is_batched)
+    if is_batched and all(spec.padded_axis is None for spec in schema.inputs):
+        report(0.9, "looking whether rows of different lengths may be padded to share a run")
+        padding, padding_checks = find_padding(model, makers[0], max_rows)
+        checks += padding_checks
+        schema = schema if padding is None else padding.apply(schema)
     _check_state(model, versions)
     report(1.0, f"{sum(check.is_equal for check in checks)} of {len(checks)} checks hold")
     verdict: Verdict = "equal" if is_repeatable else "unproved"
@@ -90,6 +99,7 @@ def prove_tensor(
         verdict=verdict,
         checks=checks,
         is_batched=is_batched,
+        schema=schema,
         max_rows=max_rows if is_batched else 1,
         makers=makers,
         notes=notes,
