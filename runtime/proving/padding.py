@@ -53,7 +53,8 @@ class Padding(msgspec.Struct, frozen=True):
 def find_padding(
     model: TensorProgram, maker: InputMaker, max_rows: int
 ) -> tuple[Padding | None, list[Check]]:
-    """For a program whose rows may share runs of up to `max_rows`. No checks where it has no axis to pad."""
+    """For a program whose rows may share runs of up to `max_rows`. No checks where it has no axis
+    to pad."""
     symbol = padded_symbol(model)
     if symbol is None:
         return None, []

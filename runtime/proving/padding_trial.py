@@ -60,7 +60,8 @@ class Trial(msgspec.Struct):
 def draw_trial(
     model: TensorProgram, maker: InputMaker, symbol: sympy.Symbol, max_rows: int, shown: int
 ) -> Trial | None:
-    """Rows whose masks begin with `shown`, as many as make runs of up to `max_rows`. None where too few lengths run, or where outputs cannot be cut back along one axis."""
+    """Rows whose masks begin with `shown`, as many as make runs of up to `max_rows`. None where
+    too few lengths run, or where outputs cannot be cut back along one axis."""
     axes = [
         leaf.axes.index(symbol) if symbol in leaf.axes else None
         for leaf in model.signature.inputs
