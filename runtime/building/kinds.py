@@ -23,6 +23,10 @@ def build_program(
         from runtime.building.onnx import build_onnx
 
         return build_onnx(upload, scratch, reporter, hints)
+    if upload.kind == "torchscript":
+        from runtime.building.torchscript import build_torchscript
+
+        return build_torchscript(upload, scratch, reporter, hints)
     from runtime.importing.embedder_layout import is_embedder
     from runtime.importing.heads_layout import read_head
 

@@ -35,6 +35,10 @@ def _load(artifact_dir: Path, manifest: Manifest, device: str) -> TensorProgram:
         from runtime.importing.onnx.model import load_onnx
 
         return load_onnx(artifact_dir / ONNX_NAME, device=device)
+    if manifest.format == "torchscript":
+        from runtime.importing.torchscript.program import load_torchscript
+
+        return load_torchscript(artifact_dir, device)
     raise ImportFailure(
         "format", f"The artifact's format, {manifest.format!r}, is none of a tensor program."
     )
