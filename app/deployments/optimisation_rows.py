@@ -216,11 +216,11 @@ async def fall_back(session: AsyncSession, row_id: str, reason: str) -> bool:
     )
     form = str((row.manifest or {}).get("form", ""))
     base_form = str(row.base_manifest.get("form", "eager"))
-    note = f"The form {form} was chosen, but does not start here, so {base_form} serves. {reason}"
+    note = f"The form {form} was chosen, but cannot be served here, so {base_form} is. {reason}"
     receipt = without_form(read_receipt(row.receipt), form, base_form, note)
     version.artifact_id, version.manifest = row.base_artifact_id, row.base_manifest
     version.receipt = receipt_json(receipt)
-    row.status, row.error_code, row.error_message = "failed", "optimised_does_not_start", note
+    row.status, row.error_code, row.error_message = "failed", "form_cannot_be_served", note
     row.artifact_id = row.base_artifact_id = row.cache_key = None
     row.base_manifest = row.base_receipt = None
     return True
@@ -234,7 +234,7 @@ def without_form(receipt: BuildReceipt, form: str, base_form: str, note: str) ->
         if candidate.name == form:
             return msgspec.structs.replace(candidate, is_chosen=False, fate="failed", reason=note)
         if candidate.name == base_form:
-            reason = f"It serves, because {form} does not start here."
+            reason = f"It serves, because {form} cannot be served here."
             return msgspec.structs.replace(candidate, is_chosen=True, fate="chosen", reason=reason)
         return candidate
 

@@ -181,6 +181,7 @@ class Optimiser(Jobs[Optimisation]):
                 output_dir=process.path(output_dir),
                 device=settings.device,
                 num_threads=launch.num_threads,
+                memory_bytes=launch.memory_bytes,
                 budget_seconds=BUDGET_SHARE * settings.optimise_timeout_seconds,
                 accepts_loss=version_hints(version).accepts_loss,
             )

@@ -27,6 +27,7 @@ from app.registry.tables import ModelVersion, Optimisation
 from app.settings import Settings
 
 MAX_FAILURES = 2  # starts of a result's replica, before it is taken back
+FOREIGN = "A worker serves eager instead, because the form does not hold there; its log says why."
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +101,9 @@ class Swaps:
             if replica.desired.version_id == row.version_id
             and replica.desired.artifact_id == row.artifact_id
         ]
-        if any(replica.ready_seconds > self._confirm_seconds for replica in mine):
+        form = (row.manifest or {}).get("form")
+        long_ready = [each for each in mine if each.ready_seconds > self._confirm_seconds]
+        if any(replica.form == form for replica in long_ready):
             async with self._database.write() as session:
                 await optimisation_rows.confirm(session, row.id)
             self.may_have_unused = True
@@ -120,39 +123,42 @@ class Swaps:
         self._broadcast.publish(f"version:{row.version_id}")
 
     async def _replace_foreign(self, desired: Desired) -> None:
-        """Its worker found another environment than the form was made in, and serves eager. Once
-        for each artifact, and not for one that was made since this app began: looking again
-        would find the same."""
+        """Its worker serves eager, because the form that was chosen does not hold there. Once for
+        each artifact. One that was made since this app began is taken back: looking again would
+        find the same. For any other, the box has changed."""
         if desired.artifact_id in self._known_foreign:
             return
         self._known_foreign.add(desired.artifact_id)
         async with self._database.write() as session:
+            await optimisation_rows.distrust(session, desired.artifact_id)
             made = await session.scalar(
                 select(Optimisation).where(
                     Optimisation.version_id == desired.version_id,
                     Optimisation.artifact_id == desired.artifact_id,
                 )
             )
-            await optimisation_rows.distrust(session, desired.artifact_id)
-            is_fresh = (
-                made is not None
-                and made.finished_at is not None
-                and made.finished_at > self._began_at
-                and made.id not in self.reused
-            )
-            if not self._settings.optimise or is_fresh:
-                log.warning(
-                    "version %s serves eager: its form %s does not hold here",
-                    desired.version_id,
-                    desired.manifest.form,
-                )
-                return
-            version = await session.get(ModelVersion, desired.version_id)
+        log.warning(
+            "version %s serves eager: its form %s does not hold here",
+            desired.version_id,
+            desired.manifest.form,
+        )
+        if made is not None and self._is_fresh(made):
+            await self._take_back(made, FOREIGN)
+        elif self._settings.optimise:
+            await self._queue_again(desired.version_id)
+
+    def _is_fresh(self, row: Optimisation) -> bool:
+        has_run = row.id not in self.reused
+        return has_run and row.finished_at is not None and row.finished_at > self._began_at
+
+    async def _queue_again(self, version_id: str) -> None:
+        async with self._database.write() as session:
+            version = await session.get(ModelVersion, version_id)
             if version is not None:
                 with suppress(Conflict):  # it is queued already
                     await optimisation_rows.enqueue(session, version, "environment")
         self._broadcast.publish(OPTIMISATIONS_TOPIC)
-        self._broadcast.publish(f"version:{desired.version_id}")
+        self._broadcast.publish(f"version:{version_id}")
 
     async def _remove_unused(self, in_use: Collection[str]) -> None:
         self.may_have_unused = False
