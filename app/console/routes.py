@@ -9,7 +9,7 @@ from litestar.static_files import (
     create_static_files_router,  # pyright: ignore[reportUnknownVariableType]
 )
 
-from app.console import entry, keys, models, optimisations, uploads, usage
+from app.console import entry, keys, models, optimisations, playground, uploads, usage
 from app.console.errors import exception_handlers
 from app.console.sessions import require_person
 from app.console.templating import HEADERS, STATIC_DIR, STATIC_PATH, PageRequest
@@ -34,6 +34,7 @@ behind_session = Router(
     "/console",
     route_handlers=[
         models.router,
+        playground.router,
         optimisations.router,
         uploads.router,
         keys.router,

@@ -46,6 +46,8 @@ def test_a_stranger_gets_from_the_link_to_a_billed_call(
     expect(page.locator("[sse-swap=status] .lamp")).to_have_text("ready", timeout=BUILD_TIMEOUT_MS)
     expect(page.locator("[sse-swap=proof]")).to_contain_text("proven equal")
     expect(page.locator("[sse-swap=program]")).to_contain_text("float32")
+    draw_a_digit(page)
+    page.go_back()
     page.locator("#snippet-1").get_by_role("button", name="Copy").click()
     expect(page.locator("#snippet-1").get_by_role("button")).to_have_text("Copied")
     snippet = page.evaluate("navigator.clipboard.readText()")
@@ -89,3 +91,21 @@ def test_a_stranger_gets_from_the_link_to_a_billed_call(
     expect(page.get_by_text("You are signed out.")).to_be_visible()
     page.goto(f"{box.url}/console/usage")
     expect(page.get_by_role("heading", name="Sign in")).to_be_visible()
+
+
+def draw_a_digit(page: Page) -> None:
+    """In the playground, with the pen; then numbers instead, and numbers that are none."""
+    page.get_by_role("link", name="Try it").click()
+    canvas = page.get_by_label("Draw it")
+    box = canvas.bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 40)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] - 40, steps=5)
+    page.mouse.up()
+    answer = page.locator("#result")
+    expect(answer).to_contain_text("ms, paid for")
+    expect(answer.locator("ol.bars > li")).to_have_count(10)
+    page.get_by_role("button", name="Clear").click()
+    page.get_by_role("button", name="Run").click()
+    expect(page.get_by_role("alert")).to_contain_text("its numbers")

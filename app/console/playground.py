@@ -1,0 +1,163 @@
+"""The playground of a tensor program: its form, a run of it, and what came out.
+
+A run is a request like any other: held, metered and billed to the person's organization.
+"""
+
+from typing import Any
+
+import msgspec
+from litestar import Response, Router, get, post
+from litestar.params import FromPath
+
+from app.api.labels import labels_of
+from app.api.predict import run_prediction, schema_of
+from app.api.tensors import array_of
+from app.console.playground_form import Field, fields_of, read_form
+from app.console.sessions import signed_in
+from app.console.templating import PageRequest, page, render
+from app.core.errors import AppError
+from app.core.ids import new_id
+from app.deployments.fleet import Fleet, Target
+from app.metering.records import Usage
+from runtime.protocol import Manifest, Predicted, Tensor
+
+MAX_FORM_BYTES = 16 * 1024**2
+MAX_SHOWN_CHARS = 4_000
+MAX_SHOWN_NUMBERS = 2_000
+MAX_BARS = 10
+
+Number = int | float
+
+
+class Shown(msgspec.Struct, frozen=True, kw_only=True):
+    """One output. `bars` are the greatest values of its first row, where that is a short list:
+    (name, value as text, thousandths of the greatest)."""
+
+    name: str
+    about: str
+    text: str
+    bars: list[tuple[str, str, int]]
+
+
+class Result(msgspec.Struct, frozen=True, kw_only=True):
+    """What a run gave, and what it took."""
+
+    request_id: str
+    outputs: list[Shown]
+    device_ms: int
+    batch_rows: int
+    queue_ms: float
+
+
+@get("/models/{name:str}/playground")
+async def show_playground(request: PageRequest, name: FromPath[str]) -> Response[str]:
+    """The form, with an example in it."""
+    signed_in(request).principal.require("inference")
+    target = _target(request, name)
+    return _page(request, name, fields_of(target.manifest))
+
+
+@post("/models/{name:str}/playground", status_code=200, request_max_body_size=MAX_FORM_BYTES)
+async def run_playground(request: PageRequest, name: FromPath[str]) -> Response[str]:
+    """Runs what the form holds, and shows the answer below it; to htmx, the answer alone."""
+    principal = signed_in(request).principal
+    principal.require("inference")
+    target = _target(request, name)
+    form = await request.form()
+    request_id = new_id("req")
+    try:
+        given = await read_form(form, target.manifest)
+        predicted, usage = await run_prediction(
+            request, principal, target, given, route="/console/playground", request_id=request_id
+        )
+    except AppError as error:
+        if error.status >= 500 or request.headers.get("hx-request"):
+            raise
+        sent = {key: value for key, value in form.multi_items() if isinstance(value, str)}
+        fields = fields_of(target.manifest, sent)
+        return _page(request, name, fields, error=error.message, status_code=error.status)
+    result = _result(predicted, usage, target.manifest)
+    if request.headers.get("hx-request"):
+        html = render("playground/_result.html", result=result)
+        return Response(html, media_type="text/html; charset=utf-8")
+    sent = {key: value for key, value in form.multi_items() if isinstance(value, str)}
+    return _page(request, name, fields_of(target.manifest, sent), result=result)
+
+
+def _target(request: PageRequest, name: str) -> Target:
+    """The replica that answers. Raises what keeps it from that, and `InvalidRequest` for what is
+    no tensor program."""
+    fleet: Fleet = request.app.state.fleet
+    target = fleet.resolve(signed_in(request).principal, name)
+    schema_of(target, name)
+    return target
+
+
+def _page(
+    request: PageRequest,
+    name: str,
+    fields: list[Field],
+    *,
+    result: Result | None = None,
+    error: str = "",
+    status_code: int = 200,
+) -> Response[str]:
+    return page(
+        request,
+        "playground/playground.html",
+        status_code=status_code,
+        name=name,
+        fields=fields,
+        result=result,
+        error=error,
+    )
+
+
+def _result(predicted: Predicted, usage: Usage, manifest: Manifest) -> Result:
+    labels = labels_of(predicted, manifest)
+    shown = [_shown(tensor) for tensor in predicted.outputs]
+    if labels:
+        bars = [(best.label, f"{best.score:.1%}", int(best.score * 1000)) for best in labels[0]]
+        shown[0] = msgspec.structs.replace(shown[0], bars=bars)
+    return Result(
+        request_id=usage.admitted.request_id,
+        outputs=shown,
+        device_ms=usage.device_ms,
+        batch_rows=predicted.batch_rows,
+        queue_ms=predicted.queue_ns / 1e6,
+    )
+
+
+def _shown(tensor: Tensor) -> Shown:
+    array = array_of(tensor)
+    size = " \N{MULTIPLICATION SIGN} ".join(map(str, tensor.shape)) or "one number"
+    if array.size > MAX_SHOWN_NUMBERS:
+        text = f"{array.size:,} numbers; the first {MAX_SHOWN_NUMBERS:,} flattened:\n"
+        text += str(array.ravel()[:MAX_SHOWN_NUMBERS].tolist())
+    else:
+        text = str(array.tolist())
+    row: list[Number] = array.reshape(-1, array.shape[-1])[0].tolist() if array.ndim else []
+    is_short = array.ndim == 2 and 2 <= len(row) <= 4 * MAX_BARS and tensor.dtype != "bool"
+    return Shown(
+        name=tensor.name,
+        about=f"{tensor.dtype}, {size}",
+        text=text[:MAX_SHOWN_CHARS] + ("…" if len(text) > MAX_SHOWN_CHARS else ""),
+        bars=_bars(row) if is_short else [],
+    )
+
+
+def _bars(row: list[Any]) -> list[tuple[str, str, int]]:
+    """The greatest values of a row; NaN is none."""
+    known = [(value, index) for index, value in enumerate(row) if abs(value) < float("inf")]
+    known.sort(key=lambda pair: (-pair[0], pair[1]))
+    if not known:
+        return []
+    most, least = known[0][0], min(0, known[-1][0])
+    span = (most - least) or 1
+    return [
+        (str(index), f"{value:.4g}", max(0, int(1000 * (value - least) / span)))
+        for value, index in known[:MAX_BARS]
+    ]
+
+
+router = Router("", route_handlers=[show_playground, run_playground])
