@@ -196,9 +196,8 @@ def _settled(
     against the original, which knows more than the graph alone shows."""
 
     def settle(spec: TensorSpec) -> TensorSpec:
-        return msgspec.structs.replace(
-            spec, padded_axis=padded[spec.name], image=images.get(spec.name)
-        )
+        axis = padded[spec.name] if schema.is_batched else None
+        return msgspec.structs.replace(spec, padded_axis=axis, image=images.get(spec.name))
 
     return msgspec.structs.replace(
         schema,

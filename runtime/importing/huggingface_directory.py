@@ -10,6 +10,11 @@ SAVE_AGAIN = (
     "Save the model again with model.save_pretrained(directory), which writes safetensors, and "
     "upload that directory."
 )
+SERVED = (
+    "Served from a directory are decoders (causal language models), encoders that make "
+    "embeddings, and models that classify texts, tokens, images or audio or find answers. Export "
+    "another model with torch.export.save(program, path) and upload that."
+)
 
 
 def check_directory(directory: Path) -> dict[str, Any]:
@@ -19,7 +24,7 @@ def check_directory(directory: Path) -> dict[str, Any]:
     if config.get("is_encoder_decoder"):
         raise ImportFailure(
             "not_a_decoder",
-            "This is an encoder-decoder model. Only decoders (causal language models) are served.",
+            f"This is an encoder-decoder model. {SERVED}",
         )
     _require_causal(config)
     return config
@@ -133,8 +138,7 @@ def _require_causal(config: dict[str, Any]) -> None:
     if causal is None:
         raise ImportFailure(
             "not_a_decoder",
-            f"transformers has no causal language model of type {model_type!r}. Only decoders are "
-            "served from a directory; export other models with torch.export.save(program, path).",
+            f"transformers has no causal language model of type {model_type!r}. {SERVED}",
         )
     causal_names = {causal} if isinstance(causal, str) else set(causal)
     architectures = config.get("architectures")
@@ -143,6 +147,5 @@ def _require_causal(config: dict[str, Any]) -> None:
         raise ImportFailure(
             "not_a_decoder",
             f"The model was saved as {named[0]}, not as a causal language model "
-            f"({', '.join(sorted(causal_names))}). Only decoders are served from a directory; "
-            "export other models with torch.export.save(program, path).",
+            f"({', '.join(sorted(causal_names))}). {SERVED}",
         )

@@ -56,10 +56,11 @@ def load_module(
     auto: Any = AutoModelForCausalLM,
 ) -> PreTrainedModel:
     """A module with all its weights; those it has no use for are noted."""
-    module, loading = from_pretrained(directory, attention, dtype, auto)
+    module, loading = from_pretrained(directory, attention, dtype, auto, lists_mismatches=True)
     missing = sorted(loading["missing_keys"])
     if missing or loading["mismatched_keys"]:
-        wrong = missing or sorted(str(key) for key in loading["mismatched_keys"])
+        # Each with its name, the file's shape and the model's.
+        wrong = missing or sorted(str(key[0]) for key in loading["mismatched_keys"])
         raise ImportFailure(
             "incomplete_weights",
             f"{len(wrong)} weights of {type(module).__name__} are missing or have the wrong shape "
@@ -77,8 +78,11 @@ def from_pretrained(
     attention: str | None,
     dtype: torch.dtype | None,
     auto: Any = AutoModelForCausalLM,
+    *,
+    lists_mismatches: bool = False,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The module and what transformers tells of its loading. Raises `ImportFailure`, with code
+    """The module and what transformers tells of its loading; with `lists_mismatches` also of
+    weights of a wrong shape, which the caller must then refuse. Raises `ImportFailure`, with code
     `attention_not_found` for a class that knows no attention but its own."""
     transformers.logging.disable_progress_bar()
 
@@ -92,6 +96,7 @@ def from_pretrained(
                 trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=lists_mismatches,
             )
         except KeyError as error:
             if error.args == (attention,):  # an old-style class, with a table of its own

@@ -278,7 +278,7 @@ def test_a_decoder_without_a_usable_tokenizer_takes_token_ids(build, built, llam
 
 def test_other_models_in_a_directory_are_refused(build, failed, llama):
     config = msgspec.json.decode((llama / "config.json").read_bytes())
-    config |= {"model_type": "bert", "architectures": ["BertForSequenceClassification"]}
+    config |= {"model_type": "bert", "architectures": ["BertForMultipleChoice"]}
     with tarfile.open(build.upload_path, "w") as tar:
         tar.add(llama / "model.safetensors", "model.safetensors")
         data = msgspec.json.encode(config)
@@ -287,7 +287,7 @@ def test_other_models_in_a_directory_are_refused(build, failed, llama):
         tar.addfile(member, io.BytesIO(data))
     error = failed().error
     assert error.code == "not_a_decoder"
-    assert "BertForSequenceClassification" in error.message
+    assert "BertForMultipleChoice" in error.message
 
 
 def test_a_refusal_says_what_to_run_instead(build, failed):
