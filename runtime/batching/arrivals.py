@@ -35,9 +35,10 @@ class Arrivals:
         for after in self._after.values():
             after.add(rows, now_ms)
 
-    def expected(self, now_ms: float) -> list[float]:
-        """Rows within each of `SPANS_MS` from now; empty while nothing is known."""
-        return [] if self._now is None else self._now.expected(now_ms)
+    def expected(self, now_ms: float, limit_ms: float) -> list[float]:
+        """Rows within each of `SPANS_MS` below the limit from now; empty while nothing is
+        known."""
+        return [] if self._now is None else self._now.expected(now_ms, limit_ms)
 
 
 class _After:
@@ -68,8 +69,9 @@ class _After:
         self._fill(bisect.bisect_left(SPANS_MS, now_ms - self._began_ms))
         self._have_come += rows
 
-    def expected(self, now_ms: float) -> list[float]:
-        if self._began_ms is None or not self._kept:
+    def expected(self, now_ms: float, limit_ms: float) -> list[float]:
+        spans = SPANS_MS[: bisect.bisect_left(SPANS_MS, limit_ms)]
+        if not spans or self._began_ms is None or not self._kept:
             return []
         elapsed_ms = now_ms - self._began_ms
         begun = [_at(kept, elapsed_ms) * self._scale for kept in self._kept]
@@ -81,8 +83,7 @@ class _After:
             if abs(rows - self._have_come) <= near
         ]
         totals = [
-            sum(_at(kept, elapsed_ms + span) for kept, _ in alike) * self._scale
-            for span in SPANS_MS
+            sum(_at(kept, elapsed_ms + span) for kept, _ in alike) * self._scale for span in spans
         ]
         base = sum(rows for _, rows in alike)
         return [max(0.0, (total - base) / len(alike)) for total in totals]

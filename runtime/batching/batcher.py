@@ -92,6 +92,7 @@ class Batcher:
         self._running: list[Slice[Request]] = []
         self._refusal: PredictFailure | None = None  # what every later request is told
         self._is_paused = False
+        self._began_ms = 0.0  # the run under way
         self._due_ms: float | None = None  # when the thread is to wake the loop
         # To the thread: a run, a time by its clock at which to wake the loop, or None to end.
         self._jobs: queue.SimpleQueue[list[Slice[Request]] | float | None] = queue.SimpleQueue()
@@ -157,10 +158,12 @@ class Batcher:
         """Start the next run if nothing runs and waiting does not pay."""
         if self._running or self._is_paused or self._refusal is not None:
             return
-        if slices := self._planner.next(_now_ms()):
+        now_ms = _now_ms()
+        if slices := self._planner.next(now_ms):
             for each in slices:
                 each.pending.item.is_begun = True
             self._running = slices
+            self._began_ms = now_ms
             self._due_ms = None
             self._jobs.put(slices)
         elif (due_ms := self._planner.due_ms) is not None and due_ms != self._due_ms:
@@ -172,9 +175,11 @@ class Batcher:
         for each, part in zip(slices, result.parts, strict=True):
             if isinstance(part, PredictFailure) and each.pending.rows:
                 self._planner.queue.remove(each.pending)
-        run_ms = result.run_ns / 1e6 if result.is_clean else None
+        now_ms = _now_ms()
+        # What the way to the thread and back takes is part of what a run costs.
+        run_ms = now_ms - self._began_ms if result.is_clean else None
         size = max(each.pending.cost for each in slices)
-        self._planner.ended(slices, _now_ms(), run_ms, size)
+        self._planner.ended(slices, now_ms, run_ms, size)
         if any(is_lost_device(part) for part in result.parts):
             self._refuse_all(lost_device())
             self._on_lost_device()

@@ -103,14 +103,16 @@ class Planner(Generic[Item]):
             return False
         if self._wait is not None and now_ms < self._wait.until_ms and rows < self._wait.rows:
             return True
+        elapsed_ms = now_ms - self._moment_ms
+        expected = self._arrivals.expected(now_ms, times.ms(rows) - elapsed_ms)
         self._wait = best_wait(
             rows,
             head.came_ms,
             now_ms,
-            [self._joinable * coming for coming in self._arrivals.expected(now_ms)],
+            [self._joinable * coming for coming in expected],
             times,
             max_rows=self._max_rows,
             target_ms=self._target_ms,
-            elapsed_ms=now_ms - self._moment_ms,
+            elapsed_ms=elapsed_ms,
         )
         return self._wait is not None
