@@ -12,6 +12,8 @@ from pathlib import Path
 
 from app.cli.client import Refused
 
+EXAMPLES_NAME = "examples.npz"
+
 Piece = bytes | Path
 
 
@@ -52,8 +54,9 @@ class Parcel:
         return chunk
 
 
-def pack(path: Path, tokenizer: Path | None) -> Parcel:
-    """The parcel for a model file or directory, with a tokenizer directory beside it if given.
+def pack(path: Path, tokenizer: Path | None, examples: Path | None = None) -> Parcel:
+    """The parcel for a model file or directory, with a tokenizer directory and an `.npz` of
+    example inputs beside it if given.
 
     Raises `Refused` for a path that is missing or empty.
     """
@@ -61,15 +64,22 @@ def pack(path: Path, tokenizer: Path | None) -> Parcel:
         raise Refused(f"{path} does not exist.")
     if tokenizer is not None and not tokenizer.is_dir():
         raise Refused(f"--tokenizer {tokenizer} is not a directory.")
+    if examples is not None and not examples.is_file():
+        raise Refused(f"--example {examples} is not a file.")
+    beside = _beside(tokenizer, examples)
     if path.is_dir():
-        return _tar(f"{path.resolve().name}.tar", _files_below(path, "") + _beside(tokenizer))
-    if tokenizer is None:
+        files = _files_below(path, "")
+        if examples is not None:
+            files = [(name, file) for name, file in files if name != EXAMPLES_NAME]
+        return _tar(f"{path.resolve().name}.tar", files + beside)
+    if not beside:
         return Parcel(path.name, [path])
-    return _tar(f"{path.stem}.tar", [(path.name, path), *_beside(tokenizer)])
+    return _tar(f"{path.stem}.tar", [(path.name, path), *beside])
 
 
-def _beside(tokenizer: Path | None) -> list[tuple[str, Path]]:
-    return _files_below(tokenizer, "tokenizer/") if tokenizer else []
+def _beside(tokenizer: Path | None, examples: Path | None) -> list[tuple[str, Path]]:
+    files = _files_below(tokenizer, "tokenizer/") if tokenizer else []
+    return [*files, (EXAMPLES_NAME, examples)] if examples else files
 
 
 def _files_below(directory: Path, prefix: str) -> list[tuple[str, Path]]:

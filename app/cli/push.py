@@ -16,6 +16,7 @@ from app.cli.client import Box, Refused
 from app.cli.optimise import follow_optimisation
 from app.cli.packing import Parcel, pack
 from app.core.errors import InvalidRequest
+from app.registry.input_hints import parse_inputs
 from app.registry.names import check_model_name
 
 CHUNK_BYTES = 8 * 1024**2
@@ -30,21 +31,48 @@ TUS = {"Tus-Resumable": "1.0.0"}
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--name", required=True, help="Name of the model and of its endpoint.")
 @click.option("--tokenizer", type=click.Path(path_type=Path), help="Tokenizer for a bare .pt2.")
+@click.option(
+    "--inputs",
+    help="What the model takes where its file does not say it (TorchScript), parted by ';': "
+    "'image: float32[batch, 3, 224, 224] in 0..1'. Later versions inherit it.",
+)
+@click.option(
+    "--example",
+    type=click.Path(path_type=Path),
+    help="An .npz of inputs, one array for each: proof and measurement use them too.",
+)
+@click.option(
+    "--accept-loss/--no-accept-loss",
+    default=None,
+    help="Whether forms that lose accuracy measurably (int8) may serve. Later versions inherit it.",
+)
 @click.option("--no-wait", is_flag=True, help="Return once the build is queued.")
 @click.option("--optimised", is_flag=True, help="Wait for its fastest form too.")
-def push(path: Path, name: str, tokenizer: Path | None, no_wait: bool, optimised: bool) -> None:
-    """Upload PATH (a .pt2, an archive or a Hugging Face directory) and build it.
+def push(
+    path: Path,
+    name: str,
+    tokenizer: Path | None,
+    inputs: str | None,
+    example: Path | None,
+    accept_loss: bool | None,
+    no_wait: bool,
+    optimised: bool,
+) -> None:
+    """Upload PATH (a .pt2, .onnx or TorchScript file, an archive or a Hugging Face directory) and
+    build it.
 
     Exit code 0: the endpoint answers (or, with --no-wait, the build is queued). 1: refused.
     The search for a faster form goes on while it answers; --optimised waits for that too.
     """
     try:
         check_model_name(name)
+        parse_inputs(inputs or "")
     except InvalidRequest as error:
         raise Refused(error.message) from error
     box = Box()
-    upload_id = upload(box, pack(path, tokenizer))
-    version = box.json("POST", f"/api/models/{name}/versions", json={"upload_id": upload_id})
+    upload_id = upload(box, pack(path, tokenizer, example))
+    new = {"upload_id": upload_id, "inputs": inputs, "accepts_loss": accept_loss}
+    version = box.json("POST", f"/api/models/{name}/versions", json=new)
     label = f"{name}@{version['number']}"
     if no_wait:
         say(f"{label} is queued; `tapeout logs {name}` shows its build.")

@@ -47,10 +47,12 @@ def build_program(
 def _build_graph(upload: UnpackedUpload, reporter: Reporter, hints: BuildHints) -> Outcome:
     from runtime.compiling.paging import is_decoder_graph
     from runtime.importing.exported import load_exported
+    from runtime.importing.soundness import check_weights
 
     with reporter.phase("import") as report:
         report(0.0, "loading the graph")
         model = load_exported(upload.path)
+        check_weights(model.state)
     if is_decoder_graph(model.program):
         from runtime.building.decoder import build_decoder
         from runtime.building.routes import graph_source

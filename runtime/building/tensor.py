@@ -76,7 +76,14 @@ def build_tensor(
         checks=proof.checks,
         candidates=candidates,
         notes=[note for note in model.notes if note != batch_warning] + proof.notes,
-        warnings=[*([batch_warning] if batch_warning else []), *dead, *proof.warnings],
+        warnings=[
+            *([batch_warning] if batch_warning else []),
+            *(
+                f"The output {name!r} is the same in every answer: no input reaches it."
+                for name in dead
+            ),
+            *(text for name, text in proof.warnings.items() if name not in dead),
+        ],
         package=package,
     )
 
@@ -96,7 +103,4 @@ def _examine(model: TensorProgram, hints: BuildHints, examples: Arrays | None) -
     if model.program is None:
         return []
     names = [spec.name for spec in model.schema.outputs]
-    return [
-        f"The output {name!r} cannot depend on any input: it is the same in every answer."
-        for name in check_outputs(model.program, names)
-    ]
+    return check_outputs(model.program, names)

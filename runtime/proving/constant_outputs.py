@@ -12,21 +12,21 @@ SEEDS = (11, 12, 13)
 FAR = 10.0  # how much larger the values of the farthest inputs are
 
 
-def constant_warnings(model: TensorProgram, maker: InputMaker) -> list[str]:
-    """A sentence for every output that is the same in all runs, or never a number."""
+def constant_warnings(model: TensorProgram, maker: InputMaker) -> dict[str, str]:
+    """By name, a sentence for every output that is the same in all runs, or never a number."""
     batches = [maker.make(NUM_ROWS, seed) for seed in SEEDS]
     batches.append([_far(tensor, index, model) for index, tensor in enumerate(batches[0])])
     results = [model.run(inputs) for inputs in batches]
-    warnings = []
+    warnings: dict[str, str] = {}
     for index, spec in enumerate(model.schema.outputs):
         outputs = [result[index] for result in results]
         if _is_nan(outputs):
-            warnings.append(
+            warnings[spec.name] = (
                 f"The output {spec.name!r} was NaN in every run: the weights or an operation of "
                 "the model (a division by zero, a logarithm of a negative number) spoil it."
             )
         elif _is_constant(outputs):
-            warnings.append(
+            warnings[spec.name] = (
                 f"The output {spec.name!r} never changed: {len(batches)} very different inputs all "
                 "gave the same values. If that is not meant, the model may have been exported "
                 "with values fixed that should come from its inputs, or its training may have "

@@ -35,7 +35,7 @@ Report = Callable[[float, str], None]
 class TensorProof(msgspec.Struct, frozen=True, kw_only=True):
     """`is_batched` is whether requests may share runs, of up to `max_rows` rows; `schema` the
     program's, which says so too, and where rows may be padded. `makers` gave inputs the program
-    ran on. `warnings` say what looks wrong though nothing failed."""
+    ran on. `warnings` say, by output, what looks wrong though nothing failed."""
 
     verdict: Verdict
     checks: list[Check]
@@ -44,7 +44,7 @@ class TensorProof(msgspec.Struct, frozen=True, kw_only=True):
     max_rows: int
     makers: list[InputMaker]
     notes: list[str]
-    warnings: list[str] = []
+    warnings: dict[str, str] = {}
 
 
 def prove_tensor(

@@ -52,6 +52,20 @@ def test_a_single_file_goes_as_it_is_and_a_tokenizer_beside_it(directory: Path) 
         assert "config.json" in archive.getnames()
 
 
+def test_examples_travel_beside_the_model_under_their_own_name(
+    directory: Path, tmp_path: Path
+) -> None:
+    (directory / "examples.npz").write_bytes(b"old")
+    (tmp_path / "mine.npz").write_bytes(b"new")
+    for path in (directory, directory / "config.json"):
+        parcel = pack(path, None, tmp_path / "mine.npz")
+        with tarfile.open(fileobj=io.BytesIO(read_whole(parcel, 999))) as archive:
+            assert archive.getnames().count("examples.npz") == 1
+            assert archive.extractfile("examples.npz").read() == b"new"  # type: ignore[union-attr]
+    with pytest.raises(Refused, match="--example"):
+        pack(directory, None, tmp_path / "missing.npz")
+
+
 def test_what_cannot_be_packed_is_refused(tmp_path: Path, directory: Path) -> None:
     (tmp_path / "nothing").mkdir()
     with pytest.raises(Refused, match="does not exist"):

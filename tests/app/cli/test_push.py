@@ -142,3 +142,12 @@ def test_the_list_of_models_shows_form_and_speed_up(
     form: str, state: dict[str, Any], cell: str
 ) -> None:
     assert form_cell({"form": form}, state["optimisation"]) == cell
+
+
+def test_inputs_that_nobody_could_read_are_refused_before_anything_is_sent(tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    path.write_bytes(b"x")
+    command = ["push", str(path), "--name", "m", "--inputs", "x: float[batch]"]
+    done = CliRunner().invoke(main, command, env={})
+    assert done.exit_code == 1
+    assert "did you mean float32?" in done.output
