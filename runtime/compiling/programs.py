@@ -1,4 +1,5 @@
-"""Loads an artifact's tensor program in its uploaded form, whatever its format.
+"""Loads an artifact's tensor program in its uploaded form, whatever its format; an embedder is one
+as well.
 
 The one table of formats on the worker's side; each format's loader lies with its importing.
 """
@@ -27,6 +28,10 @@ def load_program(artifact_dir: Path, manifest: Manifest, device: str = "cpu") ->
 
 def _load(artifact_dir: Path, manifest: Manifest, device: str) -> TensorProgram:
     # Imported late: a worker needs one format's libraries.
+    if manifest.kind == "embedder":
+        from runtime.compiling.embedder_program import load_embedder_program
+
+        return load_embedder_program(artifact_dir, manifest, device)
     if manifest.format == "pt2":
         from runtime.importing.exported import load_exported
 

@@ -58,17 +58,29 @@ class Embedder:
     def embed(self, texts: list[list[int]]) -> Tensor:
         """Float32 `[texts, dimensions]`, on the CPU. Texts of different lengths are padded on the
         right and masked; equal ones run without a mask."""
-        lengths = torch.tensor([len(text) for text in texts])
-        longest = int(lengths.max())
-        padded = [text + [self.pad_token_id] * (longest - len(text)) for text in texts]
-        token_ids = torch.tensor(padded, device=self.device)
-        lengths = lengths.to(self.device)
+        return self.embed_padded(*pad_texts(texts, self.pad_token_id))
+
+    @torch.inference_mode()
+    def embed_padded(self, token_ids: Tensor, lengths: Tensor) -> Tensor:
+        """The same of `token_ids` `[texts, tokens]`, of which `lengths` `[texts]` count."""
+        has_padding = int(lengths.min()) < token_ids.shape[1]
+        return self(token_ids.to(self.device), lengths.to(self.device), has_padding).cpu()
+
+    def __call__(self, token_ids: Tensor, lengths: Tensor, has_padding: bool = True) -> Tensor:
+        """Likewise, on its own device, without a look at the values, so that it can be traced."""
         options = {}
-        if self._takes_mask and int(lengths.min()) < longest:
-            positions = torch.arange(longest, device=self.device)
+        if self._takes_mask and has_padding:
+            positions = torch.arange(token_ids.shape[1], device=token_ids.device)
             options["attention_mask"] = (positions < lengths[:, None]).long()
         states = self.module(input_ids=token_ids, **options).last_hidden_state
-        return self.head(states, lengths).float().cpu()
+        return self.head(states, lengths).float()
+
+
+def pad_texts(texts: list[list[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Token ids `[texts, tokens]`, padded on the right, and lengths `[texts]`."""
+    longest = max(map(len, texts))
+    padded = [text + [pad_token_id] * (longest - len(text)) for text in texts]
+    return torch.tensor(padded), torch.tensor([len(text) for text in texts])
 
 
 class Head(nn.Module):
@@ -121,11 +133,15 @@ def load_embedder(
         has_tokenizer=special_tokens is not None,
         matryoshka_dimensions=layout.matryoshka_dimensions,
     )
-    pad = config_json.get("pad_token_id")
-    pad_token_id = pad if isinstance(pad, int) and 0 <= pad < info.vocab_size else 0
-    embedder = Embedder(module, head, info, pad_token_id)
+    embedder = Embedder(module, head, info, pad_token_of(config_json, info))
     embedder.notes = [*layout.notes, *notes, *text_notes]
     return embedder
+
+
+def pad_token_of(config_json: dict[str, Any], info: EmbedderInfo) -> int:
+    """The token that a model's configuration names for padding, else the first: it is masked."""
+    pad = config_json.get("pad_token_id")
+    return pad if isinstance(pad, int) and 0 <= pad < info.vocab_size else 0
 
 
 def load_encoder(
