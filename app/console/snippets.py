@@ -131,6 +131,8 @@ def _embedder_snippets(base_url: str, name: str, manifest: Manifest) -> list[Sni
 
 def _tensor_snippets(base_url: str, name: str, manifest: Manifest) -> list[Snippet]:
     url = f"{base_url}/models/{name}/predict"
+    if manifest.text is not None:
+        return _text_snippets(url, manifest)
     schema = manifest.schema
     specs = schema.inputs if schema is not None else []
     is_small = sum(_num_numbers(example_shape(spec)) for spec in specs) <= MAX_INLINE_NUMBERS
@@ -147,6 +149,25 @@ def _tensor_snippets(base_url: str, name: str, manifest: Manifest) -> list[Snipp
         + 'print(answer["outputs"])\nprint(answer["usage"])'
     )
     return [Snippet("curl", curl), Snippet("python", python)]
+
+
+def _text_snippets(url: str, manifest: Manifest) -> list[Snippet]:
+    """Rows of texts; of two where the model ranks or answers, which is where nothing is named."""
+    body: dict[str, Any] = {"texts": ["A cat sat down.", "It was a good day."]}
+    if manifest.text is not None and manifest.text.takes_pairs and not manifest.labels:
+        question = "Where do cats sleep?"
+        body = {"texts": [[question, "On the mat, all day."], [question, "It rained."]]}
+    answer = 'answer["labels"]' if _names_labels(manifest) else 'answer["outputs"]'
+    return [
+        Snippet("curl", _curl(url, body)),
+        Snippet("python", _plain_python(url, body, answer)),
+    ]
+
+
+def _names_labels(manifest: Manifest) -> bool:
+    """Whether answers say the best labels of each row: of logits with two axes."""
+    outputs = manifest.schema.outputs if manifest.schema is not None else []
+    return bool(manifest.labels and outputs) and len(outputs[0].shape) == 2
 
 
 def example_shape(spec: TensorSpec) -> list[int]:

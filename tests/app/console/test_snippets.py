@@ -14,11 +14,12 @@ import msgspec
 import pytest
 
 from app.console.snippets import example_value, snippets
-from runtime.protocol import Schema, TensorSpec
+from runtime.protocol import Schema, TensorSpec, TextInput
 from tests.app.console.samples import DECODER, EMBEDDER, TENSOR
 
 ANSWER = {
     "outputs": {"logits": [[0.5]]},
+    "labels": [[{"label": "good", "score": 0.75}]],
     "usage": {"prompt_tokens": 3, "completion_tokens": 1, "total_tokens": 4},
     "id": "cmpl-1",
     "object": "text_completion",
@@ -146,6 +147,36 @@ def test_every_snippet_of_a_tensor_program_sends_a_valid_input(server: Recorder)
     zeros = [[[[0.0] * 8] * 8]]
     assert [body for _, _, body in server.requests] == [{"inputs": {"images": zeros}}] * 2
     assert {path for path, _, _ in server.requests} == {"/models/digits/predict"}
+
+
+@pytest.mark.parametrize(
+    ("labels", "axes", "printed", "is_pair"),
+    [
+        (["bad", "good"], 2, "'good'", False),
+        (["name", "none"], 3, "0.5", False),  # of tokens: no row has a label of its own
+        ([], 2, "0.5", True),
+    ],
+    ids=["classifier", "tokens", "ranker"],
+)
+def test_every_snippet_of_a_model_of_texts_sends_texts(
+    server: Recorder, labels: list[str], axes: int, printed: str, is_pair: bool
+) -> None:
+    inputs = [TensorSpec(name="input_ids", dtype="int64", shape=[None, None])]
+    outputs = [TensorSpec(name="logits", dtype="float32", shape=[None] * axes)]
+    manifest = msgspec.structs.replace(
+        TENSOR,
+        schema=Schema(inputs=inputs, outputs=outputs, is_batched=True),
+        text=TextInput(max_tokens=64, takes_pairs=True, token_ids="input_ids"),
+        labels=labels,
+    )
+    made = snippets(server.url, "rater", manifest)
+    assert [snippet.language for snippet in made] == ["curl", "python"]
+    assert printed in run("python", made[1].text)
+    assert "0.5" in run("curl", made[0].text)
+    for path, _, body in server.requests:
+        assert path == "/models/rater/predict"
+        assert list(body) == ["texts"]
+        assert all(len(row) == 2 if is_pair else isinstance(row, str) for row in body["texts"])
 
 
 def test_a_large_input_is_made_rather_than_written_out(server: Recorder) -> None:

@@ -256,7 +256,7 @@ def test_a_head_whose_weights_are_missing_is_refused(bert: Path, tmp_path: Path)
 
 
 def test_a_bare_encoder_that_claims_a_head_is_refused(tmp_path: Path) -> None:
-    encoder = TEXT_MODELS["bert"]().base_model
+    encoder: Any = TEXT_MODELS["bert"]().base_model
     directory = save_head(tmp_path / "model", encoder)
     config = json.loads((directory / "config.json").read_text())
     config["architectures"] = ["BertForSequenceClassification"]
