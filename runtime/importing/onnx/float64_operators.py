@@ -51,8 +51,13 @@ def _padded(x: torch.Tensor, pads: list[int], value: float = 0.0) -> torch.Tenso
     return F.pad(x, flat, value=value) if any(pads) else x
 
 
+def _tensor(x: Array) -> torch.Tensor:
+    """The same memory, unless it is a weight's, which torch might write to."""
+    return torch.from_numpy(x if x.flags.writeable else x.copy())
+
+
 def _bias(b: Array | None) -> torch.Tensor | None:
-    return None if b is None else torch.from_numpy(b)
+    return None if b is None else _tensor(b)
 
 
 class Conv(_Torch):
@@ -62,8 +67,8 @@ class Conv(_Torch):
         pads = _padding(attributes, x.shape[2:], kernel)
         convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(kernel)]
         y = convolve(
-            _padded(torch.from_numpy(x), pads),
-            torch.from_numpy(w),
+            _padded(_tensor(x), pads),
+            _tensor(w),
             _bias(b),
             strides,
             0,
@@ -84,8 +89,8 @@ class ConvTranspose(_Torch):
         pads = list(attributes.get("pads") or [0] * 2 * num_axes)
         convolve = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[num_axes]
         y = convolve(
-            torch.from_numpy(x),
-            torch.from_numpy(w),
+            _tensor(x),
+            _tensor(w),
             _bias(b),
             strides,
             0,
@@ -128,7 +133,7 @@ class MaxPool(_Torch):
     def _run(self, x: Array, **attributes: Any) -> Any:
         if len(self.onnx_node.output) > 1:
             raise NotImplementedError("the places of a MaxPool's maxima")
-        values = torch.from_numpy(x)
+        values = _tensor(x)
         if not values.is_floating_point():
             raise NotImplementedError("MaxPool of integers")
         windows, _ = _windows(values, attributes, -math.inf)
@@ -137,7 +142,7 @@ class MaxPool(_Torch):
 
 class AveragePool(_Torch):
     def _run(self, x: Array, **attributes: Any) -> Any:
-        values = torch.from_numpy(x)
+        values = _tensor(x)
         windows, pads = _windows(values, attributes, 0.0)
         axes = tuple(range(x.ndim, windows.dim()))
         # Padding that was asked for may count as values; what rounding up adds never does.
@@ -165,12 +170,12 @@ class BatchNormalization(_Torch):
 
 class Erf(_Torch):
     def _run(self, x: Array) -> Any:
-        return (torch.erf(torch.from_numpy(np.asarray(x))).numpy(),)
+        return (torch.erf(_tensor(np.asarray(x))).numpy(),)
 
 
 class Gelu(_Torch):
     def _run(self, x: Array, approximate: str = "none") -> Any:
-        return (F.gelu(torch.from_numpy(np.asarray(x)), approximate=approximate).numpy(),)
+        return (F.gelu(_tensor(np.asarray(x)), approximate=approximate).numpy(),)
 
 
 class Resize(_Torch):

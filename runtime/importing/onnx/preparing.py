@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import onnx
 import torch
-from onnx import ModelProto, TensorProto, TensorShapeProto, ValueInfoProto
+from onnx import ModelProto, TensorProto, ValueInfoProto
 
 from runtime.importing.onnx.reading import read_onnx, real_inputs
 from runtime.importing.onnx.session import OnnxRunError, make_session, run_session
@@ -30,6 +30,7 @@ from runtime.protocol import BuildHints, InputHint
 logger = logging.getLogger(__name__)
 
 FILES_DIRECTORY = "program.data"  # of a program's other files, beside it
+MAX_INLINE_BYTES = 1024
 BATCH = "batch"
 PROBE_SIZE = 8  # of a dynamic axis, to see what comes out
 BATCH_NOTE = (
@@ -55,13 +56,13 @@ def prepare_onnx(path: Path, scratch: Path, hints: BuildHints) -> Prepared:
     model = read_onnx(path, may_have_files=may_have_files)
     directory = Path(tempfile.mkdtemp(dir=scratch))
     used = _gather_files(model, path.parent, directory)
-    has_shapes = _complete_inputs(model, hints)
-    plain = path
-    if used or not has_shapes or any(_lacks_shape(value) for value in model.graph.output):
-        plain = _write(model, directory / "program.onnx")
-        if any(_lacks_shape(value) for value in model.graph.output):
-            _complete_outputs(model, plain)
-            _write(model, plain)
+    is_changed = _free_axes(model) or bool(used)
+    is_changed = _complete_inputs(model, hints) or is_changed
+    if any(_lacks_shape(value) for value in model.graph.output):
+        _complete_outputs(model, _write(model, directory / "program.onnx"))
+        is_changed = True
+    is_changed = _name_batch(model) or is_changed
+    plain = _write(model, directory / "program.onnx") if is_changed else path
     return Prepared(plain, _make_batched(model, plain, directory), used)
 
 
@@ -74,17 +75,23 @@ def _write(model: ModelProto, path: Path) -> Path:
 
 
 def _gather_files(model: ModelProto, source: Path, directory: Path) -> set[str]:
-    """Moves the files that tensors lie in to `directory` and renames them there. Returns the top
-    names of where they were."""
+    """Moves the files that tensors lie in to `directory` and renames them there; small tensors,
+    which may be shapes that ONNX Runtime wants to see, go into the model. Returns the top names of
+    where they were."""
     places = [(tensor, place_of(tensor)) for tensor in tensors_of(model) if is_external(tensor)]
     new_names: dict[Path, str] = {}
-    used = set()
+    used: set[str] = set()
     for tensor, place in places:
-        found = find_file(place, source) if place.location else source
-        if found not in new_names:
-            new_names[found] = f"{FILES_DIRECTORY}/{len(new_names)}"
-            used.add(found.relative_to(source).parts[0])
+        found = find_file(place, source)
+        used.add(found.relative_to(source).parts[0])
         del tensor.external_data[:]
+        if place.num_bytes <= MAX_INLINE_BYTES:
+            tensor.ClearField("data_location")
+            with found.open("rb") as file:
+                file.seek(place.offset)
+                tensor.raw_data = file.read(place.num_bytes)
+            continue
+        new_names.setdefault(found, f"{FILES_DIRECTORY}/{len(new_names)}")
         tensor.data_location = TensorProto.EXTERNAL
         entries = {
             "location": new_names[found],
@@ -107,13 +114,25 @@ def _lacks_shape(value: ValueInfoProto) -> bool:
     return not value.type.tensor_type.HasField("shape")
 
 
+def _free_axes(model: ModelProto) -> bool:
+    """Sizes of 0 and -1, which some exporters write for dynamic axes, are left out. Returns whether
+    there were any."""
+    is_changed = False
+    for value in [*real_inputs(model), *model.graph.output]:
+        for axis in value.type.tensor_type.shape.dim:
+            if axis.HasField("dim_value") and axis.dim_value <= 0:
+                axis.ClearField("dim_value")
+                is_changed = True
+    return is_changed
+
+
 def _complete_inputs(model: ModelProto, hints: BuildHints) -> bool:
-    """Whether the file says every input's shape; those that it does not are as the owner says."""
+    """Shapes that the file leaves out, as the owner says them. Returns whether there were any."""
     by_name = {hint.name: hint for hint in hints.inputs}
-    has_shapes = True
+    is_changed = False
     for value in real_inputs(model):
         if _lacks_shape(value):
-            has_shapes = False
+            is_changed = True
             if (hint := by_name.get(value.name)) is None:
                 raise ImportFailure(
                     "no_shape",
@@ -122,7 +141,7 @@ def _complete_inputs(model: ModelProto, hints: BuildHints) -> bool:
                     param="inputs",
                 )
             _set_axes(value, hint)
-    return has_shapes
+    return is_changed
 
 
 def _set_axes(value: ValueInfoProto, hint: InputHint) -> None:
@@ -153,23 +172,28 @@ def _complete_outputs(model: ModelProto, path: Path) -> None:
             axes = [None] * len(seen[index])
         shape = value.type.tensor_type.shape
         shape.SetInParent()
-        for at, axis in enumerate(axes):
+        for axis in axes:
             dimension = shape.dim.add()
             if isinstance(axis, int):
                 dimension.dim_value = axis
-            elif axis:
+            elif axis and not axis.startswith("unk__"):  # ONNX Runtime's word for unnamed
                 dimension.dim_param = axis
-            elif at == 0:  # the proof says whether it is
-                _copy_batch(model, dimension)
 
 
-def _copy_batch(model: ModelProto, dimension: TensorShapeProto.Dimension) -> None:
-    """An axis that may be the batch takes the name of the inputs' first axis, if it has one."""
-    for value in real_inputs(model):
-        axes = value.type.tensor_type.shape.dim
-        if len(axes):
-            dimension.dim_param = axes[0].dim_param
-            return
+def _name_batch(model: ModelProto) -> bool:
+    """Gives first axes without a name or size that of the batch, where all inputs' first axes are
+    dynamic: the proof says whether they are the batch. Returns whether there were any."""
+    firsts = [value.type.tensor_type.shape.dim[:1] for value in real_inputs(model)]
+    if not all(firsts) or any(first[0].HasField("dim_value") for first in firsts):
+        return False
+    name = next((first[0].dim_param for first in firsts if first[0].dim_param), BATCH)
+    outputs = [value.type.tensor_type.shape.dim[:1] for value in model.graph.output]
+    unnamed = [
+        first[0] for first in [*firsts, *outputs] if first and not first[0].WhichOneof("value")
+    ]
+    for dimension in unnamed:
+        dimension.dim_param = name
+    return bool(unnamed)
 
 
 def _probe(model: ModelProto, rows: int, seed: int = 0) -> dict[str, torch.Tensor]:

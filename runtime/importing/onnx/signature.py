@@ -44,7 +44,7 @@ class Symbols:
 
     def axis(self, dimension: TensorShapeProto.Dimension, where: str) -> sympy.Expr:
         """The size of an axis: a number, a symbol, or what its name says to compute."""
-        if dimension.dim_value > 0 or (dimension.HasField("dim_value") and not dimension.dim_value):
+        if dimension.HasField("dim_value"):
             return sympy.Integer(dimension.dim_value)
         name = dimension.dim_param.strip()
         if not name:
