@@ -70,6 +70,7 @@ class KnownForms:
             max_rows=making.max_rows,
             calibration=inputs,
             num_threads=making.place.num_threads,
+            device=making.place.device,
         )
 
     def load(self, name: str, program: "TensorProgram | None", place: "Place") -> "Run":

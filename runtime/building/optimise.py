@@ -65,18 +65,20 @@ def optimise(
         torch.set_num_threads(request.num_threads)
         manifest, receipt = read_manifest(artifact_dir), read_receipt(artifact_dir)
         program = load_program(artifact_dir, manifest, request.device)
+        # An embedder is judged as a tensor program; its manifest has no schema of its own.
+        judged = msgspec.structs.replace(manifest, schema=manifest.schema or program.schema)
         makers = find_inputs(program)
         room_bytes = _room_bytes(request.memory_bytes)
         course = Course(
             artifact_dir=artifact_dir,
-            manifest=manifest,
+            manifest=judged,
             scratch=output_dir / SCRATCH_NAME,
             device=request.device,
             num_threads=request.num_threads,
-            max_rows=max_rows_of(manifest),
+            max_rows=max_rows_of(judged),
             accepts_loss=request.accepts_loss,
             memory_bytes=int(CONTENDER_SHARE * room_bytes),
-            calibration=_calibration(program, makers[0], max_rows_of(manifest)),
+            calibration=_calibration(program, makers[0], max_rows_of(judged)),
             command=command,
         )
         eager, *others = [Candidate(form) for form in forms or forms_for(program, request.device)]

@@ -18,6 +18,7 @@ from runtime.importing.embedder import Embedder, load_embedder, pad_texts, pad_t
 from runtime.importing.embedder_layout import read_layout
 from runtime.importing.exported import ExportedProgramModel, first_line
 from runtime.importing.huggingface_directory import check_files
+from runtime.importing.knowledge import set_schema
 from runtime.importing.program import ImportFailure
 from runtime.importing.signature import read_signature
 from runtime.protocol import EmbedderInfo, Manifest
@@ -38,7 +39,7 @@ class EmbedderProgram(ExportedProgramModel):
         ids, lengths = self.schema.inputs
         most_texts = 1 if info.batching == "alone" else RUN_TOKENS // TEXT_TOKENS
         is_padded = info.batching == "padded"
-        self.schema = msgspec.structs.replace(
+        schema = msgspec.structs.replace(
             self.schema,
             is_batched=info.batching != "alone",
             inputs=[
@@ -53,6 +54,7 @@ class EmbedderProgram(ExportedProgramModel):
                 msgspec.structs.replace(lengths, max_shape=[most_texts]),
             ],
         )
+        set_schema(self, schema)
 
     def run(self, inputs: list[Tensor]) -> list[Tensor]:
         token_ids, lengths = inputs

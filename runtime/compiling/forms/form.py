@@ -40,11 +40,7 @@ class Making(msgspec.Struct, frozen=True):
     max_rows: int
     inputs: list[list[torch.Tensor]]
     num_threads: int
-
-    @property
-    def device(self) -> str:
-        """Where the program's weights lie."""
-        return next((str(tensor.device) for tensor in self.program.state.values()), "cpu")
+    device: str
 
 
 class Loading(msgspec.Struct, frozen=True):

@@ -48,11 +48,12 @@ def make_form(
     max_rows: int,
     calibration: list[list[torch.Tensor]],
     num_threads: int,
+    device: str = "cpu",
 ) -> None:
     """Write what a worker loads into `directory`, which is empty. `calibration` are inputs the
     program is known to take, of at most `max_rows` rows; the smallest become the form's witness.
     Raises `FormFailure`."""
-    making = Making(form, program, directory, max_rows, calibration, num_threads)
+    making = Making(form, program, directory, max_rows, calibration, num_threads, device)
     try:
         family = _FAMILIES[form.name][1]
         family.make(making)
