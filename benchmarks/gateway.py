@@ -59,6 +59,10 @@ BODIES = {
         },
     ),
     "predict": ("/models/tensor/predict", {"inputs": {"x": [[1, 2, 3, 4]]}}),
+    "predict of 64": (
+        "/models/tensor/predict",
+        {"inputs": {"x": [[number / 7 for number in range(64)]]}},
+    ),
 }
 
 

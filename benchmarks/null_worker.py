@@ -58,8 +58,8 @@ TENSOR = Manifest(
     num_parameters=1,
     weight_bytes=4,
     schema=Schema(
-        inputs=[TensorSpec(name="x", dtype="float32", shape=[None, 4])],
-        outputs=[TensorSpec(name="x", dtype="float32", shape=[None, 4])],
+        inputs=[TensorSpec(name="x", dtype="float32", shape=[None, None])],
+        outputs=[TensorSpec(name="x", dtype="float32", shape=[None, None])],
         is_batched=True,
     ),
 )

@@ -77,7 +77,7 @@ def _description(manifest: Manifest, schema: Schema) -> str:
         words.append("The first axis of every array is the batch: one row per item.")
     if manifest.text is not None:
         most = manifest.text.max_tokens
-        words.append(f"Takes texts of up to {most:,} tokens each; longer ones are cut or refused.")
+        words.append(f"Takes texts of up to {most:,} tokens each; longer ones are refused.")
     image = schema.inputs[0].image
     if image is not None and takes_image(schema):
         values = "" if image.mean else f", its bytes times {image.scale:.6g}"

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from litestar.types import Receive, Scope, Send
 
 # Most answers are out by then, and a task for each of them would be wasted.
-WATCH_AFTER_SECONDS = 0.01
+WATCH_AFTER_SECONDS = 0.05
 
 _encoder = msgspec.json.Encoder()
 
