@@ -22,6 +22,7 @@ MAX_NUMBER_FIELDS = 16
 MAX_EXAMPLE_NUMBERS = 256  # a larger example would be no help to read
 MAX_DRAWN_PIXELS = 64  # an image of more a side is not drawn by hand
 PAIR = "|"  # between the two texts of a row
+IMAGE = ":image"  # the file's field; an input may be called image itself
 
 
 class Field(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,6 +34,7 @@ class Field(msgspec.Struct, frozen=True, kw_only=True):
     value: str = ""
     values: list[str] = []  # of `numbers`
     image: ImageInput | None = None
+    is_alternative: bool = False  # to an image above it
 
     @property
     def can_be_drawn(self) -> bool:
@@ -57,7 +59,7 @@ def fields_of(manifest: Manifest, sent: dict[str, Any] | None = None) -> list[Fi
     if takes_image(schema):
         spec = schema.inputs[0]
         assert spec.image is not None, "just asked"
-        fields.append(Field(name="image", kind="image", hint=_image_hint(spec), image=spec.image))
+        fields.append(Field(name=IMAGE, kind="image", hint=_image_hint(spec), image=spec.image))
     return fields + [_numbers(spec, given, is_alternative=bool(fields)) for spec in schema.inputs]
 
 
@@ -67,7 +69,7 @@ async def read_form(form: Any, manifest: Manifest) -> Given:
     assert schema is not None, "a tensor program has a schema"
     if manifest.text is not None:
         return _given_texts(str(form.get("texts", "")), manifest)
-    image: Any = form.get("image")
+    image: Any = form.get(IMAGE)
     if isinstance(image, UploadFile) and (content := await image.read()):
         return Given(image=checked_image(content, schema))
     values = {spec.name: _value(spec, form) for spec in schema.inputs}
@@ -104,7 +106,13 @@ def _numbers(spec: TensorSpec, given: dict[str, Any], *, is_alternative: bool) -
     if not is_alternative and count <= MAX_EXAMPLE_NUMBERS:
         example = json.dumps(example_value(spec))
     value = str(given.get(spec.name, example))
-    return Field(name=spec.name, kind="json", hint=f"Nested lists: {hint}", value=value)
+    return Field(
+        name=spec.name,
+        kind="json",
+        hint=f"Nested lists: {hint}",
+        value=value,
+        is_alternative=is_alternative,
+    )
 
 
 def _shape(spec: TensorSpec) -> str:
