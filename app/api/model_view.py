@@ -15,6 +15,7 @@ from app.organizations.principal import Principal
 from app.registry import service as registry
 from app.registry.input_hints import show_inputs
 from app.registry.tables import ModelVersion
+from runtime.protocol import Manifest
 
 
 class BuildError(msgspec.Struct, frozen=True):
@@ -27,11 +28,11 @@ class BuildError(msgspec.Struct, frozen=True):
 class VersionState(msgspec.Struct, frozen=True, kw_only=True):
     """`status` is `queued`, `building`, `ready`, `failed` or `cancelled`; `progress` is of the
     whole build, 0 to 1. `endpoint` is the endpoint whose desired version this is. `is_serving`:
-    a call to `model@number` is answered now; if not, `serving_detail` says why. `optimisation` is
-    how the search for a faster form of it stands, null where there was none. `manifest` and
-    `receipt` are the build's; `notes` are what the inspection of the upload found odd. `inputs` and
-    `accepts_loss` are what its owner says of it, of which a later version inherits what it is not
-    told anew; `upload_id` builds it again."""
+    a call to `model@number` is answered now, in `serving_form`; if not, `serving_detail` says why.
+    `manifest` and `receipt` are the build's, with the form that won; `optimisation` is how the
+    search for it stands, null where there was none. `notes` are what the inspection of the upload
+    found odd. `inputs` and `accepts_loss` are what its owner says of it, of which a later version
+    inherits what it is not told anew; `upload_id` builds it again."""
 
     id: str
     model: str
@@ -46,6 +47,7 @@ class VersionState(msgspec.Struct, frozen=True, kw_only=True):
     endpoint: str | None
     is_serving: bool
     serving_detail: str
+    serving_form: str
     filename: str
     upload_bytes: int
     sha256: str
@@ -72,8 +74,13 @@ class ModelList(msgspec.Struct, frozen=True):
     models: list[ModelState]
 
 
+class _Target(Protocol):
+    @property
+    def manifest(self) -> Manifest: ...
+
+
 class _Fleet(Protocol):
-    def resolve(self, principal: Principal, model_name: str) -> object: ...
+    def resolve(self, principal: Principal, model_name: str) -> _Target: ...
 
 
 async def read_models(
@@ -134,7 +141,7 @@ def version_state(
 ) -> VersionState:
     """A version with what of it runs, among the organization's endpoints."""
     desired = next((state for state in states if state.version.id == version.id), None)
-    is_serving, detail = _serving(fleet, principal, name, version, desired)
+    form, detail = _serving(fleet, principal, name, version, desired)
     error = None
     if version.status in ("failed", "cancelled") and version.error_message:
         error = BuildError(version.error_code or version.status, version.error_message)
@@ -151,8 +158,9 @@ def version_state(
         manifest=version.manifest,
         receipt=version.receipt,
         endpoint=desired.endpoint.name if desired else None,
-        is_serving=is_serving,
+        is_serving=bool(form),
         serving_detail=detail,
+        serving_form=form,
         filename=version.filename,
         upload_bytes=version.upload_bytes,
         sha256=version.sha256,
@@ -171,15 +179,16 @@ def _serving(
     name: str,
     version: ModelVersion,
     desired: EndpointState | None,
-) -> tuple[bool, str]:
-    """Asked of the fleet, which answers the calls, and not of the rows, which say what was."""
+) -> tuple[str, str]:
+    """The form in which calls are answered, or else why they are not. Asked of the fleet, which
+    answers, and not of the rows, which say what was."""
     if version.status != "ready":
-        return False, ""
+        return "", ""
     try:
-        fleet.resolve(principal, f"{name}@{version.number}")
+        target = fleet.resolve(principal, f"{name}@{version.number}")
     except AppError as error:
-        return False, _why_not(desired) or error.message
-    return True, ""
+        return "", _why_not(desired) or error.message
+    return target.manifest.form, ""
 
 
 def _why_not(desired: EndpointState | None) -> str:

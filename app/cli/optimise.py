@@ -40,26 +40,28 @@ def newest_number(box: Box, name: str) -> int:
 
 
 def follow_optimisation(box: Box, name: str, number: int) -> None:
-    """Shows progress until the search is over. Raises `Refused` if it failed, or was cancelled."""
+    """Shows progress until the search is over and its result answers, if the version serves at
+    all. Raises `Refused` if it failed, was cancelled, or its result cannot be served."""
     shown = ""
     while True:
         version = box.json("GET", f"/api/models/{name}/versions/{number}")
         optimisation: dict[str, Any] | None = version["optimisation"]
         if optimisation is None:
             raise Refused(f"{name}@{number} is not optimised: the box does that for tensor models.")
-        line = describe_optimisation(optimisation)
+        is_swapped = version["serving_form"] in ("", optimisation["form"])
+        line = describe_optimisation(optimisation, is_swapped)
         if line != shown:
             click.echo(line, err=True)
             shown = line
         if optimisation["status"] in ("failed", "cancelled"):
             error = optimisation["error"] or {"message": "It was cancelled."}
             raise Refused(f"no faster form was put in force. {error['message']}")
-        if optimisation["status"] == "done":
+        if optimisation["status"] == "done" and is_swapped:
             return
         time.sleep(POLL_SECONDS)
 
 
-def describe_optimisation(optimisation: dict[str, Any]) -> str:
+def describe_optimisation(optimisation: dict[str, Any], is_swapped: bool) -> str:
     """One line on where the search for a faster form stands."""
     status: str = optimisation["status"]
     if status == "running":
@@ -70,6 +72,8 @@ def describe_optimisation(optimisation: dict[str, Any]) -> str:
     if status != "done":
         return f"  optimising {status}"
     form, speed_up = optimisation["form"], optimisation["speed_up"]
+    if not is_swapped:
+        return f"  {form} won; its worker is starting"
     if form == "eager" or speed_up is None:
         return "  optimised: eager is as fast as any other form"
     return f"  optimised: {form}, {speed_up:.1f} times as fast as eager"

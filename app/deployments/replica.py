@@ -44,7 +44,8 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Target(msgspec.Struct, frozen=True):
-    """Where to send a request, and all that is needed to validate, bound and price it."""
+    """Where to send a request, and all that is needed to validate, bound and price it. The
+    manifest names the form in use."""
 
     endpoint_name: str
     model_name: str
@@ -187,7 +188,7 @@ class RunningReplica:
             model_name=desired.model_name,
             version_number=desired.version_number,
             version_id=desired.version_id,
-            manifest=desired.manifest,
+            manifest=ready.manifest,
             receipt=desired.receipt,
             link=link,
         )

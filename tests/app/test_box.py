@@ -31,7 +31,7 @@ START_SECONDS = 60
 class Box:
     """One running box with its data directory, and the commands a user would type."""
 
-    def __init__(self, data_dir: Path, database_url: str) -> None:
+    def __init__(self, data_dir: Path, database_url: str, **settings: str) -> None:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
@@ -42,19 +42,23 @@ class Box:
         self.openai = openai.OpenAI(
             base_url=f"{self.url}/v1", api_key=ADMIN_KEY, max_retries=0, timeout=60
         )
-        self._environment = os.environ | {
-            "TAPEOUT_ADMIN_KEY": ADMIN_KEY,
-            "TAPEOUT_DATABASE_URL": database_url,
-            "TAPEOUT_DATA_DIR": str(data_dir),
-            "TAPEOUT_OPTIMISE": "0",
-            "TAPEOUT_PORT": str(port),
-            "TAPEOUT_WORKER_THREADS": "1",
-            "TAPEOUT_BUILD_THREADS": "1",
-            "TAPEOUT_KV_CACHE": "32M",
-            "TAPEOUT_DRAIN_SECONDS": "20",
-            "TAPEOUT_URL": self.url,
-            "TAPEOUT_API_KEY": ADMIN_KEY,
-        }
+        self._environment = (
+            os.environ
+            | {
+                "TAPEOUT_ADMIN_KEY": ADMIN_KEY,
+                "TAPEOUT_DATABASE_URL": database_url,
+                "TAPEOUT_DATA_DIR": str(data_dir),
+                "TAPEOUT_OPTIMISE": "0",
+                "TAPEOUT_PORT": str(port),
+                "TAPEOUT_WORKER_THREADS": "1",
+                "TAPEOUT_BUILD_THREADS": "1",
+                "TAPEOUT_KV_CACHE": "32M",
+                "TAPEOUT_DRAIN_SECONDS": "20",
+                "TAPEOUT_URL": self.url,
+                "TAPEOUT_API_KEY": ADMIN_KEY,
+            }
+            | settings
+        )
         self.start()
 
     def start(self) -> None:
@@ -64,8 +68,8 @@ class Box:
         )
         self.wait(lambda: self.http.get("/readyz").is_success)
 
-    def wait(self, is_so: Any) -> None:
-        deadline = time.monotonic() + START_SECONDS
+    def wait(self, is_so: Any, seconds: float = START_SECONDS) -> None:
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             assert self.process.poll() is None, "the box has ended"
             try:

@@ -91,7 +91,7 @@ def attempt(**values: Any) -> dict[str, Any]:
         "speed_up": None,
         "error": None,
     }
-    return {"optimisation": made | values}
+    return {"serving_form": "eager", "optimisation": made | values}
 
 
 def follow_optimisation(*states: dict[str, Any]) -> None:
@@ -103,10 +103,12 @@ def test_it_waits_for_the_faster_form(capsys: pytest.CaptureFixture[str]) -> Non
         attempt(status="queued"),
         attempt(phase_detail="onnxruntime"),
         attempt(status="done", form="onnxruntime", speed_up=3.21),
+        attempt(status="done", form="onnxruntime", speed_up=3.21) | {"serving_form": "onnxruntime"},
     )
     said = capsys.readouterr().err
     assert "waiting for its turn" in said
     assert "50%  measure: onnxruntime" in said
+    assert "onnxruntime won; its worker is starting" in said
     assert "optimised: onnxruntime, 3.2 times as fast as eager" in said
 
 

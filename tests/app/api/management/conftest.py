@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 from litestar import Litestar
 from litestar.datastructures import State
@@ -30,10 +31,16 @@ from app.organizations.service import bootstrap, create_organization
 from app.registry.tables import ModelVersion
 from app.registry.uploads import UploadStore
 from app.settings import Settings
+from runtime.protocol import Manifest
 from tests.app.api.management.callers import Caller, make_caller
 from tests.app.api.management.serving import Serving, make_serving
 from tests.app.conftest import ADMIN_KEY
+from tests.app.deployments.fake_process import TENSOR
 from tests.app.registry.archive_files import write_pt2
+
+
+class FakeTarget(msgspec.Struct, frozen=True):
+    manifest: Manifest
 
 
 class FakeFleet:
@@ -42,10 +49,10 @@ class FakeFleet:
     def __init__(self) -> None:
         self.serving: set[str] = set()
 
-    def resolve(self, principal: Principal, model_name: str) -> object:
+    def resolve(self, principal: Principal, model_name: str) -> FakeTarget:
         if model_name not in self.serving:
             raise Unavailable("No replica answers yet.")
-        return object()
+        return FakeTarget(TENSOR)
 
 
 class FakeBuilder:
