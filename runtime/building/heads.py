@@ -35,7 +35,13 @@ from runtime.proving.heads_inputs import check_image, check_texts
 
 EXPORT_SECONDS = 240.0
 # What of the directory is in the artifact, in one form or another.
-USED_FILES = ("config.json", "*.safetensors", "model.safetensors.index.json", "LICENSE*")
+USED_FILES = (
+    "config.json",
+    "*.safetensors",
+    "model.safetensors.index.json",
+    "LICENSE*",
+    PROGRAM_NAME,  # exported beside them
+)
 TEXT_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
