@@ -82,11 +82,16 @@ class _After:
             for kept, rows in zip(self._kept, begun, strict=True)
             if abs(rows - self._have_come) <= near
         ]
-        totals = [
-            sum(_at(kept, elapsed_ms + span) for kept, _ in alike) * self._scale for span in spans
+        # Of each, the lesser of what came in the rest of the span and of what is missing now of
+        # all that came: callers who are back already do not come twice.
+        floors = [(kept, max(rows, self._have_come)) for kept, rows in alike]
+        return [
+            sum(
+                max(0.0, _at(kept, elapsed_ms + span) * self._scale - rows) for kept, rows in floors
+            )
+            / len(floors)
+            for span in spans
         ]
-        base = sum(rows for _, rows in alike)
-        return [max(0.0, (total - base) / len(alike)) for total in totals]
 
     def _fill(self, place: int) -> None:
         """All that has come so far came within the spans before `place`, those up to now."""

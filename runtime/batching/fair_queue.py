@@ -199,11 +199,10 @@ class BatchQueue(Generic[Item]):
             del self._callers[name]
 
     def _forget_callers(self) -> None:
-        """Whoever is at the floor or below starts there anyway."""
+        """Those who have been served least, half of them: they lose little by it."""
         if len(self._served) > MAX_REMEMBERED_CALLERS:
-            self._served = {
-                name: served for name, served in self._served.items() if served > self._floor
-            }
+            most = sorted(self._served, key=self._served.__getitem__)[MAX_REMEMBERED_CALLERS // 2 :]
+            self._served = {name: self._served[name] for name in most}
 
 
 def is_similar(length: int, shortest: int, longest: int) -> bool:

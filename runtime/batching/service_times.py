@@ -30,7 +30,8 @@ class ServiceTimes:
         self.rows = sorted({*powers, *known, max_rows})
         points = sorted(known.items())
         self._is_known = bool(points)
-        self._num_runs = [MEASURED_RUNS if points else 0.0 for rows in self.rows]
+        self._num_measured = MEASURED_RUNS if points else 0.0
+        self._num_runs = [0.0] * len(self.rows)
         self._raw = [_interpolate(rows, points) if points else float(rows) for rows in self.rows]
         self._smooth()
 
@@ -45,7 +46,7 @@ class ServiceTimes:
     def knows(self, rows: int) -> bool:
         """Whether runs of about so many rows were measured."""
         return all(
-            self._num_runs[at] >= KNOWN_RUNS or share < MINOR_SHARE
+            self._num_measured + self._num_runs[at] >= KNOWN_RUNS or share < MINOR_SHARE
             for at, share in self._shares(rows).items()
         )
 
@@ -57,14 +58,16 @@ class ServiceTimes:
         expected = _interpolate(rows, list(zip(self.rows, self._raw, strict=True)))
         change = min(ms / expected, MAX_SURPRISE) - 1 if expected > 0 else 0.0
         shares = self._shares(rows)
+        weights = {
+            at: share * max(WEIGHT, 1 / (self._num_measured + self._num_runs[at] + share))
+            for at, share in shares.items()
+        }
+        # What has not run yet moves along: the machine is slower or faster than was thought.
+        others = max(weights.values())
         for at, num_runs in enumerate(self._num_runs):
-            share = shares.get(at, 0.0)
-            if not share and num_runs:
-                continue
-            # What was never seen moves with what is: the machine is slower or faster than thought.
-            weight = share * max(WEIGHT, 1 / (num_runs + share)) if share else WEIGHT
+            weight = weights.get(at, 0.0 if num_runs else others)
             self._raw[at] *= 1 + weight * change
-            self._num_runs[at] += share
+            self._num_runs[at] += shares.get(at, 0.0)
         self._smooth()
 
     def borrowed(self, scale: float) -> "ServiceTimes":
@@ -72,7 +75,7 @@ class ServiceTimes:
         other = ServiceTimes(self.rows[-1])
         other.rows = list(self.rows)
         other._raw = [ms * scale for _, ms in self._points]
-        other._num_runs = [0] * len(self.rows)
+        other._num_runs = [0.0] * len(self.rows)
         other._is_known = self._is_known
         other._smooth()
         return other

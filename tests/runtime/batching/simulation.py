@@ -45,17 +45,12 @@ class FixedWait:
 
 class Result(msgspec.Struct):
     latencies: list[float]
-    waits: list[float]  # of lone rows, in an idle server
     sizes: list[int]  # of runs
     seconds: float
 
     @property
     def mean_ms(self) -> float:
         return sum(self.latencies) / len(self.latencies)
-
-    @property
-    def p99_ms(self) -> float:
-        return sorted(self.latencies)[len(self.latencies) * 99 // 100]
 
     @property
     def per_second(self) -> float:
@@ -75,7 +70,6 @@ class Simulation:
         self._orders = count()
         self._latencies: list[float] = []
         self._sizes: list[int] = []
-        self._waits: list[float] = []
         self._callbacks: dict[int, Callable[[], None]] = {}
 
     def at(self, time_ms: float, action: Callable[[], None]) -> None:
@@ -91,7 +85,7 @@ class Simulation:
         while self._events and self._events[0][0] <= until_ms:
             self.now_ms, _, action = heapq.heappop(self._events)
             action()
-        return Result(self._latencies, self._waits, self._sizes, until_ms / 1e3)
+        return Result(self._latencies, self._sizes, until_ms / 1e3)
 
     def _wake(self) -> None:
         slices = self._policy.next(self.now_ms)
@@ -114,8 +108,10 @@ class Simulation:
 
 # --- loads ------------------------------------------------------------------------------
 
+Load = Callable[[Simulation], None]
 
-def poisson(per_second: float) -> Callable[[Simulation], None]:
+
+def poisson(per_second: float) -> Load:
     """Independent callers."""
 
     def start(simulation: Simulation) -> None:
@@ -128,7 +124,7 @@ def poisson(per_second: float) -> Callable[[Simulation], None]:
     return start
 
 
-def closed(num_callers: int, think_ms: float, spread: float = 0.3) -> Callable[[Simulation], None]:
+def closed(num_callers: int, think_ms: float, spread: float = 0.3) -> Load:
     """Callers that send the next request when they have an answer, after a gateway's time that
     grows with how many come back at once."""
 
@@ -149,7 +145,7 @@ def closed(num_callers: int, think_ms: float, spread: float = 0.3) -> Callable[[
     return start
 
 
-def bursts(size: int, every_ms: float, gap_ms: float = 0.1) -> Callable[[Simulation], None]:
+def bursts(size: int, every_ms: float, gap_ms: float = 0.1) -> Load:
     """Parallel calls, one shortly after the other, now and then."""
 
     def start(simulation: Simulation) -> None:
@@ -164,7 +160,7 @@ def bursts(size: int, every_ms: float, gap_ms: float = 0.1) -> Callable[[Simulat
     return start
 
 
-def both(*loads: Callable[[Simulation], None]) -> Callable[[Simulation], None]:
+def both(*loads: Load) -> Load:
     def start(simulation: Simulation) -> None:
         for load in loads:
             load(simulation)
