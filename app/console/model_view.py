@@ -16,10 +16,14 @@ from app.console.proof_view import FormProof, proofs_by_form
 from app.console.templating import format_bytes, format_short
 from app.core.errors import NotFound
 from app.deployments.tables import Deployment, Endpoint, Replica, Revision
+from app.registry.input_hints import show_inputs
+from app.registry.service import version_hints
 from app.registry.tables import Model, ModelVersion
 from runtime.protocol import BuildReceipt, Manifest
 
 MAX_MODELS = 1000
+NEEDS_INPUTS = "needs_inputs"  # the build's code for a file that does not say what it takes
+ASKING_CODES = (NEEDS_INPUTS, "inputs")
 LIVE_REPLICAS = ("starting", "ready", "draining")
 
 # What a running build does now, for people: a phase's name, and what it means.
@@ -107,6 +111,25 @@ class ModelView(msgspec.Struct, frozen=True):
     @property
     def about(self) -> str:
         return about(self.manifest) if self.manifest else ""
+
+    @property
+    def asks_for_inputs(self) -> bool:
+        """Whether its owner can mend the failed build by saying what the model takes."""
+        return self.shown.status == "failed" and self.shown.error_code in ASKING_CODES
+
+    @property
+    def suggested_inputs(self) -> str:
+        """What was said, and the lines that the build suggests for the rest."""
+        said = show_inputs(version_hints(self.shown).inputs)
+        if self.shown.error_code != NEEDS_INPUTS:
+            return said
+        lines = (self.shown.error_message or "").splitlines()
+        suggested = [line.strip() for line in lines if line.startswith("    ")]
+        return "\n".join([*said.splitlines(), *suggested])
+
+    @property
+    def accepts_loss(self) -> bool:
+        return version_hints(self.shown).accepts_loss
 
     @property
     def verdict(self) -> Lamp:

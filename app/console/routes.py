@@ -9,7 +9,7 @@ from litestar.static_files import (
     create_static_files_router,  # pyright: ignore[reportUnknownVariableType]
 )
 
-from app.console import entry, keys, models, optimisations, playground, uploads, usage
+from app.console import entry, keys, models, optimisations, playground, rebuilding, uploads, usage
 from app.console.errors import exception_handlers
 from app.console.sessions import require_person
 from app.console.templating import HEADERS, STATIC_DIR, STATIC_PATH, PageRequest
@@ -37,6 +37,7 @@ behind_session = Router(
         playground.router,
         optimisations.router,
         uploads.router,
+        rebuilding.router,
         keys.router,
         usage.router,
     ],

@@ -20,6 +20,7 @@ from app.core import clock
 from app.core.money import format_nano
 from app.organizations.signins import SignedIn
 from app.settings import Settings
+from runtime.protocol import TensorSpec
 
 TEMPLATES_DIR = Path(__file__).resolve().parents[2] / "templates"
 STATIC_DIR = Path(__file__).resolve().parent / "static"
@@ -113,7 +114,8 @@ def environment() -> Environment:
         moment=format_moment,
         day=format_day,
         ago=format_ago,
-        shape=format_shape,
+        axes=format_axes,
+        values=format_values,
         said=format_message,
     )
     made.globals["asset"] = asset  # pyright: ignore[reportUnknownMemberType]
@@ -201,7 +203,23 @@ def format_message(text: str) -> Markup:
     return Markup("").join(blocks)
 
 
-def format_shape(shape: list[int | None]) -> str:
-    """The sizes of a tensor's axes, `any` for a dynamic one; a scalar has no axes."""
-    sizes = ["any" if size is None else str(size) for size in shape]
-    return " \N{MULTIPLICATION SIGN} ".join(sizes) or "scalar"
+def format_axes(spec: TensorSpec, is_batched: bool) -> str:
+    """`batch x 3 x 224 x 224`; a dynamic axis says what it may be: `any`, `up to 512`."""
+    words = ["any" if size is None else str(size) for size in spec.shape]
+    for axis, size in enumerate(spec.shape):
+        least = spec.min_shape[axis] if spec.min_shape else 0
+        most = spec.max_shape[axis] if spec.max_shape else None
+        if axis == 0 and is_batched:
+            words[axis] = "batch"
+        elif size is None and most is not None:
+            words[axis] = f"{least} to {most:,}" if least > 1 else f"up to {most:,}"
+        elif size is None and least > 1:
+            words[axis] = f"at least {least:,}"
+    return " \N{MULTIPLICATION SIGN} ".join(words) or "scalar"
+
+
+def format_values(spec: TensorSpec) -> str:
+    """`0 to 30,521`, or a dash where nothing is known."""
+    if spec.minimum is None or spec.maximum is None:
+        return "\N{EN DASH}"
+    return f"{spec.minimum:,.10g} to {spec.maximum:,.10g}"

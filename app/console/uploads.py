@@ -16,11 +16,13 @@ from litestar.params import FromPath, FromQuery
 from app.console.sessions import form_field, go, signed_in
 from app.console.templating import PageRequest, base_url, page
 from app.core.database import Database
-from app.core.errors import AppError, InvalidRequest, Unprocessable
+from app.core.errors import AppError, InvalidRequest, NotFound, Unprocessable
 from app.registry import service as registry
+from app.registry.input_hints import read_said, show_inputs
 from app.registry.tables import ModelVersion, Upload
 from app.registry.uploads import UploadStore
 from app.settings import Settings
+from runtime.protocol import BuildHints
 
 PLAIN_FORM_BYTES = 512 * 1024**2  # the form without a script holds the file in a temporary one
 CHUNK_BYTES = 1024**2
@@ -31,7 +33,7 @@ TUS = {"Tus-Resumable": "1.0.0", "Cache-Control": "no-store"}
 async def show_upload(request: PageRequest, name: FromQuery[str] = "") -> Response[str]:
     """The form; `name` is a model that gets a new version."""
     signed_in(request).principal.require("write")
-    return _upload_page(request, name=name)
+    return await _upload_page(request, name)
 
 
 @post("/upload", status_code=200, request_max_body_size=PLAIN_FORM_BYTES)
@@ -46,11 +48,11 @@ async def send_plain_form(request: PageRequest) -> Response[Any]:
             raise InvalidRequest("Choose a file first.", param="file")
         registry.check_model_name(name)
         upload = await _store(request, file)
-        version = await _submit(request, name, upload.id)
+        version = await submit(request, name, upload.id)
     except AppError as error:
         if error.status >= 500:
             raise
-        return _upload_page(request, name=name, error=error.message, status_code=error.status)
+        return await _upload_page(request, name, error)
     return go(request, f"/console/models/{name}/versions/{version.number}")
 
 
@@ -59,7 +61,7 @@ async def create_version(request: PageRequest) -> Response[Any]:
     """Queues a complete upload to be built, and leads to its model's page."""
     signed_in(request).principal.require("write")
     name = (await form_field(request, "name")).strip()
-    version = await _submit(request, name, await form_field(request, "upload_id"))
+    version = await submit(request, name, await form_field(request, "upload_id"))
     return go(request, f"/console/models/{name}/versions/{version.number}")
 
 
@@ -79,15 +81,25 @@ async def _chunks(file: UploadFile) -> AsyncIterator[bytes]:
         yield chunk
 
 
-async def _submit(request: PageRequest, name: str, upload_id: str) -> ModelVersion:
-    """Inspects and queues; what can never be served does not keep its place on the disk."""
+async def submit(request: PageRequest, name: str, upload_id: str) -> ModelVersion:
+    """Inspects and queues, with what the form says of the model; what can never be served does
+    not keep its place on the disk."""
+    inputs = (await form_field(request, "inputs")).strip()
+    said = read_said(inputs or None, bool(await form_field(request, "accepts_loss")))
     state = request.app.state
     organization_id = signed_in(request).principal.organization_id
     database: Database = state.database
     uploads: UploadStore = state.uploads
     try:
         version, _ = await registry.submit(
-            database, uploads, state.storage, state.broadcast, organization_id, name, upload_id
+            database,
+            uploads,
+            state.storage,
+            state.broadcast,
+            organization_id,
+            name,
+            upload_id,
+            said,
         )
     except Unprocessable:
         await uploads.delete(upload_id, organization_id)
@@ -95,19 +107,40 @@ async def _submit(request: PageRequest, name: str, upload_id: str) -> ModelVersi
     return version
 
 
-def _upload_page(
-    request: PageRequest, *, name: str, error: str = "", status_code: int = 200
+async def _upload_page(
+    request: PageRequest, name: str, error: AppError | None = None
 ) -> Response[str]:
+    """Filled in with what was sent, or else with what is known of the model `name`."""
     settings: Settings = request.app.state.settings
+    if error is not None:
+        inputs = await form_field(request, "inputs")
+        accepts_loss = bool(await form_field(request, "accepts_loss"))
+    else:
+        hints = await _last_hints(request, name)
+        inputs, accepts_loss = show_inputs(hints.inputs), hints.accepts_loss
     return page(
         request,
         "uploads/upload.html",
-        status_code=status_code,
+        status_code=error.status if error else 200,
         name=name,
-        error=error,
+        inputs=inputs,
+        accepts_loss=accepts_loss,
+        error=error.message if error else "",
         base_url=base_url(request),
         max_bytes=settings.max_upload_bytes,
     )
+
+
+async def _last_hints(request: PageRequest, name: str) -> BuildHints:
+    """Of the newest version; of no model, none."""
+    database: Database = request.app.state.database
+    organization_id = signed_in(request).principal.organization_id
+    try:
+        async with database.read() as session:
+            versions = await registry.list_versions(session, organization_id, name)
+    except NotFound:
+        return BuildHints()
+    return registry.version_hints(versions[0]) if versions else BuildHints()
 
 
 # --- tus --------------------------------------------------------------------------------

@@ -134,7 +134,9 @@
   }
 
   async function createVersion(id) {
-    const body = new URLSearchParams({ upload_id: id, name: form.elements.name.value });
+    const { name, inputs, accepts_loss: loss } = form.elements;
+    const body = new URLSearchParams({ upload_id: id, name: name.value, inputs: inputs.value });
+    if (loss.checked) body.set("accepts_loss", "on");
     const done = await send("POST", form.dataset.versions, body, { "HX-Request": "true" });
     return done.getResponseHeader("HX-Redirect");
   }
