@@ -147,6 +147,13 @@ def _judge(course: Course, candidate: Candidate) -> None:
     elif not (proof.is_sound and proof.loss.is_bounded):
         what = proof.loss.describe() if proof.is_sound else proof.first_failure
         candidate.drop("differs", f"It loses more than an owner can accept ({what}).")
+    elif proof.wide_loss is not None and not proof.wide_loss.is_bounded:
+        candidate.drop(
+            "differs",
+            "On values larger than the examples' it loses more than an owner can accept "
+            f"({proof.wide_loss.describe()}). Say which range the inputs have, and it is judged "
+            "within that.",
+        )
 
 
 def _process(

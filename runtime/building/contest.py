@@ -240,7 +240,8 @@ def _settle(
         worst = standing.by_size[standing.slowest_size].value
         is_uneven = standing.score.value >= MARGIN
         where = f", and {worst:.2f} times at a batch of {standing.slowest_size}"
-        fate = "slower" if is_uneven or standing.score.value < 1 else "within_margin"
+        is_slower = is_uneven or standing.score.value < 1 / MARGIN
+        fate = "slower" if is_slower else "within_margin"
         each.drop(fate, f"It is {speed}{where if is_uneven else ''}; {MARGIN} is asked for{loss}.")
 
 

@@ -20,7 +20,7 @@ from runtime.building.candidacy import Candidate, Course, directory_of, prepare
 from runtime.building.contender_process import COMMAND
 from runtime.building.contest import Outcome, hold_contest, report_all
 from runtime.building.reporter import Reporter
-from runtime.compiling.forms import Form, environment, form_directory, forms_for, unavailable
+from runtime.compiling.forms import environment, form_directory, forms_for, unavailable
 from runtime.compiling.packaging import (
     MANIFEST_NAME,
     RECEIPT_NAME,
@@ -53,11 +53,10 @@ def optimise(
     reporter: Reporter,
     isolation: str,
     *,
-    forms: Sequence[Form] | None = None,
     command: Sequence[str] = COMMAND,
 ) -> Optimised:
     """`output_dir` becomes a whole artifact. Raises `ImportFailure` or `ArtifactError` when the
-    artifact cannot be loaded, and `OSError`. `forms` are those that suit the program."""
+    artifact cannot be loaded, and `OSError`."""
     started = time.monotonic()
     artifact_dir, output_dir = Path(request.artifact_dir), Path(request.output_dir)
     with reporter.phase("load") as report:
@@ -81,7 +80,7 @@ def optimise(
             calibration=_calibration(program, makers[0], max_rows_of(judged)),
             command=command,
         )
-        eager, *others = [Candidate(form) for form in forms or forms_for(program, request.device)]
+        eager, *others = [Candidate(form) for form in forms_for(program, request.device)]
     _exclude(course, receipt, others)
     try:
         outcome = _run(course, program, makers, eager, others, room_bytes, request, reporter)

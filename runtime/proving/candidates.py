@@ -49,13 +49,15 @@ class Loss(msgspec.Struct, frozen=True):
 class CandidateProof(msgspec.Struct, frozen=True, kw_only=True):
     """`is_equal`: within the program's own rounding, everywhere. `is_sound`: whatever it loses,
     rows do not touch each other and shapes, dtypes and NaN are right. `error` is the largest, in
-    multiples of what is allowed."""
+    multiples of what is allowed. `wide_loss` is that of values larger than usual, where the range
+    of an input is not known."""
 
     checks: list[Check]
     error: float | None
     is_equal: bool
     is_sound: bool
     loss: Loss
+    wide_loss: Loss | None
 
     @property
     def first_failure(self) -> str:
@@ -71,9 +73,11 @@ def prove_candidate(
     answers: list[tuple[Case, Outputs]] = []
     for index, case in enumerate(cases.generated):
         answers.append((case, run(case.inputs)))
-        report((index + 1) / (len(cases.generated) + 2), f"proving {name} against eager")
+        line = f"proving {name} against eager, batch {index + 1} of {len(cases.generated)}"
+        report((index + 1) / (len(cases.generated) + 2), line)
     of_examples = [(case, run(case.inputs)) for case in cases.examples]
-    loss = find_loss([*answers, *of_examples])
+    wide = [(case, found) for case, found in answers if case.name == "wide"]
+    loss = find_loss([*(each for each in answers if each[0].name != "wide"), *of_examples])
     checks = [_answers_check("answers", answers, "generated batches")]
     if of_examples:
         checks.append(_answers_check("examples", of_examples, "examples of the owner"))
@@ -92,6 +96,7 @@ def prove_candidate(
         is_equal=all(check.is_equal for check in [*checks, *sound]),
         is_sound=all(check.is_equal for check in sound) and math.isfinite(loss.error),
         loss=loss,
+        wide_loss=find_loss(wide) if wide else None,
     )
 
 

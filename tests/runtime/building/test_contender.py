@@ -1,0 +1,138 @@
+"""A form's process does what it is asked, and whatever happens there becomes a reason."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from runtime.building.contender_messages import Make, Place, encode, to_wire
+from runtime.building.contender_process import ContenderFailure, ContenderProcess
+from runtime.compiling.packaging import read_manifest
+from runtime.importing.exported import load_exported
+from tests.runtime.peer import make_tensor_artifact
+
+FAKE = (sys.executable, str(Path(__file__).with_name("fake_contender.py")))
+
+
+@pytest.fixture(scope="module")
+def artifact_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tensor_artifact(tmp_path_factory.mktemp("artifact") / "digits")
+
+
+@pytest.fixture
+def start(artifact_dir, tmp_path, monkeypatch) -> Iterator[object]:
+    monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
+    manifest = read_manifest(artifact_dir)
+    started: list[ContenderProcess] = []
+
+    def start(form: str, *, seconds: float = 60.0, memory_bytes: int = 0) -> ContenderProcess:
+        (tmp_path / form).mkdir()
+        place = Place(
+            artifact_dir=str(artifact_dir),
+            manifest=manifest,
+            form=form,
+            directory=str(tmp_path / form),
+            device="cpu",
+            num_threads=1,
+        )
+        assert manifest.schema is not None
+        until = time.monotonic() + seconds
+        process = ContenderProcess(
+            place, manifest.schema, until=until, memory_bytes=memory_bytes, command=FAKE
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.end()
+
+
+CALIBRATION = [[torch.rand(2, 1, 8, 8)]]
+
+
+def running(text: str) -> list[str]:
+    """Command lines of processes that contain `text`."""
+    listed = subprocess.run(["ps", "-eo", "args"], check=True, capture_output=True, text=True)
+    return [line for line in listed.stdout.splitlines() if text in line and "ps -eo" not in line]
+
+
+def test_a_form_is_made_loaded_run_and_timed(start, artifact_dir):
+    contender = start("fast")
+    contender.make(16, CALIBRATION)
+    contender.load()
+    image = torch.rand(3, 1, 8, 8)
+    (logits,) = contender.run([image])
+    program = load_exported(artifact_dir / "program.pt2")
+    assert torch.equal(logits, program.run([image])[0])
+    assert contender.hold(3, [image]) > 0
+    runs_ms = contender.turn(3, 0.01)
+    assert len(runs_ms) > 1
+    assert all(ms > 0 for ms in runs_ms)
+    assert contender.turn(3, 0.0), "one run at least"
+    assert 50 * 2**20 < contender.peak_bytes < 4 * 2**30
+
+
+def test_wrong_questions_and_wrong_inputs_are_refused_and_the_process_goes_on(start):
+    contender = start("fast")
+    contender.make(16, CALIBRATION)
+    contender.load()
+    with pytest.raises(ContenderFailure, match="It fails on an input") as failure:
+        contender.run([torch.rand(3, 7)])
+    assert failure.value.fate == "failed"
+    assert contender.run([torch.rand(1, 1, 8, 8)])[0].shape == (1, 10)
+
+
+def test_a_crash_is_named(start):
+    with pytest.raises(ContenderFailure, match="crashed \\(SIGSEGV\\)"):
+        start("crashes").make(16, CALIBRATION)
+    with pytest.raises(ContenderFailure, match="ended by itself \\(code 7\\)"):
+        start("ends").make(16, CALIBRATION)
+
+
+def test_a_refusal_is_passed_on(start):
+    with pytest.raises(ContenderFailure, match="frobnicate has no counterpart"):
+        start("refuses").make(16, CALIBRATION)
+
+
+def test_too_much_memory_is_an_error_of_the_form_alone(start):
+    with pytest.raises(ContenderFailure, match="more memory than an optimisation may take"):
+        start("greedy", memory_bytes=2 * 2**30).make(16, CALIBRATION)
+
+
+def test_a_form_that_hangs_is_stopped_with_what_it_started(start, monkeypatch):
+    monkeypatch.setattr("runtime.building.contender_process.TICK_SECONDS", 0.2)
+    contender = start("compiles", seconds=60)
+    waited: list[float] = []
+
+    def wait(seconds: float) -> None:
+        waited.append(seconds)
+        if running("sleep 86397"):
+            contender.until = time.monotonic()  # late from now on
+
+    contender.on_wait = wait
+    with pytest.raises(ContenderFailure, match="not done after") as failure:
+        contender.make(16, CALIBRATION)
+    assert failure.value.fate == "out_of_time"
+    assert waited == sorted(waited)
+    assert not running("sleep 86397")
+    assert not running("fake_contender")
+
+
+def test_the_end_of_the_optimisation_is_the_end_of_its_contenders(start):
+    contender = start("compiles")
+    place = contender._place
+    question = Make(place=place, max_rows=1, calibration=[to_wire(each) for each in CALIBRATION])
+    contender._connection.sendall(encode(question))
+    deadline = time.monotonic() + 60
+    while not running("sleep 86397"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    contender._connection.close()  # as the kernel does when the process is killed
+    contender._process.wait(10)
+    assert not running("sleep 86397")
+    assert not running("fake_contender")
