@@ -7,6 +7,7 @@ import msgspec
 from markupsafe import Markup
 
 from app.console.charts import Length, grouped_lengths
+from app.console.form_names import title_of
 from app.console.lamps import Lamp
 from runtime.protocol import CandidateReport, Fate
 
@@ -20,16 +21,6 @@ FATES: dict[Fate, Lamp] = {
     "failed": Lamp("bad", "failed"),
     "out_of_time": Lamp("busy", "out of time"),
 }
-FAMILIES = {
-    "eager": "As uploaded",
-    "aot_inductor": "AOTInductor",
-    "inductor": "Inductor",
-    "onnxruntime": "ONNX Runtime",
-    "tensorrt": "TensorRT",
-    "fused": "Fused",
-    "alone": "One by one",
-}
-PRECISIONS = {"bfloat16": "bfloat16", "float16": "float16", "int8": "int8"}
 
 
 class Cell(msgspec.Struct, frozen=True):
@@ -75,13 +66,6 @@ def candidates_view(reports: list[CandidateReport]) -> CandidatesView:
     lines = [_line(report, base, sizes) for report in reports]
     lines.sort(key=lambda line: -(line.speed_up or 0.0))
     return CandidatesView(lines, sizes, _chart(lines, sizes))
-
-
-def title_of(name: str) -> str:
-    """`onnxruntime_bfloat16` as `ONNX Runtime, bfloat16`."""
-    family = max((key for key in FAMILIES if name.startswith(key)), key=len, default="")
-    rest = name.removeprefix(family).strip("_").replace("_", " ")
-    return ", ".join(part for part in (FAMILIES.get(family, ""), rest) if part)
 
 
 def speed_up(report: CandidateReport, base: CandidateReport | None) -> float | None:

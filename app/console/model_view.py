@@ -149,6 +149,11 @@ class ModelView(msgspec.Struct, frozen=True):
         return any(proof.judges_tokens for proof in self.proofs)
 
     @property
+    def judged(self) -> str:
+        """What a proof counts that must be the same."""
+        return "tokens" if self.manifest is not None and self.manifest.decoder else "values"
+
+    @property
     def candidates(self) -> CandidatesView:
         return candidates_view(self.receipt.candidates if self.receipt else [])
 

@@ -2,6 +2,7 @@
 
 import msgspec
 
+from app.console.form_names import title_of
 from runtime.protocol import Check
 
 
@@ -10,6 +11,11 @@ class FormProof(msgspec.Struct, frozen=True):
 
     name: str
     checks: list[Check]
+
+    @property
+    def title(self) -> str:
+        """`onnxruntime` as `ONNX Runtime`; what no table names as it is."""
+        return title_of(self.name)
 
     @property
     def num_equal(self) -> int:
