@@ -21,7 +21,8 @@ from transformers import LlamaForCausalLM
 from runtime.text.tokenizer import Tokenizer
 from tests.app.conftest import ADMIN_KEY
 from tests.runtime.compiling.paging.decoders import HandWritten, export, masked_fill
-from tests.runtime.importing.programs import export_digits
+from tests.runtime.importing.onnx_files import export_digits_onnx
+from tests.runtime.importing.programs import Digits, export_digits
 from tests.runtime.peer import make_decoder_artifact, save_tokenizer
 
 TAPEOUT = Path(sys.executable).with_name("tapeout")
@@ -165,6 +166,18 @@ def test_a_prediction_equals_the_model(box: Box) -> None:
     assert answer.status_code == 200, answer.text
     (output,) = answer.json()["outputs"].values()
     torch.testing.assert_close(torch.tensor(output), program(images), rtol=1e-5, atol=1e-5)
+
+
+def test_an_onnx_file_is_answered_as_its_model(box: Box, tmp_path: Path) -> None:
+    pushed = box.tapeout("push", export_digits_onnx(tmp_path / "m.onnx"), "--name", "digits-onnx")
+    assert pushed.returncode == 0, pushed.stderr
+    torch.manual_seed(0)
+    module, images = Digits().eval(), torch.rand(5, 1, 8, 8)
+    body = {"inputs": {"image": images.tolist()}}
+    answer = box.http.post("/models/digits-onnx/predict", json=body)
+    assert answer.status_code == 200, answer.text
+    (output,) = answer.json()["outputs"].values()
+    torch.testing.assert_close(torch.tensor(output), module(images), rtol=1e-5, atol=1e-5)
 
 
 def test_greedy_tokens_equal_generate_and_a_repeat_is_cached(box: Box, llama: Path) -> None:
