@@ -62,8 +62,9 @@ class _Request:
 
 
 class EmbeddingBatcher:
-    """`run` may raise: then the texts of its run are run one by one, so that only the guilty one's
-    request fails. `on_lost_device` is called once when the device is unusable from here on."""
+    """`run` may raise: then halves of its texts are run by themselves, and so on, so that only the
+    guilty one's request fails. `on_lost_device` is called once when the device is unusable from
+    here on."""
 
     def __init__(
         self,
@@ -173,7 +174,8 @@ class EmbeddingBatcher:
             elif len(batch) == 1:
                 results = [_model_failure(batch[0], error)]
             else:
-                results = [result for text in batch for result in self._results([text])[0]]
+                middle = len(batch) // 2
+                results = self._results(batch[:middle])[0] + self._results(batch[middle:])[0]
         self.counters.runs += 1
         return results, time.perf_counter_ns() - started_ns
 

@@ -122,10 +122,8 @@ class LengthQueue:
             del self._requests[key]
 
     def _forget_keys(self) -> None:
-        """Whoever is at the floor or below starts there anyway."""
+        """Those without texts who have been served least, half of them: they lose little."""
         if len(self._served) > MAX_REMEMBERED_KEYS:
-            self._served = {
-                key: served
-                for key, served in self._served.items()
-                if key in self._requests or served > self._floor
-            }
+            most = sorted(self._served, key=self._served.__getitem__)[MAX_REMEMBERED_KEYS // 2 :]
+            kept = {*most, *self._requests}
+            self._served = {key: self._served[key] for key in kept}

@@ -48,9 +48,11 @@ class Program:
     def __init__(self) -> None:
         self.may_run = threading.Event()
         self.may_run.set()
+        self.has_begun = threading.Event()
         self.num_rows: list[int] = []
 
     def run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        self.has_begun.set()
         self.may_run.wait(10)
         (x,) = inputs
         self.num_rows.append(x.shape[0])
@@ -120,6 +122,36 @@ async def test_more_than_may_wait_are_refused() -> None:
         program.may_run.set()
         for _ in range(2):
             await peer.expect(Predicted)
+
+
+async def test_a_refusal_says_when_what_waits_is_served() -> None:
+    program = Program()
+    program.may_run.clear()
+    config = Serve(artifact_dir="/", max_waiting=5, max_batch_rows=1)
+    server = TensorServer(program.run, SCHEMA, config, measured={1: 2000.0})
+    async with Stream(server) as peer:
+        peer.send(*(predict(f"r{i}", i, i) for i in range(6)))
+        failed = await peer.expect(Failed)
+        assert failed.error.retry_after_seconds == 8.0  # one of the five runs
+        program.may_run.set()
+        for _ in range(5):
+            await peer.expect(Predicted)
+
+
+async def test_stats_tell_the_occupancy_of_runs() -> None:
+    program = Program()
+    program.may_run.clear()
+    server = serve(program)
+    async with Stream(server) as peer:
+        peer.send(predict("first", 1, 1), *(predict(f"r{i}", i, i) for i in range(3)))
+        await asyncio.to_thread(program.has_begun.wait, 10)
+        program.may_run.set()
+        for _ in range(4):
+            await peer.expect(Predicted)
+        stats = server.stats()
+        assert stats.runs_by_rows == {1: 1, 4: 1}  # three rows count as up to four
+        assert (stats.requests, stats.runs, stats.rows) == (4, 2, 4)
+        assert stats.queue_ns > 0
 
 
 async def test_waiting_inputs_may_hold_so_much_memory_and_no_more(
