@@ -86,6 +86,11 @@ def build_head(
             _prove_image(layout, program, checks, notes)
     padded = {spec.name: spec.padded_axis for spec in _specs(program.schema)}
     images = {spec.name: spec.image for spec in program.schema.inputs}
+    if model.max_rows is not None:
+        notes.append(
+            f"A run holds at most {model.max_rows:,} rows, since each may have "
+            f"{model.max_tokens:,} tokens; larger requests are run in parts."
+        )
     notes += [*model.notes, *proof.notes, *_output_notes(layout, program.schema)]
     del model  # the graph has the weights
     outcome = build_tensor(

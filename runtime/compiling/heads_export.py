@@ -80,7 +80,7 @@ def export_head(model: HeadModel) -> ExportedProgram:
     """With a dynamic batch and dynamic lengths; with a batch of one where torch can export no
     other. Raises `ImportFailure` with the first reason where it can export none."""
     reason: Exception | None = None
-    for rows, options in _ways():
+    for rows, options in _ways(model.max_rows):
         try:
             return _export(model, rows, options)
         except Exception as error:  # noqa: BLE001 - the model's own code runs here
@@ -94,18 +94,20 @@ def export_head(model: HeadModel) -> ExportedProgram:
     ) from reason
 
 
-def _ways() -> Iterator[tuple[int, dict[str, Any]]]:
+def _ways(max_rows: int | None) -> Iterator[tuple[int, dict[str, Any]]]:
     """Examples' rows, and options: plain; with conditions on sizes checked as the graph runs
     (convolutions over time ask for some); and for one row at a time."""
-    yield EXAMPLE_ROWS, {}
-    yield EXAMPLE_ROWS, {"prefer_deferred_runtime_asserts_over_guards": True}
-    yield 1, {"prefer_deferred_runtime_asserts_over_guards": True}
+    deferred = {"prefer_deferred_runtime_asserts_over_guards": True}
+    if max_rows is None or max_rows >= EXAMPLE_ROWS:
+        yield EXAMPLE_ROWS, {}
+        yield EXAMPLE_ROWS, deferred
+    yield 1, deferred
 
 
 def _export(model: HeadModel, rows: int, options: dict[str, Any]) -> ExportedProgram:
     names = {name: Dim(name, min=low, max=high) for name, (low, high, _) in model.bounds.items()}
     if rows > 1:
-        names[BATCH] = Dim(BATCH, min=1)
+        names[BATCH] = Dim(BATCH, min=1, max=model.max_rows)
     shapes = {
         each.name: {at: names[axis] for at, axis in enumerate(each.axes) if axis in names}
         for each in model.inputs

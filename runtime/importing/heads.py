@@ -21,11 +21,14 @@ from runtime.importing.huggingface_loading import check_sizes, load_module
 from runtime.importing.program import ImportFailure
 from runtime.protocol import ImageInput
 
-DEFAULT_MAX_TOKENS = 512  # where nothing sets a limit
+DEFAULT_MAX_TOKENS = 512  # of a row, where nothing sets a limit
 HUGE_LENGTH = 10**9  # tokenizers without a limit of their own name one beyond it
 EXAMPLE_TOKENS = 19  # a short sentence; a length that is no size of a model's own
 # An example waveform: this many frames of the model's own, and as many again.
 EXAMPLE_FRAMES = 23
+MAX_BATCH_ROWS = 128  # of a run, as `Serve.max_batch_rows`
+MAX_RUN_TOKENS = 32_768
+LONGEST_ROW = 8192  # tokens
 _POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
 BATCH, TOKENS, SAMPLES, FRAMES = "batch", "tokens", "samples", "frames"
 
@@ -60,6 +63,13 @@ class HeadModel:
     def max_tokens(self) -> int | None:
         return self.bounds[TOKENS][1] if TOKENS in self.bounds else None
 
+    @property
+    def max_rows(self) -> int | None:
+        """Of one run, so that rows of full length fit the memory of a small box; None: any."""
+        if self.max_tokens is None or self.max_tokens * MAX_BATCH_ROWS <= MAX_RUN_TOKENS:
+            return None
+        return max(1, MAX_RUN_TOKENS // self.max_tokens)
+
 
 def load_head(layout: HeadLayout, attention: str | None = None) -> HeadModel:
     """On the CPU, in the dtype it was saved in; without `attention`, by the fastest that the
@@ -72,7 +82,7 @@ def load_head(layout: HeadLayout, attention: str | None = None) -> HeadModel:
     notes: list[str] = []
     module = load_head_module(layout, attention, notes=notes)
     if layout.task.medium == "text":
-        inputs, bounds = _text_inputs(module, directory)
+        inputs, bounds = _text_inputs(module, directory, notes)
     elif layout.task.medium == "image":
         inputs, bounds = _image_inputs(module, directory, notes), {}
     else:
@@ -102,7 +112,7 @@ def load_head_module(
 
 
 def _text_inputs(
-    module: PreTrainedModel, directory: Path
+    module: PreTrainedModel, directory: Path, notes: list[str]
 ) -> tuple[list[HeadInput], dict[str, tuple[int, int | None, int]]]:
     weight = module.get_input_embeddings().get_parameter("weight")
     vocab_size = int(weight.shape[0])
@@ -117,6 +127,9 @@ def _text_inputs(
     if "token_type_ids" in taken and isinstance(num_types, int) and num_types > 1:
         inputs.append(HeadInput("token_type_ids", axes, most=num_types - 1))
     most = max_tokens_of(module, directory)
+    if most > LONGEST_ROW:
+        notes.append(f"Of rows of {most:,} tokens, those of up to {LONGEST_ROW:,} are taken.")
+        most = LONGEST_ROW
     return inputs, {TOKENS: (1, most, min(EXAMPLE_TOKENS, most))}
 
 

@@ -14,12 +14,16 @@ from safetensors.torch import load_file, save_file
 
 from runtime.building.kinds import build_program
 from runtime.building.reporter import Reporter
+from runtime.compiling.heads_export import export_head
 from runtime.importing.archive import UnpackedUpload
 from runtime.importing.exported import ExportedProgramModel, load_exported
+from runtime.importing.heads import load_head
+from runtime.importing.heads_layout import read_head
 from runtime.importing.program import ImportFailure
+from runtime.importing.signature import read_signature
 from runtime.protocol import BuildHints, Manifest
 from runtime.proving import heads as proving
-from tests.runtime.embedders import write_json
+from tests.runtime.embedders import SIZES, write_json
 from tests.runtime.heads import (
     AUDIO_MODELS,
     IMAGE_MODELS,
@@ -170,6 +174,20 @@ def test_without_a_tokenizer_token_ids_are_taken(tmp_path: Path) -> None:
     built = build(save_head(tmp_path / "model", module, has_tokenizer=False), tmp_path)
     assert built.manifest.text is None
     assert any("takes token ids, not texts" in note for note in built.notes)
+
+
+def test_long_rows_share_runs_with_few_others(tmp_path: Path) -> None:
+    sizes = labelled(SIZES | {"max_position_embeddings": 20_000}, num_key_value_heads=2)
+    directory = save_head(
+        tmp_path, make("LlamaForSequenceClassification", "LlamaConfig", sizes), has_tokenizer=False
+    )
+    layout = read_head(directory)
+    assert layout is not None
+    model = load_head(layout)
+    assert (model.max_tokens, model.max_rows) == (8192, 4)
+    assert any("Of rows of 20,000 tokens" in note for note in model.notes)
+    (spec, _) = read_signature(export_head(model)).schema.inputs
+    assert spec.max_shape == [4, 8192]
 
 
 # --- images -----------------------------------------------------------------------------
