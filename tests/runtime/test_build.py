@@ -20,6 +20,7 @@ from runtime.protocol import (
     LENGTH,
     Build,
     BuildFailed,
+    BuildHints,
     Built,
     FromBuild,
     Message,
@@ -64,6 +65,7 @@ class BuildProcess:
                 stderr=log,
             )
         self._connection: socket.socket | None = None
+        self.hints = BuildHints()
 
     def connect(self) -> socket.socket:
         deadline = time.monotonic() + 60
@@ -88,7 +90,10 @@ class BuildProcess:
     def start(self) -> None:
         self.connect()
         build = Build(
-            upload_path=str(self.upload_path), output_dir=str(self.output_dir), num_threads=1
+            upload_path=str(self.upload_path),
+            output_dir=str(self.output_dir),
+            num_threads=1,
+            hints=self.hints,
         )
         self.send(encode_frame(build))
 

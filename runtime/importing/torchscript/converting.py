@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch._export.converter import TS2EPConverter
 from torch.export import Dim, ExportedProgram
@@ -62,6 +63,10 @@ def convert(model: TorchScriptProgram, path: Path) -> ExportedProgramModel:
         logging.getLogger(__name__).info("the module was not converted", exc_info=True)
         raise ConversionFailure(f"torch's converter fails ({first_line(error)})") from error
     set_schema(converted, _merge(model.schema, converted.schema))
+    # What is said of it is said in the module's own names.
+    note = model.signature.batch_note
+    converted.signature = msgspec.structs.replace(converted.signature, batch_note=note)
+    converted.notes = [*model.description.notes, *([note] if note else [])]
     # Parameters have become buffers.
     converted.num_parameters = model.num_parameters
     return converted
@@ -96,6 +101,8 @@ def _drop_unused(program: ExportedProgram) -> None:
 def _merge(original: Schema, converted: Schema) -> Schema:
     """The converted program's schema, with the names and values of the original's. Raises
     `ConversionFailure` for one that takes or gives something else."""
+    if original.is_batched and not converted.is_batched:
+        raise ConversionFailure("the rows of the converted program cannot share a run")
     return Schema(
         inputs=_merge_specs(original.inputs, converted.inputs),
         outputs=_merge_specs(original.outputs, converted.outputs),
