@@ -16,6 +16,7 @@ HEAD_BYTES = 512
 MAX_CONFIG_BYTES = 1024**2
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 TOKENIZER_NAMES = frozenset({"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"})
+PROCESSOR_NAME = "preprocessor_config.json"  # of a model of images or audio
 MODULES_NAME = "modules.json"  # of a sentence-transformers directory
 INDEX_NAME = "model.safetensors.index.json"
 _READ_BYTES = {
@@ -155,7 +156,7 @@ class Directory:
 
     def _note(self, names: set[str]) -> None:
         has_tokenizer = any(name.rsplit("/", 1)[-1] in TOKENIZER_NAMES for name in names)
-        if not has_tokenizer:
+        if not has_tokenizer and PROCESSOR_NAME not in names:
             self.notes.append(
                 "There is no tokenizer: the endpoint will take prompts as token ids alone."
             )

@@ -112,6 +112,11 @@ def test_real_exported_program(tmp_path: Path) -> None:
     assert inspect_upload(tmp_path / "model.pt2", "model.pt2").kind == "pt2"
 
 
+def test_a_model_of_images_needs_no_tokenizer(tmp_path: Path) -> None:
+    files = model_files(tokenizer__json=None, preprocessor_config__json=b"{}")
+    assert inspect_upload(write_tar(tmp_path / "m.tar", files), "m.tar").notes == []
+
+
 def test_missing_tokenizer_and_stray_pickle_are_only_noted(tmp_path: Path) -> None:
     files = model_files(tokenizer__json=None, training_args__bin=pickle.dumps({"a": 1}))
     notes = inspect_upload(write_tar(tmp_path / "m.tar", files), "m.tar").notes
