@@ -168,6 +168,7 @@ def _apply(
     if len(os.listdir("/proc/self/task")) > 1:
         raise SandboxError("the sandbox must be applied before the process starts any thread")
     os.umask(0o077)
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # ONNX Runtime would write and send some
     os.environ.setdefault("USER", "tapeout")  # the user database is out of reach from here on
     held: list[str] = []
     missing: list[str] = []
