@@ -15,7 +15,7 @@ from litestar.response.base import ASGIResponse
 
 from app.api.auth import bearer_principal
 from app.api.bodies import decode
-from app.api.compression import MIN_PACKED_BYTES, accepted_encoding, packed, unpacked
+from app.api.compression import MIN_PACKED_BYTES, accepted_encoding, packed
 from app.api.health import problem_of
 from app.api.inference_v2_answers import infer_answer
 from app.api.inference_v2_models import (
@@ -28,8 +28,9 @@ from app.api.inference_v2_models import (
     model_statistics,
 )
 from app.api.inference_v2_requests import datatype_of, read_infer
+from app.api.plain_response import PlainResponse
 from app.api.predict import run_prediction, schema_of
-from app.api.predict_bodies import convert
+from app.api.predict_bodies import convert, read_bytes
 from app.api.request_ids import exception_handlers, new_request_id
 from app.core.errors import Forbidden, NotImplementedHere, Unavailable
 from app.deployments.fleet import EndpointView, Fleet, Target
@@ -150,7 +151,7 @@ async def infer(
     schema = schema_of(target, name)
     for spec in schema.outputs:
         datatype_of(spec)  # before anything is run
-    body = await _body(request)
+    body = await read_bytes(request)
     header_length = request.headers.get(HEADER_LENGTH)
     asked = await convert(
         len(body), lambda: read_infer(body, header_length, target.manifest, schema)
@@ -179,7 +180,7 @@ async def infer(
 
     content = await convert(sum(len(tensor.data) for tensor in predicted.outputs) * 4, answer)
     media_type = "application/octet-stream" if HEADER_LENGTH in headers else "application/json"
-    return ASGIResponse(body=content, media_type=media_type, headers=headers)
+    return PlainResponse(content, media_type, headers)
 
 
 MEMORY = ["/systemsharedmemory/{rest:path}", "/cudasharedmemory/{rest:path}"]
@@ -223,15 +224,6 @@ def _target(request: AnyRequest, principal: Principal, name: str, version: str) 
     """Raises `NotFound`, `InvalidRequest` or `Unavailable`."""
     wanted = f"{name}@{version}" if version else name
     return cast(Fleet, request.app.state.fleet).resolve(principal, wanted)
-
-
-async def _body(request: AnyRequest) -> bytes:
-    body = await request.body()
-    encoding = request.headers.get("content-encoding", "")
-    if not encoding:
-        return body
-    max_bytes: int = request.app.state.settings.max_request_bytes
-    return await convert(max_bytes, lambda: unpacked(body, encoding, max_bytes))
 
 
 def _own_endpoints(fleet: Fleet, principal: Principal) -> list[EndpointView]:

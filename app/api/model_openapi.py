@@ -7,6 +7,7 @@ import msgspec
 
 from app.api.errors import ErrorBody, FlatErrorBody
 from app.api.inference_v2_requests import DATATYPES, shape_of
+from app.api.labels import MAX_LABELS, Label
 from app.api.npy import NPY, NPZ
 from app.api.predict_answers import PredictUsage
 from app.api.predict_bodies import FORM, IMAGES, MAX_TEXTS, RAW, takes_image
@@ -52,7 +53,7 @@ def model_openapi(target: Target, name: str, url: str) -> Json:
         paths[f"/v2/models/{name}/infer"] = {"post": _infer(manifest, schema)}
         paths[f"/v2/models/{name}"] = {"get": _metadata()}
     _, components = msgspec.json.schema_components(
-        [ErrorBody, FlatErrorBody, PredictUsage], ref_template="#/components/schemas/{name}"
+        [ErrorBody, FlatErrorBody, PredictUsage, Label], ref_template="#/components/schemas/{name}"
     )
     return {
         "openapi": "3.1.0",
@@ -99,7 +100,8 @@ def _predict(manifest: Manifest, schema: Schema) -> Json:
     content |= {NPZ: {"schema": FILE}, FORM: {"schema": _form(schema)}}
     if takes_image(schema):
         content |= {media_type: {"schema": FILE} for media_type in IMAGES}
-    answers: Json = {"application/json": {"schema": _answer(schema)}, NPZ: {"schema": FILE}}
+    answer = {"schema": _answer(manifest, schema)}
+    answers: Json = {"application/json": answer, NPZ: {"schema": FILE}}
     if len(schema.outputs) == 1:
         answers[NPY] = {"schema": FILE}
     return {
@@ -160,14 +162,21 @@ def _form(schema: Schema) -> Json:
     return _object({spec.name: part for spec in schema.inputs})
 
 
-def _answer(schema: Schema) -> Json:
+def _answer(manifest: Manifest, schema: Schema) -> Json:
     outputs = {spec.name: array_schema(spec, schema, is_output=True) for spec in schema.outputs}
-    usage = {"$ref": "#/components/schemas/PredictUsage"}
-    return {
-        "type": "object",
-        "required": ["outputs", "usage"],
-        "properties": {"outputs": _object(outputs), "usage": usage},
+    properties = {
+        "outputs": _object(outputs),
+        "usage": {"$ref": "#/components/schemas/PredictUsage"},
     }
+    if manifest.labels:
+        label = {"$ref": "#/components/schemas/Label"}
+        best: Json = {"type": "array", "items": label, "maxItems": MAX_LABELS}
+        properties["labels"] = {
+            "type": "array",
+            "items": best,
+            "description": "The best labels of each row, best first.",
+        }
+    return {"type": "object", "required": ["outputs", "usage"], "properties": properties}
 
 
 def array_schema(spec: TensorSpec, schema: Schema, *, is_output: bool = False) -> Json:

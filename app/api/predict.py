@@ -10,6 +10,7 @@ from litestar.params import FromPath
 from litestar.response.base import ASGIResponse
 
 from app.api.auth import bearer_principal
+from app.api.plain_response import PlainResponse
 from app.api.predict_answers import PredictAnswer, answer_bytes, answer_size, chosen_form
 from app.api.predict_bodies import Given, PredictRequest, convert, read_body
 from app.api.relay import Call, Relay
@@ -46,7 +47,7 @@ async def predict(request: AnyRequest, name: FromPath[str]) -> ASGIResponse:
         answer_size(form, predicted),
         lambda: answer_bytes(form, predicted, usage, target.manifest),
     )
-    return ASGIResponse(body=body, media_type=form, headers={"x-request-id": request_id})
+    return PlainResponse(body, form, {"x-request-id": request_id})
 
 
 def schema_of(target: Target, name: str) -> Schema:

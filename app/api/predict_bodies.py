@@ -16,6 +16,7 @@ from litestar.datastructures import UploadFile
 
 from app.api import tensors
 from app.api.bodies import decode
+from app.api.compression import unpacked
 from app.api.npy import NPY, NPZ, read_npy, read_npz
 from app.core.errors import InvalidRequest, UnsupportedMediaType
 from runtime.protocol import Manifest, Schema, Tensor
@@ -59,7 +60,7 @@ async def read_body(request: AnyRequest, manifest: Manifest, schema: Schema) -> 
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == FORM:
         return await _of_form(request, schema)
-    body = await request.body()
+    body = await read_bytes(request)
     if kind in JSON:
         return await convert(len(body), lambda: of_json(decode(_decoder, body), manifest, schema))
     if kind == NPY:
@@ -75,6 +76,16 @@ async def read_body(request: AnyRequest, manifest: Manifest, schema: Schema) -> 
         f"A body of type {kind[:80]!r} is not read here; send {', '.join((JSON[0], NPY, NPZ))}, "
         f"{RAW}, {FORM}, or {', '.join(IMAGES)}."
     )
+
+
+async def read_bytes(request: AnyRequest) -> bytes:
+    """The body, unpacked where `Content-Encoding` says so, to no more than a request may have."""
+    body = await request.body()
+    encoding = request.headers.get("content-encoding", "")
+    if not encoding:
+        return body
+    max_bytes: int = request.app.state.settings.max_request_bytes
+    return await convert(max_bytes, lambda: unpacked(body, encoding, max_bytes))
 
 
 def of_json(body: PredictRequest, manifest: Manifest, schema: Schema) -> Given:

@@ -43,8 +43,7 @@ def _decoded(data: bytes, channels: int) -> Image.Image:
         with _open(data) as file:
             image = ImageOps.exif_transpose(file)
             if image.has_transparency_data:
-                page = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(page, image.convert("RGBA"))
+                image = _on_white(image.convert("RGBA"))
             elif image.mode.startswith("I"):  # 16 bits; converting would cut, not scale
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return image.convert("L" if channels == 1 else "RGB")
@@ -52,6 +51,12 @@ def _decoded(data: bytes, channels: int) -> Image.Image:
         raise
     except Exception:  # noqa: BLE001 - decoders raise what they like about a stranger's bytes
         raise _unreadable("is damaged or cut short") from None
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    page = Image.new("RGB", image.size, "white")
+    page.paste(image, mask=image.getchannel("A"))
+    return page
 
 
 def _open(data: bytes) -> Image.Image:

@@ -170,3 +170,18 @@ async def test_types_that_the_protocol_lacks_are_left_out(box: Box) -> None:
     async with box.http() as http:
         response = await http.post(INFER.format("waves"), json={"inputs": []})
         assert response.json()["code"] == "unsupported_datatype"
+
+
+async def test_labels_are_part_of_a_classifier_s_answer(box: Box) -> None:
+    spec = TensorSpec(name="x", dtype="float32", shape=[None, 3])
+    schema = Schema(inputs=[spec], outputs=[spec], is_batched=True)
+    labels = ["cat", "dog", "eel"]
+    await box.connect("pets", msgspec.structs.replace(TENSOR, schema=schema, labels=labels))
+    document, path = await described(box, "pets"), PREDICT.format("pets")
+    answered = answer_schema(document, path)
+    async with box.http() as http:
+        answer = (await http.post(path, json={"inputs": [[0.0, 2.0, 1.0]]})).json()
+    assert fits(answer, answered, document)
+    assert answer["labels"][0][0]["label"] == "dog"
+    answer["labels"][0][0]["label"] = 1
+    assert not fits(answer, answered, document)

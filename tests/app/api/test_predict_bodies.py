@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import gzip
 import io
 import json
 import zipfile
@@ -211,6 +212,20 @@ async def test_other_kinds_of_bodies_are_named(box: Box) -> None:
         body = json.dumps({"inputs": {"x": [[1, 2]], "k": [1]}})
         form = {"content-type": "application/x-www-form-urlencoded"}  # as curl says of `-d`
         assert (await http.post(url, content=body, headers=form)).status_code == 200
+
+
+async def test_bodies_may_be_packed(box: Box) -> None:
+    body = json.dumps({"inputs": {"x": [[1, 2]], "k": [1]}}).encode()
+    async with box.http() as http:
+        url = "/models/doubler/predict"
+        for encoding, content, status in (
+            ("gzip", gzip.compress(body), 200),
+            ("deflate", zlib.compress(body), 200),
+            ("gzip", gzip.compress(bytes(64 << 20)), 413),
+            ("br", body, 415),
+        ):
+            response = await http.post(url, content=content, headers={"content-encoding": encoding})
+            assert response.status_code == status, response.text
 
 
 def bomb() -> bytes:
