@@ -73,6 +73,8 @@ def build_head(
         model = _export(layout, model, path)
         program = load_exported(path)
         set_schema(program, _described(program.schema, model))
+        # The graph has the weights; the proof is going to load them once more.
+        model.module.to(torch.device("meta"))  # pyright: ignore[reportArgumentType]
     with reporter.phase("prove") as report:
         report(0.0, "comparing the graph with transformers' own forward")
         proof = prove_head(layout, model, program)
@@ -92,7 +94,6 @@ def build_head(
             f"{model.max_tokens:,} tokens; larger requests are run in parts."
         )
     notes += [*model.notes, *proof.notes, *_output_notes(layout, program.schema)]
-    del model  # the graph has the weights
     outcome = build_tensor(
         upload,
         program,
@@ -129,9 +130,8 @@ def _load(layout: HeadLayout) -> tuple[HeadModel, HeadText | None, list[str]]:
     if layout.task.medium != "text":
         return model, None, []
     text, note = read_text(model, layout.directory)
-    if text is None:
-        return model, None, [note]
-    return replace(model, inputs=text.inputs), text, []
+    notes = [note] if note else []
+    return (replace(model, inputs=text.inputs) if text else model), text, notes
 
 
 def _export(layout: HeadLayout, model: HeadModel, path: Path) -> HeadModel:

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from runtime.importing.heads import HeadInput, HeadModel
+from runtime.importing.huggingface_directory import read_json
 from runtime.importing.huggingface_loading import first_line
 from runtime.protocol import TextInput
 
@@ -31,7 +32,8 @@ class HeadText:
 
 
 def read_text(model: HeadModel, directory: Path) -> tuple[HeadText | None, str]:
-    """What turns texts into the model's inputs; or None and a note on why texts are not taken."""
+    """What turns texts into the model's inputs, or None; and a note on why texts are not taken, or
+    on what is not done to them."""
     try:
         tokenizer = _load(directory)
     except Exception as error:  # noqa: BLE001 - whatever a malformed file makes it raise
@@ -56,7 +58,25 @@ def read_text(model: HeadModel, directory: Path) -> tuple[HeadText | None, str]:
         attention_mask=names.get("attention_mask", ""),
         token_type_ids=names.get("token_type_ids", ""),
     )
-    return HeadText(tokenizer, tokenizer.backend_tokenizer.to_str(), inputs, text), ""
+    definition = tokenizer.backend_tokenizer.to_str()
+    return HeadText(tokenizer, definition, inputs, text), _left_out(directory)
+
+
+def _left_out(directory: Path) -> str:
+    """What sentence-transformers would do to a text before its tokenizer: said, not done, since
+    the model's class alone decides what it is given."""
+    settings = read_json(directory / "config_sentence_transformers.json")
+    if settings.get("prompts") and settings.get("default_prompt_name"):
+        return (
+            "sentence-transformers would put the model's default prompt before each text; here "
+            "texts are taken as they are sent."
+        )
+    if read_json(directory / "sentence_bert_config.json").get("do_lower_case"):
+        return (
+            "sentence-transformers would make texts lower case; here they are taken as they are "
+            "sent."
+        )
+    return ""
 
 
 def _load(directory: Path) -> PreTrainedTokenizerFast | None:

@@ -154,11 +154,14 @@ def test_a_cross_encoder_gives_one_raw_score(tmp_path: Path) -> None:
     directory = save_head(tmp_path / "model", cross_encoder())
     # As sentence-transformers lists it: one module, that is the model.
     write_json(directory / "modules.json", [{"idx": 0, "name": "0", "path": "", "type": "T"}])
+    write_json(directory / "sentence_bert_config.json", {"do_lower_case": True})
     built = build(directory, tmp_path)
     assert built.manifest.labels == []
     assert built.manifest.schema is not None
     assert built.manifest.schema.outputs[0].shape == [None, 1]
     assert any("raw score" in note for note in built.notes)
+    assert any("lower case" in note for note in built.notes)
+    assert built.left == []
 
 
 def test_several_labels_may_hold_where_the_configuration_says_so(tmp_path: Path) -> None:
