@@ -32,6 +32,7 @@ from app.deployments.link import ReplicaLink
 from app.metering.journal import Journal
 from app.organizations.keys import KeyRing, create_key
 from app.organizations.principal import SCOPES, Principal
+from app.organizations.signins import SignIns
 from app.organizations.tables import Organization
 from app.settings import Settings
 from runtime.protocol import BuildReceipt, CandidateReport, Manifest, Serve
@@ -180,6 +181,7 @@ class Box:
                     "accounts": self.accounts,
                     "relay": self.relay,
                     "claim": self.claim,
+                    "sign_ins": SignIns(self.database, session_days=1),
                 }
             ),
             exception_handlers=EXCEPTION_HANDLERS,

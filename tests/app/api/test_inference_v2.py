@@ -2,6 +2,7 @@
 would go."""
 
 import asyncio
+import contextlib
 import gzip
 import json
 import struct
@@ -17,6 +18,7 @@ import tritonclient.http.aio as triton_aio
 from tritonclient.utils import InferenceServerException
 
 from app.api.compression import accepted_encoding, packed, unpacked
+from app.api.inference_v2_requests import read_infer
 from app.core.errors import InvalidRequest, TooLarge, UnsupportedMediaType
 from runtime.protocol import Predict, Schema, Stats, TensorSpec
 from tests.app.api.conftest import ORGANIZATION, OTHER, Box
@@ -454,3 +456,26 @@ def test_packing() -> None:
     headers = {"": "", "br": "", "br, gzip": "gzip", "GZIP;q=0.5": "gzip", "gzip; q=0.0": "",
                "deflate, gzip": "deflate", "*": ""}  # fmt: skip
     assert {header: accepted_encoding(header) for header in headers} == headers
+
+
+@pytest.mark.parametrize("manifest", [TENSOR, TEXTS], ids=["numbers", "texts"])
+def test_whatever_is_broken_is_refused_in_words(manifest: Any) -> None:
+    """Bytes anywhere, lengths anywhere: a typed refusal or a request, never another error."""
+    random = np.random.default_rng(0)
+    content, headers = binary_body(16, 16, rest=X.tobytes() + K.tobytes())
+    length = int(headers["Inference-Header-Content-Length"])
+    texts = json.dumps({"inputs": [{"name": "t", "datatype": "BYTES", "shape": [2],
+                                    "parameters": {"binary_data_size": 10}}]}).encode()  # fmt: skip
+    bodies = [(content, length), (texts + struct.pack("<IbIb", 1, 97, 1, 98), len(texts))]
+    num_taken = 0
+    for body, json_length in bodies:
+        for _ in range(1500):
+            broken = bytearray(body)
+            for at in random.integers(0, len(broken), random.integers(0, 4)):
+                broken[at] = random.choice(np.frombuffer(b'0129-.[]{}",:eE \xff\x00', "u1"))
+            moved = json_length + int(random.choice([0, 0, 0, 0, 1, -1, 50]))
+            with contextlib.suppress(InvalidRequest):
+                asked = read_infer(bytes(broken), str(moved), manifest, manifest.schema)
+                assert (asked.given.inputs is None) != (asked.given.texts is None)
+                num_taken += 1
+    assert 100 < num_taken < 2500

@@ -2,11 +2,15 @@
 
 from typing import Any
 
+import httpx
 import msgspec
 import pytest
 
+from app.core import clock
+from app.organizations.signins import COOKIE, SignIns
+from app.organizations.tables import Membership, User
 from runtime.protocol import Manifest, Schema, TensorSpec
-from tests.app.api.conftest import Box
+from tests.app.api.conftest import ORGANIZATION, Box
 from tests.app.api.schemas import check_document, fits
 from tests.app.api.scripted_worker import TENSOR
 from tests.app.api.test_inference_v2 import changed, request_body
@@ -185,3 +189,26 @@ async def test_labels_are_part_of_a_classifier_s_answer(box: Box) -> None:
     assert answer["labels"][0][0]["label"] == "dog"
     answer["labels"][0][0]["label"] = 1
     assert not fits(answer, answered, document)
+
+
+async def test_who_is_signed_in_at_the_console_may_read_it(box: Box) -> None:
+    user = User(id="usr_1", email="ada@example.com", password_hash="", created_at=clock.now())
+    async with box.database.write() as session:
+        session.add(user)
+        await session.flush()
+        session.add(
+            Membership(
+                id="mem_1",
+                user_id=user.id,
+                organization_id=ORGANIZATION,
+                role="member",
+                created_at=clock.now(),
+            )
+        )
+    signed_in = await SignIns(box.database, session_days=1).open(user)
+    async with httpx.AsyncClient(base_url=box.url, cookies={COOKIE: signed_in.token}) as browser:
+        assert (await browser.get("/models/doubler/docs")).status_code == 200
+        asked = await browser.post("/models/doubler/predict", json={"inputs": ROWS})
+        assert asked.status_code == 401
+    async with httpx.AsyncClient(base_url=box.url, cookies={COOKIE: "forged"}) as browser:
+        assert (await browser.get("/models/doubler/docs")).status_code == 401
