@@ -31,7 +31,16 @@ LOOK_SECONDS = 1.0  # at least this often, while something is under way
 SETTLE_SECONDS = 0.25  # at most one look per this long
 MAX_STEADY_SECONDS = 120  # then the stream ends: browsers allow few connections at once
 MAX_SECONDS = 600
-TEMPLATES = ("status", "build", "program", "candidates", "proof", "endpoint", "versions")
+TEMPLATES = (
+    "status",
+    "build",
+    "program",
+    "optimisation",
+    "candidates",
+    "proof",
+    "endpoint",
+    "versions",
+)
 
 
 async def model_parts(

@@ -11,10 +11,12 @@ from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.console.candidates_view import CandidatesView, candidates_view
+from app.console.form_names import title_of
 from app.console.lamps import Lamp
 from app.console.proof_view import FormProof, proofs_by_form
 from app.console.templating import format_bytes, format_short
 from app.core.errors import NotFound
+from app.deployments.optimisation_view import OptimisationView, read_optimisations
 from app.deployments.tables import Deployment, Endpoint, Replica, Revision
 from app.registry.input_hints import show_inputs
 from app.registry.service import version_hints
@@ -100,6 +102,7 @@ class ModelView(msgspec.Struct, frozen=True):
     endpoint: EndpointView | None
     manifest: Manifest | None
     receipt: BuildReceipt | None
+    optimisation: OptimisationView | None = None
 
     @property
     def lamp(self) -> Lamp:
@@ -149,6 +152,11 @@ class ModelView(msgspec.Struct, frozen=True):
         return any(proof.judges_tokens for proof in self.proofs)
 
     @property
+    def form(self) -> str:
+        """What the version is served in, for people."""
+        return title_of(self.manifest.form) if self.manifest else ""
+
+    @property
     def judged(self) -> str:
         """What a proof counts that must be the same."""
         return "tokens" if self.manifest is not None and self.manifest.decoder else "values"
@@ -174,7 +182,8 @@ class ModelView(msgspec.Struct, frozen=True):
         """Whether nothing is under way that would change the page by itself."""
         states = [version.lamp.tone for version in self.versions]
         states += [replica.lamp.tone for replica in self.endpoint.replicas] if self.endpoint else []
-        return "busy" not in states
+        is_optimising = self.optimisation is not None and self.optimisation.is_active
+        return "busy" not in states and not is_optimising
 
 
 # --- reading ----------------------------------------------------------------------------
@@ -231,6 +240,7 @@ async def read_model(
     if shown is None:
         raise NotFound(f"The model {name!r} has no version {number}.")
     endpoint = await _read_endpoint(session, model.id, {v.id: v.number for v in versions})
+    optimisations = await read_optimisations(session, [shown])
     return ModelView(
         name=model.name,
         shown=shown,
@@ -240,6 +250,7 @@ async def read_model(
         receipt=msgspec.convert(shown.receipt, BuildReceipt, str_keys=True)
         if shown.receipt
         else None,
+        optimisation=optimisations.get(shown.id),
     )
 
 

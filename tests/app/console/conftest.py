@@ -41,6 +41,19 @@ ORIGIN = "http://testserver.local"
 EMAIL, PASSWORD = "ada@example.com", "four random words here"
 
 
+class FakeOptimiser:
+    """Remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, str]] = []
+
+    async def ask(self, version_id: str) -> None:
+        self.told.append(("ask", version_id))
+
+    async def cancel(self, version_id: str) -> None:
+        self.told.append(("cancel", version_id))
+
+
 class FakeBuilder:
     """Stands in for the builder, which would start processes."""
 
@@ -58,6 +71,7 @@ class Console(msgspec.Struct):
     database: Database
     storage: Storage
     builder: FakeBuilder
+    optimiser: FakeOptimiser
     setup_token: str
 
     async def csrf_token(self, path: str) -> str:
@@ -94,6 +108,7 @@ async def console(database: Database, settings: Settings) -> AsyncIterator[Conso
     assert setup_token is not None
     storage = Storage(settings.data_dir)
     builder = FakeBuilder()
+    optimiser = FakeOptimiser()
     state = State(
         {
             "settings": settings,
@@ -102,13 +117,14 @@ async def console(database: Database, settings: Settings) -> AsyncIterator[Conso
             "broadcast": Broadcast(),
             "uploads": UploadStore(database, storage, settings),
             "builder": builder,
+            "optimiser": optimiser,
             "sign_ins": SignIns(database, settings.session_days),
         }
     )
     application = Litestar([console_pages.router], state=state, openapi_config=None)
     async with AsyncTestClient(application) as client:
         client.follow_redirects = False
-        yield Console(client, database, storage, builder, setup_token)
+        yield Console(client, database, storage, builder, optimiser, setup_token)
 
 
 @pytest.fixture

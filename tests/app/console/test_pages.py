@@ -10,6 +10,7 @@ from app.console import live
 from app.core import clock
 from app.core.errors import StorageFull
 from app.deployments.logs import LogFile, build_log_name
+from app.deployments.optimisation_rows import enqueue, require_active
 from app.deployments.tables import Deployment, Endpoint
 from app.organizations.people import create_person, hashed
 from app.organizations.service import create_organization
@@ -78,6 +79,27 @@ async def test_a_receipt_shows_every_form_that_was_measured_and_why_it_won_or_lo
                   "<svg class=\"chart lengths\"", "5.00x", "98.20 %", "189 MB"):  # fmt: skip
         assert shown in page, shown
     assert page.index("ONNX Runtime, int8") < page.index("No C++ compiler"), "measured ones first"
+
+
+async def test_the_search_for_a_faster_form_is_shown_and_can_be_stopped_and_begun_again(
+    owned: Console,
+) -> None:
+    async with owned.database.write() as session:
+        version = await add_model(session, "searching")
+        await enqueue(session, version, "asked")
+    page = (await owned.client.get("/console/models/searching")).text
+    assert "Looking for a faster form" in page
+    assert "Waiting for its turn" in page
+    path = "/console/models/searching"
+    await owned.post(path, f"{path}/versions/1/optimise/cancel")
+    async with owned.database.write() as session:
+        row = await require_active(session, version.id)
+        row.status = "cancelled"
+    page = (await owned.client.get(path)).text
+    assert "The search was stopped." in page
+    assert "Look again" in page
+    await owned.post(path, f"{path}/versions/1/optimise")
+    assert owned.optimiser.told == [("cancel", version.id), ("ask", version.id)]
 
 
 async def test_a_decoders_page_has_its_facts_and_an_openai_snippet(owned: Console) -> None:
