@@ -20,7 +20,7 @@ from runtime.building.candidacy import Candidate, Course, directory_of, prepare
 from runtime.building.contender_process import COMMAND
 from runtime.building.contest import Outcome, hold_contest, report_all
 from runtime.building.reporter import Reporter
-from runtime.compiling.forms import environment, form_directory, forms_for, unavailable
+from runtime.compiling.forms import FORMS, environment, form_directory, forms_for, unavailable
 from runtime.compiling.packaging import (
     MANIFEST_NAME,
     RECEIPT_NAME,
@@ -58,28 +58,15 @@ def optimise(
     """`output_dir` becomes a whole artifact. Raises `ImportFailure` or `ArtifactError` when the
     artifact cannot be loaded, and `OSError`."""
     started = time.monotonic()
-    artifact_dir, output_dir = Path(request.artifact_dir), Path(request.output_dir)
     with reporter.phase("load") as report:
         report(0.0, "loading the program")
         torch.set_num_threads(request.num_threads)
+        artifact_dir = Path(request.artifact_dir)
         manifest, receipt = read_manifest(artifact_dir), read_receipt(artifact_dir)
         program = load_program(artifact_dir, manifest, request.device)
-        # An embedder is judged as a tensor program; its manifest has no schema of its own.
-        judged = msgspec.structs.replace(manifest, schema=manifest.schema or program.schema)
         makers = find_inputs(program)
         room_bytes = _room_bytes(request.memory_bytes)
-        course = Course(
-            artifact_dir=artifact_dir,
-            manifest=judged,
-            scratch=output_dir / SCRATCH_NAME,
-            device=request.device,
-            num_threads=request.num_threads,
-            max_rows=max_rows_of(judged),
-            accepts_loss=request.accepts_loss,
-            memory_bytes=int(CONTENDER_SHARE * room_bytes),
-            calibration=_calibration(program, makers[0], max_rows_of(judged)),
-            command=command,
-        )
+        course = _course(request, manifest, program, makers[0], room_bytes, command)
         eager, *others = [Candidate(form) for form in forms_for(program, request.device)]
     _exclude(course, receipt, others)
     try:
@@ -92,22 +79,44 @@ def optimise(
     with reporter.phase("package") as report:
         report(0.0, "writing the artifact")
         winner = next(each for each in (eager, *others) if each.name == outcome.best)
-        manifest = msgspec.structs.replace(
-            manifest,
-            form=winner.name,
-            environment="" if winner is eager else environment(request.device, request.num_threads),
-        )
+        served = "" if winner is eager else environment(request.device, request.num_threads)
+        manifest = msgspec.structs.replace(manifest, form=winner.name, environment=served)
         receipt = _receipt(receipt, course, winner, others, outcome)
+        seconds = receipt.phase_seconds | {"optimise": round(time.monotonic() - started, 3)}
+        notes = [*receipt.notes, f"{NOTE}{isolation}."]
         receipt = msgspec.structs.replace(
-            receipt,
-            candidates=reports,
-            phase_seconds=receipt.phase_seconds
-            | {"optimise": round(time.monotonic() - started, 3)},
-            notes=[*receipt.notes, f"{NOTE}{isolation}."],
+            receipt, candidates=reports, phase_seconds=seconds, notes=notes
         )
-        _package(course, winner, eager, output_dir)
-        write_manifest(output_dir, manifest, receipt)
+        _package(course, winner, eager, Path(request.output_dir))
+        write_manifest(Path(request.output_dir), manifest, receipt)
     return Optimised(manifest=manifest, receipt=receipt)
+
+
+def _course(
+    request: Optimise,
+    manifest: Manifest,
+    program: TensorProgram,
+    maker: InputMaker,
+    room_bytes: int,
+    command: Sequence[str],
+) -> Course:
+    # An embedder is judged as a tensor program; its manifest has no schema of its own.
+    judged = msgspec.structs.replace(manifest, schema=manifest.schema or program.schema)
+    max_rows = max_rows_of(judged)
+    # A GPU's driver reserves memory that it never touches: there the launcher's limit alone holds.
+    is_limited = not request.device.startswith("cuda")
+    return Course(
+        artifact_dir=Path(request.artifact_dir),
+        manifest=judged,
+        scratch=Path(request.output_dir) / SCRATCH_NAME,
+        device=request.device,
+        num_threads=request.num_threads,
+        max_rows=max_rows,
+        accepts_loss=request.accepts_loss,
+        memory_bytes=int(CONTENDER_SHARE * room_bytes) if is_limited else 0,
+        calibration=_calibration(program, maker, max_rows),
+        command=command,
+    )
 
 
 def max_rows_of(manifest: Manifest) -> int:
@@ -228,7 +237,8 @@ def _receipt(
     outcome: Outcome,
 ) -> BuildReceipt:
     """The build's, with this optimisation's checks and notes in place of an earlier one's."""
-    checks = [check for check in built.checks if not check.form]
+    earlier = {form.name for form in FORMS} - {"eager"} | {each.name for each in others}
+    checks = [check for check in built.checks if check.form not in earlier]
     for each in others:
         checks += each.proof.checks if each.proof is not None else []
     notes = [note for note in built.notes if not note.startswith(NOTE)]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from runtime.compiling.forms import Run
     from runtime.importing.tensor_program import TensorProgram
 
-EAGER_SECONDS = 0.004  # how long the slow eager form sleeps
+EAGER_SECONDS = 0.03  # how long the slow eager form sleeps: far more than a loaded machine adds
 
 
 class FakeForms:

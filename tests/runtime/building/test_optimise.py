@@ -100,7 +100,7 @@ def run(artifact_dir, tmp_path, monkeypatch) -> Iterator[Callable[..., Optimised
         known = [EAGER, *forms]
         monkeypatch.setattr("runtime.building.optimise.forms_for", lambda *_: known)
         monkeypatch.setattr("runtime.building.optimise.unavailable", unavailable)
-        monkeypatch.setattr("runtime.compiling.rounds.LOOKS", (12,))  # a clear case needs no more
+        monkeypatch.setattr("runtime.compiling.rounds.LOOKS", (12, 24))  # enough for clear cases
         monkeypatch.setattr("runtime.compiling.rounds.TURN_SECONDS", 0.005)
         command = (sys.executable, str(FAKE))
         optimised = optimise(request, reporter, "isolation for tests", command=command)
