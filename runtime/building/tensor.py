@@ -13,7 +13,7 @@ from runtime.importing.image_inputs import with_image
 from runtime.importing.knowledge import inform
 from runtime.importing.program import ImportFailure
 from runtime.importing.signature import describe_schema
-from runtime.importing.soundness import check_outputs, check_weights
+from runtime.importing.soundness import check_outputs, check_weights, unread_inputs
 from runtime.importing.tensor_program import TensorProgram
 from runtime.protocol import BuildHints, Format, Manifest
 from runtime.proving.tensor import prove_tensor
@@ -37,7 +37,7 @@ def build_tensor(
     instead if this one's rows must not share a run. Raises `ImportFailure`."""
     examples = read_examples(upload.examples) if upload.examples else None
     with reporter.phase("import") as report:
-        dead = _examine(model, hints, examples)
+        structure = _examine(model, hints, examples)
         schema = describe_schema(model.schema)
         report(1.0, f"{model.num_parameters:,} parameters; {schema}")
     with reporter.phase("prove") as report:
@@ -45,7 +45,7 @@ def build_tensor(
         proof = prove_tensor(model, MAX_BATCH_ROWS, report, own_inputs)
         if otherwise is not None and not proof.is_batched:
             model = otherwise()
-            dead = _examine(model, hints, examples)
+            structure = _examine(model, hints, examples)
             proof = prove_tensor(model, MAX_BATCH_ROWS, report, own_inputs)
     with reporter.phase("measure") as report:
         make_inputs = proof.makers[0].make
@@ -78,19 +78,16 @@ def build_tensor(
         notes=[note for note in model.notes if note != batch_warning] + proof.notes,
         warnings=[
             *([batch_warning] if batch_warning else []),
-            *(
-                f"The output {name!r} is the same in every answer: no input reaches it."
-                for name in dead
-            ),
-            *(text for name, text in proof.warnings.items() if name not in dead),
+            *structure.values(),
+            *(text for name, text in proof.warnings.items() if name not in structure),
         ],
         package=package,
     )
 
 
-def _examine(model: TensorProgram, hints: BuildHints, examples: Arrays | None) -> list[str]:
+def _examine(model: TensorProgram, hints: BuildHints, examples: Arrays | None) -> dict[str, str]:
     """Puts what is known of the inputs into `model`, and refuses one that cannot be meant. Gives
-    warnings."""
+    warnings by the names of outputs, and of inputs, that lead nowhere."""
     inform(model, hints, examples)
     check_weights(model.state)
     if examples is not None and model.example_inputs is not None:
@@ -101,6 +98,17 @@ def _examine(model: TensorProgram, hints: BuildHints, examples: Arrays | None) -
                 "examples", f"The model does not run on examples.npz: {first_line(error)}."
             ) from error
     if model.program is None:
-        return []
-    names = [spec.name for spec in model.schema.outputs]
-    return check_outputs(model.program, names)
+        return {}
+    inputs = [spec.name for spec in model.schema.inputs]
+    outputs = [spec.name for spec in model.schema.outputs]
+    warnings = {
+        name: f"The output {name!r} is the same in every answer: no input reaches it."
+        for name in check_outputs(model.program, outputs)
+    }
+    for name in unread_inputs(model.program, inputs):
+        warnings[f"input {name}"] = (
+            f"The input {name!r} has no effect: the program never reads it. If the export's "
+            "example gave one tensor for several inputs, torch took them for one: give each its "
+            "own."
+        )
+    return warnings

@@ -44,6 +44,19 @@ def check_outputs(program: ExportedProgram, names: list[str]) -> list[str]:
     return constant
 
 
+def unread_inputs(program: ExportedProgram, names: list[str]) -> list[str]:
+    """Which of the inputs `names` (the tensors, in order) nothing reads."""
+    user_inputs = set(program.graph_signature.user_inputs)
+    nodes = [
+        node
+        for node in program.graph.nodes
+        if node.op == "placeholder"
+        and node.name in user_inputs
+        and isinstance(node.meta.get("val"), torch.Tensor)
+    ]
+    return [name for name, node in zip(names, nodes, strict=True) if not node.users]
+
+
 def constant_failure(names: list[str]) -> ImportFailure:
     """The refusal of a program whose answers are always the same."""
     return ImportFailure(

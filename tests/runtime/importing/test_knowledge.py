@@ -11,7 +11,7 @@ from runtime.importing.exported import ExportedProgramModel, load_exported
 from runtime.importing.input_ranges import find_ranges
 from runtime.importing.knowledge import inform
 from runtime.importing.program import ImportFailure
-from runtime.importing.soundness import check_outputs, check_weights
+from runtime.importing.soundness import check_outputs, check_weights, unread_inputs
 from runtime.protocol import BuildHints, InputHint
 from runtime.proving.constant_outputs import constant_warnings
 from runtime.proving.inputs import find_inputs
@@ -143,6 +143,20 @@ def test_outputs_that_never_change_are_told_of(path: Path) -> None:
     assert check_outputs(model.program, ["first", "second", "third"]) == ["first"]
     warnings = constant_warnings(model, find_inputs(model)[0])
     assert list(warnings) == ["first"]
+
+
+def test_an_input_that_nothing_reads_is_found(path: Path) -> None:
+    """As when one tensor is given for two inputs of an export."""
+    same = torch.rand(2, 4)
+    model = make(path, Sum(), same, same)
+    assert unread_inputs(model.program, ["left", "right"]) == ["left"]
+    model = make(path, Sum(), same, same.clone())
+    assert unread_inputs(model.program, ["left", "right"]) == []
+
+
+class Sum(nn.Module):
+    def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return left + 2 * right
 
 
 class Dead(nn.Module):
