@@ -1,4 +1,4 @@
-"""An embedder as a tensor program `(token_ids, lengths) -> vectors`, and back.
+"""An embedder as a tensor program `(token_ids, lengths) -> vectors`.
 
 As such it has the forms that tensor programs have. Made from a loaded embedder, so that what is
 compiled is what was proved; pooling and what follows it are part of the graph.
@@ -12,16 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from runtime.batching.embedding_batcher import Run as Embed
-from runtime.compiling.forms import Run
-from runtime.importing.embedder import Embedder, load_embedder, pad_texts, pad_token_of
-from runtime.importing.embedder_layout import read_layout
+from runtime.importing.embedder import Embedder, load_embedder
 from runtime.importing.exported import ExportedProgramModel, first_line
-from runtime.importing.huggingface_directory import check_files
 from runtime.importing.knowledge import set_schema
 from runtime.importing.program import ImportFailure
 from runtime.importing.signature import read_signature
-from runtime.protocol import EmbedderInfo, Manifest
+from runtime.protocol import Manifest
 
 TEXT_TOKENS = 64  # of a text where forms are compared and timed
 RUN_TOKENS = 1024  # as `Serve.max_batch_tokens`: of a run of short texts
@@ -78,16 +74,6 @@ def load_embedder_program(artifact_dir: Path, manifest: Manifest, device: str) -
     embedder = load_embedder(artifact_dir, device)
     embedder.info = manifest.embedder or embedder.info  # the manifest's was proved
     return EmbedderProgram(embedder)
-
-
-def embed_by(run: Run, artifact_dir: Path, info: EmbedderInfo) -> Embed:
-    """An embedder whose vectors come from a form; its model is not loaded."""
-    pad_token_id = pad_token_of(check_files(read_layout(artifact_dir).transformer), info)
-
-    def embed(texts: list[list[int]]) -> Tensor:
-        return run(list(pad_texts(texts, pad_token_id)))[0]
-
-    return embed
 
 
 def _export(embedder: Embedder) -> ExportedProgram:

@@ -24,6 +24,7 @@ from transformers.models.auto.modeling_auto import (
 
 from runtime.execution.pooling import pool
 from runtime.importing.embedder_layout import DenseLayout, EmbedderLayout, read_layout
+from runtime.importing.embedder_texts import pad_texts, pad_token_of
 from runtime.importing.huggingface_directory import check_files
 from runtime.importing.huggingface_loading import by_transformers, check_sizes, first_line
 from runtime.importing.program import ImportFailure
@@ -74,13 +75,6 @@ class Embedder:
             options["attention_mask"] = (positions < lengths[:, None]).long()
         states = self.module(input_ids=token_ids, **options).last_hidden_state
         return self.head(states, lengths).float()
-
-
-def pad_texts(texts: list[list[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """Token ids `[texts, tokens]`, padded on the right, and lengths `[texts]`."""
-    longest = max(map(len, texts))
-    padded = [text + [pad_token_id] * (longest - len(text)) for text in texts]
-    return torch.tensor(padded), torch.tensor([len(text) for text in texts])
 
 
 class Head(nn.Module):
@@ -136,12 +130,6 @@ def load_embedder(
     embedder = Embedder(module, head, info, pad_token_of(config_json, info))
     embedder.notes = [*layout.notes, *notes, *text_notes]
     return embedder
-
-
-def pad_token_of(config_json: dict[str, Any], info: EmbedderInfo) -> int:
-    """The token that a model's configuration names for padding, else the first: it is masked."""
-    pad = config_json.get("pad_token_id")
-    return pad if isinstance(pad, int) and 0 <= pad < info.vocab_size else 0
 
 
 def load_encoder(

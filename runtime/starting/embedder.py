@@ -5,8 +5,7 @@ from pathlib import Path
 import msgspec
 
 from runtime.batching.embedding_texts import EmbeddingTexts
-from runtime.compiling.embedder_program import embed_by
-from runtime.importing.embedder import load_embedder as load_directory
+from runtime.compiling.form_embedder import embed_by
 from runtime.importing.embedder_layout import read_layout
 from runtime.protocol import Manifest, Ready, Serve
 from runtime.server.embedder import EmbedderServer
@@ -23,6 +22,8 @@ def load_embedder(config: Serve, manifest: Manifest) -> tuple[EmbedderServer, Re
     if info is not None and (run := load_chosen(config, manifest)) is not None:
         embed = embed_by(run, directory, info)
     else:
+        from runtime.importing.embedder import load_embedder as load_directory
+
         embedder = load_directory(directory, config.device)
         # The manifest's: the build has proved which texts may share a run.
         info = embedder.info = info or embedder.info

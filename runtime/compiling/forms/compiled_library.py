@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 _torch: Any = torch._C
+_MADV_PAGEOUT = 21  # of Linux
 
 _new_capsule = ctypes.pythonapi.PyCapsule_New
 _new_capsule.restype = ctypes.py_object
@@ -46,6 +47,7 @@ class CompiledLibrary:
         if found.value != num_outputs:
             raise RuntimeError(f"the library gives {found.value} outputs, not {num_outputs}")
         self._num_outputs = num_outputs
+        _page_out(path)
 
     def __call__(self, inputs: list[Tensor]) -> list[Tensor]:
         capsules = _torch._aoti.unsafe_alloc_void_ptrs_from_tensors(inputs)
@@ -70,3 +72,14 @@ class CompiledLibrary:
     def _check(self, code: int) -> None:
         if code:
             raise RuntimeError("the compiled program failed")
+
+
+def _page_out(path: Path) -> None:
+    """Give back the pages of the file: the library has copied its weights, and would be counted
+    with them twice. What is needed again is read again."""
+    advise = ctypes.CDLL(None).madvise
+    advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if line.endswith(str(path.resolve())):
+            start, end = (int(bound, 16) for bound in line.split()[0].split("-"))
+            advise(start, end - start, _MADV_PAGEOUT)  # refused by old kernels: nothing is lost

@@ -7,6 +7,7 @@ import torch
 from runtime.compiling.forms.aot_inductor import AotInductor
 from runtime.compiling.forms.eager import Eager
 from runtime.compiling.forms.form import Family, Form, FormFailure, Loading, Making, Run
+from runtime.compiling.forms.inductor import Inductor
 from runtime.compiling.forms.onnx_runtime import OnnxRuntime
 from runtime.compiling.forms.precisions import DTYPES, uploaded_precision
 from runtime.compiling.forms.witness import keep_witness
@@ -16,6 +17,7 @@ from runtime.importing.tensor_program import TensorProgram
 # In the order in which they are tried.
 _TABLE: list[tuple[Form, Family]] = [
     (Form("eager"), Eager()),
+    (Form("inductor"), Inductor()),
     (Form("onnxruntime"), OnnxRuntime()),
     (Form("onnxruntime_cuda"), OnnxRuntime("CUDAExecutionProvider")),
     (Form("onnxruntime_cuda_float16", "float16"), OnnxRuntime("CUDAExecutionProvider")),

@@ -31,6 +31,7 @@ GetCase = Callable[[str], Case]
 MakeOnce = Callable[[str, str], tuple[Run, Path]]
 CPU_FORMS = [
     "eager",
+    "inductor",
     "onnxruntime",
     "aot_inductor",
     "aot_inductor_bfloat16",
@@ -142,6 +143,7 @@ def test_a_program_in_bfloat16_has_no_form_cast_to_it(tmp_path: Path) -> None:
 def test_what_this_box_lacks_is_said_plainly(monkeypatch: pytest.MonkeyPatch) -> None:
     reasons = {form.name: unavailable(form, "cpu") for form in FORMS}
     assert reasons["eager"] is None
+    assert "needs a compiler as it serves" in str(reasons["inductor"])
     assert reasons["tensorrt"] == "This box's ONNX Runtime has no TensorrtExecutionProvider."
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setattr(processors, "processor", lambda: ("plain", frozenset({"avx2"})))
