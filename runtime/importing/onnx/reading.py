@@ -3,6 +3,7 @@
 Weights in other files are found, not read. Only ever used inside a sandboxed build or worker.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
@@ -50,6 +51,8 @@ def read_onnx(path: Path, *, may_have_files: bool = True) -> ModelProto:
         raise _damaged("it is no protobuf") from error
     if not model.HasField("graph") or not model.ir_version:
         raise _damaged("it holds no graph")
+    if not all(isinstance(text, str) for text in _texts(model)):
+        raise _damaged("a name in it is no text")  # protobuf gives such names as bytes
     _check_versions(model)
     _check_operators(model)
     _check_inference(model)
@@ -70,6 +73,24 @@ def real_inputs(model: ModelProto) -> list[ValueInfoProto]:
     """The inputs a caller gives: those that no initializer fills."""
     filled = {tensor.name for tensor in model.graph.initializer}
     return [value for value in model.graph.input if value.name not in filled]
+
+
+def _texts(model: ModelProto) -> Iterator[object]:
+    """Every name that is looked at anywhere."""
+    for opset in model.opset_import:
+        yield opset.domain
+    for function in model.functions:
+        yield from (function.domain, function.name)
+    for node in nodes_of(model):
+        yield from (node.domain, node.op_type, node.name, *node.input, *node.output)
+        yield from (attribute.name for attribute in node.attribute)
+    for tensor in tensors_of(model):
+        yield tensor.name
+        for entry in tensor.external_data:
+            yield from (entry.key, entry.value)
+    for value in [*model.graph.input, *model.graph.output]:
+        yield value.name
+        yield from (axis.dim_param for axis in value.type.tensor_type.shape.dim)
 
 
 # --- the graph --------------------------------------------------------------------------

@@ -39,10 +39,17 @@ def named_weights(model: ModelProto) -> Iterator[tuple[str, TensorProto]]:
 
 
 def count_weights(model: ModelProto) -> tuple[int, int]:
-    """How many learnt numbers there are, and the bytes of all weights and constants."""
+    """How many learnt numbers there are, and the bytes of all weights and constants. Those of trees
+    and linear models of ai.onnx.ml are attributes."""
     tensors = [tensor for _, tensor in named_weights(model)]
     num_parameters = sum(num_values(each) for each in tensors if each.data_type in _LEARNT)
-    return num_parameters, sum(map(num_bytes, tensors))
+    num_inside = sum(
+        len(attribute.floats)
+        for node in nodes_of(model)
+        if node.domain == "ai.onnx.ml"
+        for attribute in node.attribute
+    )
+    return num_parameters + num_inside, sum(map(num_bytes, tensors)) + 4 * num_inside
 
 
 def read_weights(model: ModelProto, directory: Path) -> dict[str, torch.Tensor]:

@@ -1,5 +1,6 @@
 """ONNX files: what is read off them, what is refused, and that they run as torch did."""
 
+import contextlib
 import os
 import tarfile
 import time
@@ -11,6 +12,8 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from torch import nn
 
@@ -21,6 +24,8 @@ from runtime.importing.onnx.model import OnnxModel, load_onnx
 from runtime.importing.onnx.preparing import Prepared, prepare_onnx
 from runtime.importing.onnx.reading import read_onnx
 from runtime.importing.onnx.session import OnnxRunError
+from runtime.importing.onnx.signature import read_onnx_signature
+from runtime.importing.onnx.weights import read_weights
 from runtime.importing.program import ImportFailure
 from runtime.protocol import BuildHints, InputHint
 from runtime.proving.tensor import prove_tensor
@@ -159,6 +164,38 @@ def test_a_graph_that_the_runtime_does_not_take_is_refused(tmp_path):
     assert str(tmp_path) not in failure.error.message
 
 
+def test_trees_of_a_table_are_served(prepare):
+    """As converters of scikit-learn write them: unnamed axes, and no standard domain."""
+    nodes = [
+        node(
+            *("TreeEnsembleRegressor", "x", "y"),
+            domain="ai.onnx.ml",
+            n_targets=1,
+            nodes_treeids=[0] * 5,
+            nodes_nodeids=[*range(5)],
+            nodes_featureids=[0, 1, 0, 0, 0],
+            nodes_values=[0.5, 0.25, 0.0, 0.0, 0.0],
+            nodes_modes=["BRANCH_LEQ", "BRANCH_LEQ", "LEAF", "LEAF", "LEAF"],
+            nodes_truenodeids=[1, 2, 0, 0, 0],
+            nodes_falsenodeids=[4, 3, 0, 0, 0],
+            target_treeids=[0] * 3,
+            target_nodeids=[2, 3, 4],
+            target_ids=[0] * 3,
+            target_weights=[1.5, 2.5, 3.5],
+        )
+    ]
+    table = graph(nodes, {"x": (FLOAT, [None, 2])}, {"y": (FLOAT, [None, 1])})
+    del table.opset_import[:]
+    table.opset_import.append(helper.make_opsetid("ai.onnx.ml", 3))
+    model = load_onnx(prepare(table).path)
+    assert model.num_parameters == 8
+    rows = torch.tensor([[0.1, 0.1], [0.1, 0.9], [0.9, 0.1]])
+    assert model.run([rows])[0].flatten().tolist() == [1.5, 2.5, 3.5]
+    proof = prove_tensor(model, 8)
+    assert proof.is_batched
+    assert all(check.is_equal for check in proof.checks)
+
+
 # --- what is refused --------------------------------------------------------------------
 
 
@@ -235,6 +272,27 @@ def test_operators_that_the_file_defines_itself_are_served(load):
 def test_damaged_files_are_refused(tmp_path, data):
     (tmp_path / "upload").write_bytes(data)
     assert refusal(tmp_path / "upload").error.code == "onnx_damaged"
+
+
+SEEDS = [
+    made.SerializeToString() for made in (linear(), linear(1), with_external(linear())[0], sparse())
+]
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_altered_files_are_read_or_refused(tmp_path, data):
+    changed = bytearray(data.draw(st.sampled_from(SEEDS)))
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(changed) - 1))
+        changed[at : at + data.draw(st.integers(0, 4))] = data.draw(st.binary(max_size=4))
+        changed = changed or bytearray(b"\x08")
+    (tmp_path / "weights.bin").write_bytes(bytes(48))
+    (tmp_path / "upload").write_bytes(changed)
+    with contextlib.suppress(ImportFailure):  # and nothing else
+        model = read_onnx(tmp_path / "upload")
+        read_onnx_signature(model)
+        read_weights(model, tmp_path)
 
 
 # --- weights in other files -------------------------------------------------------------
