@@ -138,7 +138,7 @@ def find_inputs(model: TensorProgram) -> list[InputMaker]:
     raise ImportFailure(
         "does_not_run",
         "The program does not run on inputs of the shapes and dtypes that it declares "
-        f"({first_line(failure)}). Check that it runs after torch.export.load.",
+        f"({first_line(failure)}). Check that the uploaded file runs.",
     ) from failure
 
 
