@@ -6,6 +6,7 @@ Owns the typed refusals a caller sees for wrong inputs. NaN and infinity are val
 import math
 from collections.abc import Sequence
 
+import numpy
 import torch
 
 from runtime.protocol import MAX_FRAME_BYTES, Schema, Tensor, TensorSpec, WireError
@@ -37,12 +38,17 @@ class InputChecker:
         # Of inputs with no dynamic axis but the batch: dtype, shape and bytes of one row.
         self._plain = [_plain_row(spec) for spec in schema.inputs] if schema.is_batched else []
         self._is_plain = bool(self._plain) and None not in self._plain
+        self._limited = [
+            (index, spec) for index, spec in enumerate(schema.inputs) if _is_limited(spec)
+        ]
 
     def check(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The tensors in the schema's order. Raises `PredictFailure` naming the wrong input."""
-        if self._is_plain and self._are_plain(tensors):
-            return list(tensors)
-        return check_inputs(tensors, self._schema)
+        is_right = self._is_plain and self._are_plain(tensors)
+        checked = list(tensors) if is_right else check_inputs(tensors, self._schema)
+        for index, spec in self._limited:
+            _check_values(checked[index], spec)
+        return checked
 
     def _are_plain(self, tensors: Sequence[Tensor]) -> bool:
         """False: not in the schema's order, or something is wrong."""
@@ -163,6 +169,29 @@ def _check_rows(inputs: Sequence[Tensor], names: Sequence[str]) -> None:
                 "wrong_shape",
                 f"has {tensor.shape[0]} rows but {names[0]!r} has {rows}; all inputs need as many",
             )
+
+
+def _is_limited(spec: TensorSpec) -> bool:
+    """Whether values beyond the known range are errors: integers choose rows of a table, and one
+    that is not there may end a GPU's process."""
+    has_range = spec.minimum is not None and spec.maximum is not None
+    return has_range and "int" in spec.dtype
+
+
+def _check_values(tensor: Tensor, spec: TensorSpec) -> None:
+    assert spec.minimum is not None, "only inputs with a range are looked at"
+    assert spec.maximum is not None, "only inputs with a range are looked at"
+    values = numpy.frombuffer(tensor.data, spec.dtype)
+    if not values.size:
+        return
+    least, most = int(values.min()), int(values.max())
+    if least < spec.minimum or most > spec.maximum:
+        raise _wrong(
+            spec.name,
+            "out_of_range",
+            f"has the value {least if least < spec.minimum else most:,}; the model takes "
+            f"{int(spec.minimum):,} to {int(spec.maximum):,}",
+        )
 
 
 def _check_lengths(inputs: Sequence[Tensor], schema: Schema) -> None:

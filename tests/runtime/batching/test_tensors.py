@@ -153,3 +153,21 @@ def test_outputs_that_do_not_fit_a_frame_are_refused():
     with pytest.raises(PredictFailure, match="fewer rows") as caught:
         encode_outputs([torch.zeros(1).double().expand(9 * 1024**2)], schema)
     assert caught.value.error.status == 413
+
+
+@pytest.mark.parametrize("axes", [[None, 2], [None, None]])
+@pytest.mark.parametrize(("value", "is_right"), [(0, True), (49, True), (50, False), (-1, False)])
+def test_integers_beyond_the_known_range_are_refused(
+    axes: list[int | None], value: int, is_right: bool
+) -> None:
+    ids = TensorSpec(name="ids", dtype="int64", shape=axes, minimum=0, maximum=49)
+    checker = InputChecker(Schema(inputs=[ids], outputs=[], is_batched=True))
+    data = torch.tensor([[1, value]]).numpy().tobytes()
+    tensor = Tensor(name="ids", dtype="int64", shape=[1, 2], data=data)
+    if is_right:
+        assert checker.check([tensor]) == [tensor]
+        return
+    says = f"the value {value}; the model takes 0 to 49"
+    with pytest.raises(PredictFailure, match=says) as caught:
+        checker.check([tensor])
+    assert (caught.value.error.code, caught.value.error.param) == ("out_of_range", "inputs.ids")
