@@ -90,8 +90,8 @@ def build_head(
     images = {spec.name: spec.image for spec in program.schema.inputs}
     if model.max_rows is not None:
         notes.append(
-            f"A run holds at most {model.max_rows:,} rows, since each may have "
-            f"{model.max_tokens:,} tokens; larger requests are run in parts."
+            f"A run holds at most {model.max_rows:,} rows, since each may be large; requests of "
+            "more are run in parts."
         )
     notes += [*model.notes, *proof.notes, *_output_notes(layout, program.schema)]
     outcome = build_tensor(

@@ -5,6 +5,7 @@ an image processor beside it does, `heads_text.py`'s and `heads_images.py`'s.
 """
 
 import inspect
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -29,6 +30,8 @@ EXAMPLE_FRAMES = 23
 MAX_BATCH_ROWS = 128  # of a run, as `Serve.max_batch_rows`
 MAX_RUN_TOKENS = 32_768
 LONGEST_ROW = 8192  # tokens
+MAX_ROW_NUMBERS = 1 << 23  # of a picture or a spectrogram: 1,600 pixels square
+MAX_RUN_NUMBERS = 1 << 27
 _POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
 BATCH, TOKENS, SAMPLES, FRAMES = "batch", "tokens", "samples", "frames"
 
@@ -65,10 +68,20 @@ class HeadModel:
 
     @property
     def max_rows(self) -> int | None:
-        """Of one run, so that rows of full length fit the memory of a small box; None: any."""
-        if self.max_tokens is None or self.max_tokens * MAX_BATCH_ROWS <= MAX_RUN_TOKENS:
-            return None
-        return max(1, MAX_RUN_TOKENS // self.max_tokens)
+        """Of one run, so that rows of full size fit the memory of a small box; None: any."""
+        most = MAX_RUN_NUMBERS // self.num_numbers
+        if self.max_tokens is not None:
+            most = MAX_RUN_TOKENS // self.max_tokens
+        return None if most >= MAX_BATCH_ROWS else max(1, most)
+
+    @property
+    def num_numbers(self) -> int:
+        """In one row of its largest input, of an example's size where it may have several."""
+        sizes = {name: size for name, (_, _, size) in self.bounds.items()}
+        return max(
+            math.prod(sizes[axis] if isinstance(axis, str) else axis for axis in each.axes[1:])
+            for each in self.inputs
+        )
 
 
 def load_head(layout: HeadLayout, attention: str | None = None) -> HeadModel:
@@ -87,7 +100,14 @@ def load_head(layout: HeadLayout, attention: str | None = None) -> HeadModel:
         inputs, bounds = _image_inputs(module, directory, notes), {}
     else:
         inputs, bounds = _audio_inputs(module, directory)
-    return HeadModel(module, inputs, bounds, notes)
+    model = HeadModel(module, inputs, bounds, notes)
+    if model.num_numbers > MAX_ROW_NUMBERS:
+        raise ImportFailure(
+            "config_mismatch",
+            f"The configuration asks for {model.num_numbers:,} numbers in each row of "
+            f"{inputs[0].name}; at most {MAX_ROW_NUMBERS:,} are taken.",
+        )
+    return model
 
 
 def load_head_module(

@@ -227,6 +227,14 @@ def test_images_that_are_prepared_in_unknown_ways_are_not_taken(tmp_path: Path) 
     assert any("takes tensors, not image files" in note for note in built.notes)
 
 
+def test_a_configuration_of_huge_images_is_refused(tmp_path: Path) -> None:
+    directory = save_head(tmp_path / "model", IMAGE_MODELS["resnet"]())
+    save_processor(directory, size={"height": 4000, "width": 4000})
+    code, message = refusal(directory, tmp_path)
+    assert code == "config_mismatch"
+    assert "48,000,000 numbers in each row of pixel_values" in message
+
+
 # --- audio ------------------------------------------------------------------------------
 
 
