@@ -18,9 +18,9 @@ from runtime.importing.onnx.reading import read_onnx, real_inputs
 from runtime.importing.onnx.session import OnnxRunError, make_session, run_session
 from runtime.importing.onnx.tensors import (
     DTYPES,
+    constants_of,
     find_file,
     is_external,
-    nodes_of,
     place_of,
     tensors_of,
 )
@@ -246,27 +246,22 @@ def _is_one(value: ValueInfoProto) -> bool:
 def _free_reshapes(model: ModelProto) -> bool:
     """Constant shapes `[1, ...]` become `[0, ...]`, which takes the first size from the input.
     Returns whether there were any."""
-    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
-    for node in nodes_of(model):
-        if node.op_type == "Constant" and node.output:
-            for attribute in node.attribute:
-                if attribute.name == "value":
-                    initializers[node.output[0]] = attribute.t
+    constants = constants_of(model)
     has_changed = False
     for node in model.graph.node:
-        if node.op_type != "Reshape" or len(node.input) < 2:
+        tensor = constants.get(node.input[1]) if len(node.input) > 1 else None
+        if node.op_type != "Reshape" or tensor is None or is_external(tensor):
             continue
-        tensor = initializers.get(node.input[1])
-        has_zeros = any(a.name == "allowzero" and a.i for a in node.attribute)
-        if tensor is None or is_external(tensor) or has_zeros:
-            continue
-        sizes = onnx.numpy_helper.to_array(tensor).copy()
+        sizes = onnx.numpy_helper.to_array(tensor).astype(np.int64)
+        zeros = [each for each in node.attribute if each.name == "allowzero"]
+        if any(each.i for each in zeros) and not sizes.all():
+            continue  # a 0 means no values there
         if sizes.ndim == 1 and len(sizes) > 1 and sizes[0] == 1:
+            for attribute in zeros:
+                node.attribute.remove(attribute)
             sizes[0] = 0
             name = f"{node.output[0]}__batched_shape"
-            model.graph.initializer.append(
-                onnx.numpy_helper.from_array(sizes.astype(np.int64), name)
-            )
+            model.graph.initializer.append(onnx.numpy_helper.from_array(sizes, name))
             node.input[1] = name
             has_changed = True
     return has_changed

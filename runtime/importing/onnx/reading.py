@@ -13,6 +13,7 @@ from onnx import ModelProto, TensorProto, TypeProto, ValueInfoProto
 from runtime.importing.onnx.tensors import (
     DTYPES,
     attributes_of,
+    constants_of,
     find_file,
     graphs_of,
     is_external,
@@ -140,12 +141,7 @@ def _check_operators(model: ModelProto) -> None:
 
 def _check_inference(model: ModelProto) -> None:
     """Refuses graphs that were exported while they trained."""
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    for node in nodes_of(model):
-        if node.op_type == "Constant" and node.output:
-            for attribute in node.attribute:
-                if attribute.name == "value":
-                    constants[node.output[0]] = attribute.t
+    constants = constants_of(model)
     layer = ""
     for node in nodes_of(model):
         if node.op_type == "BatchNormalization":

@@ -96,6 +96,17 @@ def tensors_of(model: ModelProto) -> Iterator[TensorProto]:
         yield from attribute.tensors
 
 
+def constants_of(model: ModelProto) -> dict[str, TensorProto]:
+    """The graph's initializers, and what nodes give as constants, by name."""
+    found = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in nodes_of(model):
+        if node.op_type == "Constant" and node.output:
+            for attribute in node.attribute:
+                if attribute.name == "value":
+                    found[node.output[0]] = attribute.t
+    return found
+
+
 def attributes_of(model: ModelProto) -> Iterator[AttributeProto]:
     for node in nodes_of(model):
         yield from node.attribute

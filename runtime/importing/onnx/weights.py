@@ -1,6 +1,5 @@
 """The weights of an ONNX model as torch tensors, wherever their bytes are."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ from onnx import ModelProto, TensorProto
 
 from runtime.importing.onnx.tensors import (
     DTYPES,
+    constants_of,
     find_file,
     is_external,
     nodes_of,
@@ -27,15 +27,11 @@ _LEARNT = frozenset(
 )
 
 
-def named_weights(model: ModelProto) -> Iterator[tuple[str, TensorProto]]:
+def named_weights(model: ModelProto) -> list[tuple[str, TensorProto]]:
     """Initializers, and the constants that some exporters keep weights in."""
-    for tensor in model.graph.initializer:
-        yield tensor.name, tensor
-    for node in nodes_of(model):
-        if node.op_type == "Constant" and node.output:
-            for attribute in node.attribute:
-                if attribute.name == "value" and len(attribute.t.dims):
-                    yield node.output[0], attribute.t
+    filled = {tensor.name for tensor in model.graph.initializer}
+    found = constants_of(model)
+    return [(name, each) for name, each in found.items() if name in filled or len(each.dims)]
 
 
 def count_weights(model: ModelProto) -> tuple[int, int]:

@@ -559,8 +559,12 @@ def test_a_batch_of_one_is_made_dynamic(prepare):
     torch.testing.assert_close(model.run([x])[0], x @ torch.from_numpy(WEIGHT))
 
 
-def test_shapes_written_as_constants_are_freed(prepare):
-    nodes = [node("Reshape", "x shape", "flat"), node("MatMul", "flat w", "y")]
+@pytest.mark.parametrize("allows_zero", [0, 1])
+def test_shapes_written_as_constants_are_freed(prepare, allows_zero):
+    nodes = [
+        node("Reshape", "x shape", "flat", allowzero=allows_zero),
+        node("MatMul", "flat w", "y"),
+    ]
     ends = ({"x": (FLOAT, [1, 2, 2])}, {"y": (FLOAT, [1, 3])})
     prepared = prepare(graph(nodes, *ends, {"w": WEIGHT, "shape": np.array([1, 4])}))
     assert prepared.batched is not None
