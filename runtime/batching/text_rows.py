@@ -20,6 +20,8 @@ MAX_TENSOR_BYTES = MAX_FRAME_BYTES
 # No text has more characters than this for each token; a longer one is not tokenised at all.
 MAX_TOKEN_CHARACTERS = 256
 MIN_REFUSED_CHARACTERS = 100_000
+# Of all rows together: others wait while they are tokenised, which takes seconds.
+MAX_CHARACTERS = 8_000_000
 
 
 class TextRows:
@@ -55,6 +57,13 @@ class TextRows:
             raise _refusal("texts must hold at least one row")
         for index, row in enumerate(rows):
             self._check(index, row)
+        num_characters = sum(len(text) for row in rows for text in row)
+        if num_characters > MAX_CHARACTERS:
+            raise _refusal(
+                f"texts have {num_characters:,} characters; a request may have "
+                f"{MAX_CHARACTERS:,}. Send fewer rows per request.",
+                "too_many_rows",
+            )
         encodings = self._encode(rows)
         lengths = [len(encoding.ids) for encoding in encodings]
         longest = max(lengths)

@@ -125,6 +125,14 @@ def test_padding_may_not_outgrow_a_request(directory: Path, monkeypatch: Any) ->
     assert refused(rows, texts)[0] == "too_many_rows"
 
 
+def test_many_long_texts_are_not_even_tokenised(directory: Path, monkeypatch: Any) -> None:
+    rows = TextRows.load(directory, TEXT, schema())
+    monkeypatch.setattr(rows, "_tokenizer", None)
+    code, message = refused(rows, [["x" * 90_000]] * 89)
+    assert code == "too_many_rows"
+    assert "8,010,000 characters" in message
+
+
 def test_wrong_rows_are_refused_by_number(directory: Path) -> None:
     rows = TextRows.load(directory, TEXT, schema())
     assert "at least one row" in refused(rows, [])[1]
