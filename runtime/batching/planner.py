@@ -4,7 +4,7 @@ which rows run next and when.
 Pure: the time is passed in, in milliseconds of any clock that never goes back.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Generic, TypeVar
 
 from runtime.batching.arrivals import Arrivals, Moment
@@ -36,7 +36,7 @@ class Planner(Generic[Item]):
         self._wait: Wait | None = None
         self._moment_ms = 0.0
         self._num_runs = 0
-        self._previous: Pending[Item] | None = None
+        self._previous: tuple[Hashable, int] | None = None  # group and length
         self._joinable = 1.0  # share of arrivals that could share a run with the one before
 
     @property
@@ -50,12 +50,11 @@ class Planner(Generic[Item]):
         self._arrivals.add(pending.rows, now_ms)
         if not self._is_running and not len(self.queue):
             self._begin("came", now_ms, 1)
-        if (previous := self._previous) is not None:
-            is_joinable = previous.group == pending.group and is_similar(
-                pending.length, previous.length, previous.length
-            )
+        if self._previous is not None:
+            group, length = self._previous
+            is_joinable = group == pending.group and is_similar(pending.length, length, length)
             self._joinable += MEMORY * (is_joinable - self._joinable)
-        self._previous = pending
+        self._previous = pending.group, pending.length
         self.queue.add(pending)
 
     def next(self, now_ms: float) -> list[Slice[Item]]:
