@@ -131,7 +131,7 @@ def files(directory: Path) -> list[str]:
 
 
 def test_the_fastest_form_that_is_the_program_wins_and_the_others_say_why_not(run, artifact_dir):
-    names = ("absent", "as_slow", "fast", "drops_bias", "rounds", "crashes", "refuses", "tires")
+    names = ("absent", "fast", "drops_bias", "crashes", "tires")
     forms = [Form(name) for name in names]
     optimised = run(*forms, Form("half", "bfloat16"), Form("tiny", "int8", is_lossy=True))
 
@@ -139,18 +139,11 @@ def test_the_fastest_form_that_is_the_program_wins_and_the_others_say_why_not(ru
     assert list(reports) == ["eager", *names, "half", "tiny"]
     fates = {name: report.fate for name, report in reports.items()}
     assert fates == {
-        **{
-            "eager": "slower",
-            "absent": "unavailable",
-            "as_slow": "within_margin",
-            "fast": "chosen",
-        },
-        **{"drops_bias": "differs", "rounds": "differs", "crashes": "failed"},
-        **{"refuses": "failed", "tires": "failed", "half": "lossy", "tiny": "lossy"},
+        **{"eager": "slower", "absent": "unavailable", "fast": "chosen", "drops_bias": "differs"},
+        **{"crashes": "failed", "tires": "failed", "half": "lossy", "tiny": "lossy"},
     }
     assert "answers: " in reports["drops_bias"].reason
     assert "SIGSEGV" in reports["crashes"].reason
-    assert "frobnicate" in reports["refuses"].reason
     assert "killed" in reports["tires"].reason
     assert "once the owner accepts loss" in reports["half"].reason
     assert "not tried" in reports["tiny"].reason
@@ -185,12 +178,11 @@ def test_the_fastest_form_that_is_the_program_wins_and_the_others_say_why_not(ru
 
 
 def test_where_nothing_is_faster_eager_stays_and_the_receipt_tells(run):
-    optimised = run(Form("as_slow"), Form("drops_bias"))
+    optimised = run(Form("as_slow"))
     assert (optimised.manifest.form, optimised.manifest.environment) == ("eager", "")
     reports = by_name(optimised)
     assert reports["eager"].is_chosen
     assert reports["as_slow"].fate in ("within_margin", "slower")
-    assert reports["drops_bias"].fate == "differs"
     assert not any(name.startswith("forms") for name in files(run.output_dir))
 
 
