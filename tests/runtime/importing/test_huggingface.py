@@ -198,7 +198,11 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "pickled weights": (pickle_weights, "pickled_weights", "model.save_pretrained(directory)"),
     "a weight missing": (drop_weight, "incomplete_weights", "model.layers.1.mlp.up_proj.weight"),
     "truncated weights": (truncate_weights, "load_failed", "transformers"),
-    "wrong shapes": (lambda d: edit_config(d, intermediate_size=32), "load_failed", "transformers"),
+    "wrong shapes": (
+        lambda d: edit_config(d, intermediate_size=32),
+        "incomplete_weights",
+        "model.layers.0.mlp.down_proj.weight",
+    ),
     "own code": (
         lambda d: edit_config(d, auto_map={"AutoModelForCausalLM": "modeling.M"}),
         "remote_code",
