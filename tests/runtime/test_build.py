@@ -177,7 +177,7 @@ def test_a_tensor_program_is_built(build, built):
     assert fractions == sorted(fractions)
     details = " | ".join(each.detail for each in progress)
     assert "image float32 [n, 1, 8, 8] -> output float32 [n, 10]" in details
-    assert "eager, batch of 64" in details
+    assert "eager, batch of 128" in details
 
     manifest, receipt = message.manifest, message.receipt
     assert (manifest.kind, manifest.format) == ("tensor", "pt2")
@@ -185,7 +185,7 @@ def test_a_tensor_program_is_built(build, built):
     assert manifest.schema.is_batched
     assert receipt.verdict == "equal"
     assert all(check.is_equal for check in receipt.checks)
-    assert list(receipt.candidates[0].p50_ms) == [1, 8, 32, 64]
+    assert list(receipt.candidates[0].p50_ms) == [1, 8, 32, 128]
     assert list(receipt.phase_seconds) == PHASES
     assert receipt.torch_version == torch.__version__
 
