@@ -25,7 +25,7 @@ from runtime.protocol import BuildReceipt, CandidateReport, Manifest
 Cause = Literal["built", "asked", "environment"]
 
 OPTIMISATIONS_TOPIC = "optimisations"  # told that one is queued
-KINDS = ("tensor",)  # of models that have other forms than eager to choose from
+KINDS = ("tensor", "embedder")  # of models that have other forms than eager to choose from
 ACTIVE = ("queued", "running")
 
 
@@ -45,7 +45,7 @@ async def enqueue(session: AsyncSession, version: ModelVersion, cause: Cause) ->
     """Raises `Conflict` for a version that has no other forms, or is being optimised already."""
     if version.status != "ready" or (version.manifest or {}).get("kind") not in KINDS:
         raise Conflict(
-            "Only a tensor model that is built has other forms to choose from.",
+            "Only a tensor model or an embedder that is built has other forms to choose from.",
             code="not_optimisable",
         )
     if await _active(session, version.id) is not None:
