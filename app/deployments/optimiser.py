@@ -25,7 +25,7 @@ from app.deployments.acceptance import (
 )
 from app.deployments.build_run import OPTIMISATION, BuildError, BuildRun
 from app.deployments.job_rows import OPTIMISATIONS, ProgressWriter
-from app.deployments.jobs import Jobs, in_time
+from app.deployments.jobs import POLL_SECONDS, Jobs, in_time
 from app.deployments.launchers.base import Launch, Launcher, Process
 from app.deployments.logs import build_log_name
 from app.deployments.optimisation_key import cache_key
@@ -40,6 +40,7 @@ from runtime.protocol import Manifest, Optimise, Optimised
 NICENESS = 15  # behind builds, which stand behind what serves
 SPACE_FACTOR = 3  # every candidate writes its files before the best are kept
 BUDGET_SHARE = 0.5  # of the time limit; then candidates are left out, and the rest is for proofs
+CLOSE_SECONDS = 5.0
 REUSED = "Reused what was measured for an earlier upload of the same file."
 
 log = logging.getLogger(__name__)
@@ -92,8 +93,9 @@ class Optimiser(Jobs[Optimisation]):
         """Ends a running one; it is queued again and begins anew at the next start."""
         await super().close()
         if self._swapping is not None:
+            self._broadcast.publish(CHANGED)
+            await asyncio.wait([self._swapping], timeout=CLOSE_SECONDS)
             self._swapping.cancel()
-            await asyncio.wait([self._swapping])
 
     async def ask(self, version_id: str) -> None:
         """Queues a version whether or not it was optimised before. Raises `Conflict`."""
@@ -119,7 +121,9 @@ class Optimiser(Jobs[Optimisation]):
         self._broadcast.publish(f"version:{version_id}")
 
     async def _watch_swaps(self) -> None:
-        async for _ in self._broadcast.listen(CHANGED, 1.0):
+        async for _ in self._broadcast.listen(CHANGED, POLL_SECONDS):
+            if self._is_closing:
+                return
             try:
                 await self._swaps.look(self._reading)
             except SQLAlchemyError:
