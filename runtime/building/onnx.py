@@ -10,6 +10,8 @@ from runtime.building.tensor import build_tensor
 from runtime.compiling.packaging import add_onnx
 from runtime.importing.onnx.model import OnnxModel, load_onnx
 from runtime.importing.onnx.preparing import BATCH_NOTE, prepare_onnx
+from runtime.importing.onnx.reach import check_reach
+from runtime.importing.onnx.reading import read_onnx
 from runtime.importing.tensor_program import TensorProgram
 from runtime.importing.unpacked import UnpackedUpload
 from runtime.protocol import BuildHints
@@ -22,6 +24,7 @@ def build_onnx(
     with reporter.phase("import") as report:
         report(0.0, "loading the graph")
         prepared = prepare_onnx(upload.path, scratch, hints)
+        check_reach(read_onnx(prepared.path))
         if prepared.batched is None:
             model, otherwise = load_onnx(prepared.path), None
         else:
