@@ -7,12 +7,23 @@ import pytest
 from app.deployments.acceptance import (
     NotAcceptable,
     check_built,
+    check_optimised,
     manifest_json,
     read_manifest,
     read_receipt,
     receipt_json,
 )
-from runtime.protocol import Built, CandidateReport, Check, Manifest, Schema, TensorSpec
+from runtime.protocol import (
+    Built,
+    CandidateReport,
+    Check,
+    ImageInput,
+    Manifest,
+    Optimised,
+    Schema,
+    TensorSpec,
+    TextInput,
+)
 from tests.app.deployments.fake_process import DECODER, EMBEDDER, RECEIPT, TENSOR
 
 replace = msgspec.structs.replace
@@ -121,3 +132,107 @@ def test_texts_of_a_receipt_are_made_harmless() -> None:
     notes = receipt_json(receipt)["notes"]
     assert notes[:2] == ["red�", "?"]
     assert len(notes[2]) == 8192
+
+
+# --- optimisations ----------------------------------------------------------------------
+
+BUILT = replace(TENSOR, environment="")
+QUICK = replace(TENSOR, form="quick", environment="here")
+
+
+def optimised(manifest: Manifest = QUICK, verdict: Any = "equal", **values: Any) -> Optimised:
+    """Whose form was chosen, with these values of its candidate."""
+    reports = [
+        replace(candidate(), is_chosen=manifest.form == "eager"),
+        *([] if manifest.form == "eager" else [replace(candidate(), name=manifest.form, **values)]),
+    ]
+    return Optimised(
+        manifest=manifest, receipt=replace(RECEIPT, verdict=verdict, candidates=reports)
+    )
+
+
+def test_a_form_of_what_was_built_is_accepted() -> None:
+    measured = {"p50_ms": {1: 0.5}, "p99_ms": {1: 0.6}, "num_runs": 20, "memory_bytes": 1}
+    check_optimised(optimised(fate="chosen", error=0.1, **measured), BUILT, False)
+    check_optimised(optimised(BUILT), QUICK, False)  # eager again
+    check_optimised(optimised(verdict="lossy", top_1_agreement=0.99), BUILT, True)
+
+
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        (optimised(replace(QUICK, num_parameters=11)), "another program"),
+        (optimised(replace(QUICK, labels=["cat"])), "another program"),
+        (optimised(replace(QUICK, form="a/b")), "no name"),
+        (optimised(replace(QUICK, form="")), "no name"),
+        (optimised(replace(QUICK, environment="")), "where its form holds"),
+        (optimised(is_chosen=False), "was chosen"),
+        (optimised(verdict="lossy"), "not allowed"),
+        (optimised(verdict="different"), "answers differently"),
+        (optimised(fate="slower"), "chosen and not chosen"),
+        (optimised(p99_ms={1: -1.0}), "negative durations"),
+        (optimised(prepare_seconds=-1.0), "negative durations"),
+        (optimised(rows_per_second={1: math.inf}), "not finite"),
+        (optimised(p50_ms={0: 1.0}), "batch sizes"),
+        (optimised(memory_bytes=-1), "less than nothing"),
+        (optimised(num_runs=-1), "less than nothing"),
+        (optimised(error=-0.1), "less than nothing"),
+        (optimised(top_1_agreement=1.5), "share of rows"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_result_that_cannot_be_is_refused(result: Optimised, words: str) -> None:
+    with pytest.raises(NotAcceptable, match=words):
+        check_optimised(result, BUILT, False)
+
+
+IMAGE = ImageInput(height=4, width=6, channels=3, is_channels_first=True)
+PIXELS = TensorSpec(name="x", dtype="float32", shape=[None, 3, 4, 6])
+IDS = TensorSpec(name="ids", dtype="int64", shape=[None, None])
+
+
+def batched(*specs: TensorSpec, **values: Any) -> Manifest:
+    made = Schema(inputs=list(specs), outputs=[X], is_batched=True)
+    return replace(TENSOR, schema=made, **values)
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        batched(replace(PIXELS, image=IMAGE, minimum=0.0, maximum=1.0)),
+        batched(replace(PIXELS, shape=[None, 3, None, None], image=IMAGE)),
+        batched(
+            replace(IDS, padded_axis=1),
+            text=TextInput(max_tokens=8, takes_pairs=False, token_ids="ids"),
+            labels=["yes", "no"],
+        ),
+    ],
+)
+def test_what_a_schema_says_beyond_shapes(manifest: Manifest) -> None:
+    check_built(Built(manifest=manifest, receipt=RECEIPT))
+
+
+@pytest.mark.parametrize(
+    ("manifest", "words"),
+    [
+        (batched(replace(PIXELS, minimum=1.0, maximum=0.0)), "range without values"),
+        (batched(replace(PIXELS, image=replace(IMAGE, height=5))), "do not fit"),
+        (batched(replace(PIXELS, image=replace(IMAGE, channels=2))), "there is not"),
+        (batched(replace(PIXELS, image=replace(IMAGE, std=[0.0] * 3))), "there is not"),
+        (batched(replace(PIXELS, image=replace(IMAGE, mean=[0.5]))), "there is not"),
+        (batched(replace(IDS, padded_axis=0)), "padded along"),
+        (batched(replace(IDS, padded_axis=2)), "padded along"),
+        (batched(replace(PIXELS, padded_axis=2)), "padded along"),
+        (
+            batched(IDS, text=TextInput(max_tokens=8, takes_pairs=False, token_ids="other")),
+            "does not have",
+        ),
+        (
+            batched(IDS, text=TextInput(max_tokens=0, takes_pairs=False, token_ids="ids")),
+            "implausible length",
+        ),
+    ],
+)
+def test_a_schema_that_cannot_be_is_refused(manifest: Manifest, words: str) -> None:
+    with pytest.raises(NotAcceptable, match=words):
+        check_built(Built(manifest=manifest, receipt=RECEIPT))
