@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from runtime.compiling.forms import FORMS, Run, load_form, make_form
-from runtime.importing.exported import ExportedProgramModel, load_exported
+from runtime.importing.exported import load_exported
+from runtime.importing.tensor_program import TensorProgram
 from tests.runtime.importing.programs import Classifier, Digits, export
 
 ROWS = {0: Dim.DYNAMIC}
@@ -52,7 +53,7 @@ class Transformer(nn.Module):
 class Case(msgspec.Struct, frozen=True):
     """A loaded program, and inputs of as many rows as asked for."""
 
-    program: ExportedProgramModel
+    program: TensorProgram
     make: Callable[[int], list[Tensor]]
 
 

@@ -22,8 +22,11 @@ from runtime.compiling.forms import (
 )
 from runtime.compiling.forms import processor as processors
 from runtime.compiling.forms.compiled_library import CompiledLibrary
+from runtime.compiling.forms.form import Making
 from runtime.compiling.forms.graphs import graph_of
+from runtime.compiling.forms.onnx_graph import write_onnx
 from runtime.importing.exported import load_exported
+from runtime.importing.onnx.model import load_onnx
 from tests.runtime.compiling.forms.cases import CASES, MAX_ROWS, Case, make_and_load
 from tests.runtime.importing.programs import Digits, export
 
@@ -121,6 +124,19 @@ def test_int8_is_lossy_and_near(name: str, case: GetCase, made: MakeOnce) -> Non
     run, _ = made("onnxruntime_int8", name)
     check_equal(run, case(name), 0.15)
     assert next(form for form in FORMS if form.name == "onnxruntime_int8").is_lossy
+
+
+def test_an_onnx_upload_is_optimised_and_quantised_as_it_is(case: GetCase, tmp_path: Path) -> None:
+    """Without a torch graph; its eager form is ONNX Runtime with optimisations off."""
+    making = Making(_form("onnxruntime"), case("digits").program, tmp_path, MAX_ROWS, [], 1, "cpu")
+    write_onnx(making, tmp_path / "uploaded.onnx", None)
+    uploaded = Case(load_onnx(tmp_path / "uploaded.onnx"), case("digits").make)
+    names = [form.name for form in forms_for(uploaded.program, "cpu")]
+    assert names == ["eager", "onnxruntime", "onnxruntime_int8"]
+    for name, share in (("onnxruntime", 1e-5), ("onnxruntime_int8", 0.15)):
+        (tmp_path / name).mkdir()
+        run = make_and_load(name, uploaded, tmp_path / name)
+        check_equal(run, uploaded, share)
 
 
 def test_the_table_starts_with_eager_and_leaves_out_what_does_not_suit(case: GetCase) -> None:
