@@ -1,9 +1,8 @@
-"""Starts a tensor program: never imports transformers."""
+"""Starts a tensor program: never imports transformers, nor tokenizers without need."""
 
 import logging
 from pathlib import Path
 
-from runtime.batching.text_rows import TextRows
 from runtime.compiling.packaging import ArtifactError, read_receipt
 from runtime.protocol import Manifest, Ready, Serve
 from runtime.server.tensor import TensorServer
@@ -18,6 +17,8 @@ def load_tensor(config: Serve, manifest: Manifest) -> tuple[TensorServer, Ready]
     run, schema, manifest = load_run(config, manifest)
     text_rows = None
     if manifest.text is not None:
+        from runtime.batching.text_rows import TextRows
+
         text_rows = TextRows.load(Path(config.artifact_dir), manifest.text, schema)
     measured = _measured_ms(Path(config.artifact_dir), manifest.form)
     return TensorServer(run, schema, config, text_rows, measured=measured), Ready(
