@@ -15,6 +15,7 @@ from runtime.importing.torchscript.program import (
     load_torchscript,
 )
 from runtime.protocol import BuildHints
+from runtime.proving.tensor import prove_tensor
 from tests.runtime.importing.programs import Digits
 from tests.runtime.importing.torchscript import modules
 from tests.runtime.importing.torchscript.modules import save_scripted, save_traced
@@ -193,6 +194,13 @@ def test_what_cannot_be_served_is_refused(
     failure = refused(save_scripted(path, module), f"{name}: float32[batch, 4]")
     assert failure.error.code == code
     assert says in failure.error.message
+
+
+def test_a_module_that_changes_itself_in_place_is_found_by_running_it(path: Path) -> None:
+    program = load(save_scripted(path, modules.InPlace().eval()), X)
+    with pytest.raises(ImportFailure) as caught:
+        prove_tensor(program, 4)
+    assert caught.value.error.code == "stateful"
 
 
 def test_a_trace_in_training_mode_is_refused(path: Path) -> None:
