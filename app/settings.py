@@ -39,7 +39,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     optimise: bool = True
     optimise_timeout_seconds: int = 1800
     max_upload_bytes: int = 64 * 1024**3
-    max_request_bytes: int = 8 * 1024**2
+    max_request_bytes: int = 32 * 1024**2
     kv_cache_bytes: int = 512 * 1024**2
     kv_swap_bytes: int = 0
     kv_poison: bool = False

@@ -27,7 +27,7 @@ async def test_unknown_url_and_wrong_method(client: httpx.AsyncClient, caller: C
 
 
 async def test_body_that_is_too_large(client: httpx.AsyncClient, caller: Caller) -> None:
-    body = b'{"name": "' + b"x" * (8 * 1024**2) + b'"}'
+    body = b'{"name": "' + b"x" * (32 * 1024**2) + b'"}'
     response = await client.post("/api/keys", headers=caller.headers, content=body)
     assert (response.status_code, response.json()["error"]["code"]) == (413, "too_large")
 
