@@ -51,23 +51,23 @@ class Transformer(nn.Module):
 
 
 class Case(msgspec.Struct, frozen=True):
-    """A loaded program, and inputs of as many rows as asked for."""
+    """A loaded program, and inputs of as many rows as asked for; of texts, of as many tokens."""
 
     program: TensorProgram
-    make: Callable[[int], list[Tensor]]
+    make: Callable[..., list[Tensor]]
 
 
-def _ids_and_mask(vocab_size: int) -> Callable[[int], list[Tensor]]:
-    def make(rows: int) -> list[Tensor]:
+def _ids_and_mask(vocab_size: int) -> Callable[..., list[Tensor]]:
+    def make(rows: int, tokens: int = 5) -> list[Tensor]:
         generator = torch.Generator().manual_seed(rows)
-        mask = torch.ones(rows, 5)
+        mask = torch.ones(rows, tokens)
         mask[:, 3:] = 0
-        return [torch.randint(0, vocab_size, (rows, 5), generator=generator), mask]
+        return [torch.randint(0, vocab_size, (rows, tokens), generator=generator), mask]
 
     return make
 
 
-def _floats(*shape: int) -> Callable[[int], list[Tensor]]:
+def _floats(*shape: int) -> Callable[..., list[Tensor]]:
     return lambda rows: [torch.rand(rows, *shape, generator=torch.Generator().manual_seed(rows))]
 
 

@@ -98,6 +98,17 @@ def test_aot_inductor_answers_as_eager_does(name: str, case: GetCase, made: Make
 
 
 @pytest.mark.compiler
+@pytest.mark.parametrize("form", ["onnxruntime", "aot_inductor"])
+def test_axes_of_one_and_of_many_hold(form: str, case: GetCase, made: MakeOnce) -> None:
+    """Exports promise nothing of sizes below 2, and are compiled as if there were none."""
+    run, _ = made(form, "transformer")
+    for rows, tokens in ((1, 1), (3, 1), (1, 2), (2, 300)):
+        inputs = case("transformer").make(rows, tokens)
+        expected = case("transformer").program.run(inputs)
+        torch.testing.assert_close(run(inputs), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.compiler
 def test_bfloat16_keeps_wire_dtypes(case: GetCase, made: MakeOnce) -> None:
     run, _ = made("aot_inductor_bfloat16", "transformer")
     check_equal(run, case("transformer"), 0.05)
