@@ -20,11 +20,13 @@ PACKAGES = ("tapeout", "torch", "onnxruntime", "onnxruntime-gpu", "triton")
 MACHINE_FIELDS = ("model name", "CPU part", "flags", "Features")
 
 
-def cache_key(version: ModelVersion, settings: Settings) -> str:
-    """SHA-256 over the upload, what its owner said of it, how it is served, and the box. The
+def cache_key(organization_id: str, version: ModelVersion, settings: Settings) -> str:
+    """SHA-256 over whose it is (how long an optimisation takes must not tell one organization what
+    another has uploaded), the upload, what its owner said of it, how it is served, and the box. The
     upload stands for the program: a build of one release makes the same of the same file."""
     hints = version_hints(version)
     parts = [
+        organization_id,
         version.sha256,
         msgspec.to_builtins(hints.inputs),
         hints.accepts_loss,

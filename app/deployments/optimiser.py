@@ -33,7 +33,7 @@ from app.deployments.optimisation_rows import OPTIMISATIONS_TOPIC, Result
 from app.deployments.service import CHANGED
 from app.deployments.swaps import Serving, Swaps
 from app.registry.service import version_hints
-from app.registry.tables import Artifact, ModelVersion, Optimisation
+from app.registry.tables import Artifact, Model, ModelVersion, Optimisation
 from app.settings import Settings
 from runtime.protocol import Manifest, Optimise, Optimised
 
@@ -144,10 +144,11 @@ class Optimiser(Jobs[Optimisation]):
             version = await session.get(ModelVersion, row.version_id)
             artifact_id = version.artifact_id if version else None
             artifact = await session.get(Artifact, artifact_id) if artifact_id else None
-        if version is None or artifact is None:
+            model = await session.get(Model, version.model_id) if version else None
+        if version is None or artifact is None or model is None:
             raise BuildError("version_gone", "The version is gone.")
         manifest = read_manifest(version.manifest)
-        key = cache_key(version, self._settings)
+        key = cache_key(model.organization_id, version, self._settings)
         if row.cause == "built" and await self._reuse(row, manifest, key):
             return
         self._storage.require_space(SPACE_FACTOR * artifact.size_bytes)
