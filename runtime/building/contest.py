@@ -21,7 +21,7 @@ from runtime.proving.tensor_speed import batch_sizes
 
 logger = logging.getLogger("runtime.build")
 
-RACE_SECONDS = 120.0  # at most, however much is left of the budget
+RACE_SECONDS = 120.0  # of rounds at most, however much is left of the budget
 
 Report = Callable[[float, str], None]
 
@@ -64,7 +64,7 @@ def hold_contest(
     found = Outcome(best="eager", measured={}, standings={}, sizes=[])
     groups = group(eager, others, room_bytes)
     for index, members in enumerate(groups):
-        seconds = min(RACE_SECONDS, (until - time.monotonic()) / (len(groups) - index))
+        seconds = (until - time.monotonic()) / (len(groups) - index)
 
         def tell(done: float, line: str, index: int = index) -> None:
             report((index + done) / len(groups), line)
@@ -126,7 +126,8 @@ def _race_group(
     if "eager" not in ready:
         return
     entrants = {name: Entrant(member) for name, member in ready.items()}
-    outcome = race(entrants, run_ms, seconds=until - time.monotonic(), report=report)
+    seconds = min(RACE_SECONDS, until - time.monotonic())
+    outcome = race(entrants, run_ms, seconds=seconds, report=report)
     for name, member in ready.items():
         if member.process is not None:
             member.peak_bytes = max(member.peak_bytes, member.process.peak_bytes)

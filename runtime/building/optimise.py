@@ -156,6 +156,7 @@ def _run(
     prepared_by = now + PREPARE_SHARE * request.budget_seconds
     done_by = now + request.budget_seconds
     with reporter.phase("prepare") as report:
+        report(0.0, "asking the program as uploaded what candidates have to answer")
         wanted = [each for each in others if each.fate is None]
         cases = _draw(course, program, makers) if wanted else Cases([], [], is_batched=False)
         for index, each in enumerate(wanted):
