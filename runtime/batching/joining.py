@@ -45,7 +45,18 @@ def run_group(inputs: Sequence[Tensor], schema: Schema) -> tuple[Hashable, int]:
             length = shape[spec.padded_axis - 1]
             shape[spec.padded_axis - 1] = 0
         shapes.append(tuple(shape))
+    if length and any(_has_empty_row(*pair) for pair in zip(inputs, schema.inputs, strict=True)):
+        # A row whose mask hides all of it: what a model answers then may depend on its length.
+        shapes.append((length,))
     return tuple(shapes), length
+
+
+def _has_empty_row(tensor: Tensor, spec: TensorSpec) -> bool:
+    """Whether a row of a padded input holds zeros alone."""
+    if spec.padded_axis is None:
+        return False
+    values = np.frombuffer(tensor.data, spec.dtype).reshape(tensor.shape[0], -1)
+    return not values.any(axis=1).all()
 
 
 def row_size(inputs: Sequence[Tensor], schema: Schema) -> int:

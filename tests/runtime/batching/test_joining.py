@@ -83,12 +83,27 @@ def test_requests_are_told_apart_by_what_padding_cannot_even_out():
     schema = padded_schema()
 
     def group(length: int, values: int = 3) -> tuple[object, int]:
-        x = wire("x", np.zeros((1, length, values), np.float32))
+        x = wire("x", np.ones((1, length, values), np.float32))
         return run_group([x, wire("scale", np.zeros(1, np.float32))], schema)
 
     assert group(4)[0] == group(9)[0]
     assert (group(4)[1], group(9)[1]) == (4, 9)
     assert group(4)[0] != group(4, values=5)[0]
+
+
+def test_a_row_that_its_mask_hides_shares_a_run_with_equal_lengths_only():
+    schema = padded_schema("int64")
+
+    def group(rows: np.ndarray):
+        inputs = [wire("x", rows), wire("scale", np.zeros(len(rows), np.float32))]
+        return run_group(inputs, schema)[0]
+
+    seen, hidden = np.ones((2, 4, 3), np.int64), np.ones((2, 4, 3), np.int64)
+    hidden[1] = 0
+    assert group(seen) == group(seen[:, :2])
+    assert group(hidden) != group(seen)
+    assert group(hidden) != group(np.zeros((1, 2, 3), np.int64))
+    assert group(hidden) == group(hidden[1:])
 
 
 def test_inputs_that_are_padded_together_must_be_as_long():
