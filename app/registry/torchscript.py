@@ -12,8 +12,9 @@ from app.registry.archives import Totals, check_name
 
 def is_torchscript(names: list[str]) -> bool:
     """Whether member names are those of a scripted or traced module."""
-    roots = {name.partition("/")[0] for name in names if name.endswith("/data.pkl")}
-    return any(name.startswith(f"{root}/code/") for root in roots for name in names)
+    parts = [name.partition("/") for name in names]
+    roots = {root for root, _, rest in parts if rest == "data.pkl" or rest.endswith("/data.pkl")}
+    return any(root in roots and rest.startswith("code/") for root, _, rest in parts)
 
 
 def check_torchscript(archive: zipfile.ZipFile, totals: Totals) -> None:

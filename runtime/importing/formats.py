@@ -38,9 +38,9 @@ def is_onnx(head: bytes) -> bool:
 
 def is_torchscript(archive: zipfile.ZipFile) -> bool:
     """Whether `torch.jit.save` wrote the zip."""
-    names = archive.namelist()
-    roots = {name.partition("/")[0] for name in names if name.endswith("/data.pkl")}
-    return any(name.startswith(f"{root}/code/") for root in roots for name in names)
+    parts = [name.partition("/") for name in archive.namelist()]
+    roots = {root for root, _, rest in parts if rest == "data.pkl" or rest.endswith("/data.pkl")}
+    return any(root in roots and rest.startswith("code/") for root, _, rest in parts)
 
 
 def describe_foreign_zip(archive: zipfile.ZipFile) -> ImportFailure | None:

@@ -6,6 +6,7 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -15,6 +16,7 @@ from app.core.errors import Unprocessable
 from app.registry import onnx as onnx_files
 from app.registry import protobuf
 from app.registry.inspection import Inspection, inspect_upload
+from app.registry.torchscript import is_torchscript
 from tests.app.registry.archive_files import (
     model_files,
     pt2_files,
@@ -155,6 +157,32 @@ def test_torchscript(tmp_path: Path) -> None:
         assert inspect_upload(path, "bundle").kind == "torchscript"
     native = write_zip(tmp_path / "native", files | {"m/extra/kernel.so": b"x"})
     assert refusal(native).code == "native_code"
+
+
+class CountedName(str):
+    """Counts how often a name is looked at."""
+
+    num_looks = 0
+
+    def startswith(self, *arguments: Any) -> bool:
+        CountedName.num_looks += 1
+        return super().startswith(*arguments)
+
+    def endswith(self, *arguments: Any) -> bool:
+        CountedName.num_looks += 1
+        return super().endswith(*arguments)
+
+    def partition(self, separator: str, /) -> tuple[str, str, str]:
+        CountedName.num_looks += 1
+        return super().partition(separator)
+
+
+def test_telling_torchscript_costs_a_few_looks_at_each_name() -> None:
+    names = [CountedName(f"{number}/data.pkl") for number in range(200)]
+    assert not is_torchscript(list(names))
+    assert CountedName.num_looks <= 5 * len(names)
+    assert is_torchscript([*names, "7/code/__torch__.py"])
+    assert not is_torchscript([*names, "7/codes/__torch__.py", "x/code/__torch__.py"])
 
 
 def test_a_pickle_in_an_archive_gets_its_own_lines(tmp_path: Path) -> None:
