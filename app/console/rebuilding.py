@@ -35,6 +35,7 @@ async def build_again(
             number=number,
             inputs=await form_field(request, "inputs"),
             accepts_loss=bool(await form_field(request, "accepts_loss")),
+            had_inputs=bool(await form_field(request, "had_inputs")),
             error=error.message,
         )
     return go(request, f"/console/models/{name}/versions/{made.number}")

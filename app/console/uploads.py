@@ -84,8 +84,11 @@ async def _chunks(file: UploadFile) -> AsyncIterator[bytes]:
 async def submit(request: PageRequest, name: str, upload_id: str) -> ModelVersion:
     """Inspects and queues, with what the form says of the model; what can never be served does
     not keep its place on the disk."""
-    inputs = (await form_field(request, "inputs")).strip()
-    said = read_said(inputs or None, bool(await form_field(request, "accepts_loss")))
+    inputs: str | None = (await form_field(request, "inputs")).strip()
+    # A field that was empty from the start says nothing; one that was emptied says: no longer.
+    if not inputs and not await form_field(request, "had_inputs"):
+        inputs = None
+    said = read_said(inputs, bool(await form_field(request, "accepts_loss")))
     state = request.app.state
     organization_id = signed_in(request).principal.organization_id
     database: Database = state.database
@@ -115,9 +118,11 @@ async def _upload_page(
     if error is not None:
         inputs = await form_field(request, "inputs")
         accepts_loss = bool(await form_field(request, "accepts_loss"))
+        had_inputs = bool(await form_field(request, "had_inputs"))
     else:
         hints = await _last_hints(request, name)
         inputs, accepts_loss = show_inputs(hints.inputs), hints.accepts_loss
+        had_inputs = bool(inputs)
     return page(
         request,
         "uploads/upload.html",
@@ -125,6 +130,7 @@ async def _upload_page(
         name=name,
         inputs=inputs,
         accepts_loss=accepts_loss,
+        had_inputs=had_inputs,
         error=error.message if error else "",
         base_url=base_url(request),
         max_bytes=settings.max_upload_bytes,

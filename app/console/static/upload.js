@@ -134,9 +134,10 @@
   }
 
   async function createVersion(id) {
-    const { name, inputs, accepts_loss: loss } = form.elements;
+    const { name, inputs, accepts_loss: loss, had_inputs: hadInputs } = form.elements;
     const body = new URLSearchParams({ upload_id: id, name: name.value, inputs: inputs.value });
     if (loss.checked) body.set("accepts_loss", "on");
+    if (hadInputs) body.set("had_inputs", "on");
     const done = await send("POST", form.dataset.versions, body, { "HX-Request": "true" });
     return done.getResponseHeader("HX-Redirect");
   }

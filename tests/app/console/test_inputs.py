@@ -58,6 +58,19 @@ async def test_what_is_said_with_an_upload_is_kept_and_shown_for_the_next(
     )
 
 
+async def test_an_emptied_field_forgets_what_was_remembered(owned: Console, program: bytes) -> None:
+    page = (await owned.client.get("/console/upload?name=m")).text
+    assert "had_inputs" not in page
+    await upload(owned, program, inputs=INPUTS)
+    page = (await owned.client.get("/console/upload?name=m")).text
+    assert '<input type="hidden" name="had_inputs" value="on">' in page
+    refused = await upload(owned, program, inputs="ids: long[batch]", had_inputs="on")
+    assert '<input type="hidden" name="had_inputs" value="on">' in refused.text
+    await upload(owned, program, inputs="", had_inputs="on")
+    assert hints((await versions(owned))[1]) == BuildHints()
+    assert "had_inputs" not in (await owned.client.get("/console/upload?name=m")).text
+
+
 async def test_inputs_that_cannot_be_read_come_back_with_the_reason(
     owned: Console, program: bytes
 ) -> None:
@@ -80,8 +93,11 @@ async def test_a_build_that_asks_for_inputs_is_built_again_with_them(
     assert "What does version 1 take?" in page
     assert ">ids: int64[batch, tokens] in 0..49</textarea>" in page
 
-    refused = await owned.post(path, f"{path}/rebuild", inputs="ids int64")
+    assert 'name="had_inputs"' in page
+
+    refused = await owned.post(path, f"{path}/rebuild", inputs="ids int64", had_inputs="on")
     assert refused.status == 400
+    assert 'name="had_inputs"' in refused.text
     assert ">ids int64</textarea>" in refused.text
     assert "is not a name, a dtype and axes" in refused.text
 
