@@ -1,8 +1,8 @@
 """A form's process does what it is asked, and whatever happens there becomes a reason."""
 
-import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,10 +55,25 @@ def start(artifact_dir, tmp_path, monkeypatch) -> Iterator[object]:
 CALIBRATION = [[torch.rand(2, 1, 8, 8)]]
 
 
-def running(text: str) -> list[str]:
-    """Command lines of processes that contain `text`."""
-    listed = subprocess.run(["ps", "-eo", "args"], check=True, capture_output=True, text=True)
-    return [line for line in listed.stdout.splitlines() if text in line and "ps -eo" not in line]
+@pytest.fixture(autouse=True)
+def mark(monkeypatch) -> str:
+    """What every process that this test starts has in its environment."""
+    text = uuid.uuid4().hex
+    monkeypatch.setenv("CONTENDER_TEST", text)
+    return text
+
+
+def running(text: str, mark: str) -> list[str]:
+    """Command lines of this test's processes that contain `text`."""
+    found = []
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            arguments = (directory / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            if text in arguments and mark.encode() in (directory / "environ").read_bytes():
+                found.append(arguments)
+        except OSError:  # it has just ended
+            continue
+    return found
 
 
 def test_a_form_is_made_loaded_run_and_timed(start, artifact_dir):
@@ -104,14 +119,14 @@ def test_too_much_memory_is_an_error_of_the_form_alone(start):
         start("greedy", memory_bytes=2 * 2**30).make(16, CALIBRATION)
 
 
-def test_a_form_that_hangs_is_stopped_with_what_it_started(start, monkeypatch):
+def test_a_form_that_hangs_is_stopped_with_what_it_started(start, monkeypatch, mark):
     monkeypatch.setattr("runtime.building.contender_process.TICK_SECONDS", 0.2)
     contender = start("compiles", seconds=60)
     waited: list[float] = []
 
     def wait(seconds: float) -> None:
         waited.append(seconds)
-        if running("sleep 86397"):
+        if running("sleep 86397", mark):
             contender.until = time.monotonic()  # late from now on
 
     contender.on_wait = wait
@@ -119,20 +134,20 @@ def test_a_form_that_hangs_is_stopped_with_what_it_started(start, monkeypatch):
         contender.make(16, CALIBRATION)
     assert failure.value.fate == "out_of_time"
     assert waited == sorted(waited)
-    assert not running("sleep 86397")
-    assert not running("fake_contender")
+    assert not running("sleep 86397", mark)
+    assert not running("fake_contender", mark)
 
 
-def test_the_end_of_the_optimisation_is_the_end_of_its_contenders(start):
+def test_the_end_of_the_optimisation_is_the_end_of_its_contenders(start, mark):
     contender = start("compiles")
     place = contender._place
     question = Make(place=place, max_rows=1, calibration=[to_wire(each) for each in CALIBRATION])
     contender._connection.sendall(encode(question))
     deadline = time.monotonic() + 60
-    while not running("sleep 86397"):
+    while not running("sleep 86397", mark):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     contender._connection.close()  # as the kernel does when the process is killed
     contender._process.wait(10)
-    assert not running("sleep 86397")
-    assert not running("fake_contender")
+    assert not running("sleep 86397", mark)
+    assert not running("fake_contender", mark)
