@@ -17,7 +17,7 @@ from app.api.auth import bearer_principal
 from app.api.bodies import decode
 from app.api.compression import MIN_PACKED_BYTES, accepted_encoding, packed
 from app.api.health import problem_of
-from app.api.inference_v2_answers import infer_answer
+from app.api.inference_v2_answers import check_answer_values, infer_answer
 from app.api.inference_v2_models import (
     IndexEntry,
     IndexRequest,
@@ -28,8 +28,9 @@ from app.api.inference_v2_models import (
     model_statistics,
 )
 from app.api.inference_v2_requests import datatype_of, read_infer
+from app.api.json_answers import least_shapes, written
 from app.api.plain_response import PlainResponse
-from app.api.predict import run_prediction, schema_of
+from app.api.predict import run_prediction, schema_of, target_for
 from app.api.predict_bodies import convert, read_bytes
 from app.api.request_ids import exception_handlers, new_request_id
 from app.core.errors import Forbidden, NotImplementedHere, Unavailable
@@ -147,20 +148,22 @@ async def infer(
     request_id = new_request_id(request)
     principal = await bearer_principal(request)
     principal.require("inference")
-    target = _target(request, principal, name, version)
+    wanted = _wanted(name, version)
+    target, body = await target_for(request, principal, wanted, read_bytes)
     schema = schema_of(target, name)
     for spec in schema.outputs:
         datatype_of(spec)  # before anything is run
-    body = await read_bytes(request)
     header_length = request.headers.get(HEADER_LENGTH)
     asked = await convert(
         len(body), lambda: read_infer(body, header_length, target.manifest, schema)
     )
+    check_answer_values(asked.outputs, least_shapes(schema, asked.given), schema)
     predicted, _ = await run_prediction(
         request,
         principal,
         target,
         asked.given,
+        name=wanted,
         route="/v2/models/infer",
         request_id=request_id,
     )
@@ -178,7 +181,7 @@ async def infer(
         headers["content-encoding"] = encoding
         return packed(content, encoding)
 
-    content = await convert(sum(len(tensor.data) for tensor in predicted.outputs) * 4, answer)
+    content = await written(sum(len(tensor.data) for tensor in predicted.outputs) * 4, answer)
     media_type = "application/octet-stream" if HEADER_LENGTH in headers else "application/json"
     return PlainResponse(content, media_type, headers)
 
@@ -222,8 +225,12 @@ async def _reader(request: AnyRequest) -> Principal:
 
 def _target(request: AnyRequest, principal: Principal, name: str, version: str) -> Target:
     """Raises `NotFound`, `InvalidRequest` or `Unavailable`."""
-    wanted = f"{name}@{version}" if version else name
-    return cast(Fleet, request.app.state.fleet).resolve(principal, wanted)
+    return cast(Fleet, request.app.state.fleet).resolve(principal, _wanted(name, version))
+
+
+def _wanted(name: str, version: str) -> str:
+    """As `Fleet.resolve` wants it."""
+    return f"{name}@{version}" if version else name
 
 
 def _own_endpoints(fleet: Fleet, principal: Principal) -> list[EndpointView]:

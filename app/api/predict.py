@@ -3,28 +3,38 @@
 What bodies hold is `predict_bodies.py`'s, what answers look like `predict_answers.py`'s.
 """
 
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 from litestar import Request, Router, post
 from litestar.params import FromPath
 from litestar.response.base import ASGIResponse
 
 from app.api.auth import bearer_principal
+from app.api.json_answers import check_json_shapes, least_shapes, written
 from app.api.plain_response import PlainResponse
-from app.api.predict_answers import PredictAnswer, answer_bytes, answer_size, chosen_form
-from app.api.predict_bodies import Given, PredictRequest, convert, read_body
+from app.api.predict_answers import JSON, PredictAnswer, answer_bytes, answer_size, chosen_form
+from app.api.predict_bodies import Given, PredictRequest, read_body, receive
 from app.api.relay import Call, Relay
 from app.api.request_ids import exception_handlers, new_request_id
 from app.api.streaming import CancelledOnDisconnect
 from app.core.errors import InvalidRequest
-from app.deployments.fleet import Target
+from app.deployments.fleet import Fleet, Target
 from app.metering.records import Usage
 from app.organizations.principal import Principal
 from runtime.protocol import Predict, Predicted, Schema
 
 AnyRequest = Request[Any, Any, Any]
+T = TypeVar("T")
 
-__all__ = ["PredictAnswer", "PredictRequest", "router", "run_prediction", "schema_of"]
+__all__ = [
+    "PredictAnswer",
+    "PredictRequest",
+    "router",
+    "run_prediction",
+    "schema_of",
+    "target_for",
+]
 
 
 @post("/{name:str}/predict", status_code=200, summary="Run a tensor model")
@@ -36,18 +46,42 @@ async def predict(request: AnyRequest, name: FromPath[str]) -> ASGIResponse:
     request_id = new_request_id(request)
     principal = await bearer_principal(request)
     principal.require("inference")
-    target: Target = request.app.state.fleet.resolve(principal, name)
+    target, received = await target_for(request, principal, name, receive)
     schema = schema_of(target, name)
     form = chosen_form(request.headers.get("accept", ""), schema)
-    given = await read_body(request, target.manifest, schema)
+    given = await read_body(received, target.manifest, schema)
+    if form == JSON:
+        check_json_shapes(least_shapes(schema, given))
     predicted, usage = await run_prediction(
-        request, principal, target, given, route="/models/predict", request_id=request_id
+        request,
+        principal,
+        target,
+        given,
+        name=name,
+        route="/models/predict",
+        request_id=request_id,
     )
-    body = await convert(
+    body = await written(
         answer_size(form, predicted),
         lambda: answer_bytes(form, predicted, usage, target.manifest),
     )
     return PlainResponse(body, form, {"x-request-id": request_id})
+
+
+async def target_for(
+    request: AnyRequest,
+    principal: Principal,
+    name: str,
+    receive: Callable[[AnyRequest], Awaitable[T]],
+) -> tuple[Target, T]:
+    """The replica that is to answer, and the body. A replica may be replaced while a slow body
+    comes in, so it is chosen when that is here; what can be refused before is."""
+    fleet: Fleet = request.app.state.fleet
+    schema_of(fleet.resolve(principal, name), name)
+    received = await receive(request)
+    target = fleet.resolve(principal, name)
+    schema_of(target, name)
+    return target, received
 
 
 def schema_of(target: Target, name: str) -> Schema:
@@ -70,10 +104,13 @@ async def run_prediction(
     target: Target,
     given: Given,
     *,
+    name: str,
     route: str,
     request_id: str,
 ) -> tuple[Predicted, Usage]:
-    """Holds, runs, meters and settles. A client that leaves drops what has not begun."""
+    """Holds, runs, meters and settles, on another replica of `name` where the target is replaced
+    before it gets the request. A client that leaves drops what has not begun."""
+    fleet: Fleet = request.app.state.fleet
     relay: Relay = request.app.state.relay
     sent = Predict(
         request_id=request_id,
@@ -82,7 +119,13 @@ async def run_prediction(
         image=given.image,
         fairness_key=principal.organization_id,
     )
-    call = Call(principal=principal, target=target, route=route, request_id=request_id)
+    call = Call(
+        principal=principal,
+        target=target,
+        route=route,
+        request_id=request_id,
+        resolve=lambda: fleet.resolve(principal, name),
+    )
     prediction = relay.predict(call, sent)
     with CancelledOnDisconnect(request.receive, prediction):
         return await prediction

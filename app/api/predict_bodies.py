@@ -52,15 +52,30 @@ class Given(msgspec.Struct, frozen=True):
     image: bytes | None = None
 
 
+class Received(msgspec.Struct, frozen=True):
+    """A body that is here whole, and not looked into yet."""
+
+    media_type: str
+    content: bytes = b""
+    parts: dict[str, bytes] = {}  # of a form
+
+
 _decoder = msgspec.json.Decoder(PredictRequest)
 
 
-async def read_body(request: AnyRequest, manifest: Manifest, schema: Schema) -> Given:
-    """Raises `InvalidRequest`, `UnsupportedMediaType` or `TooLarge`."""
+async def receive(request: AnyRequest) -> Received:
+    """Waits for the body. Raises `InvalidRequest` or `TooLarge`."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == FORM:
-        return await _of_form(request, schema)
-    body = await read_bytes(request)
+        return Received(kind, parts=await _receive_parts(request))
+    return Received(kind, await read_bytes(request))
+
+
+async def read_body(received: Received, manifest: Manifest, schema: Schema) -> Given:
+    """Raises `InvalidRequest`, `UnsupportedMediaType` or `TooLarge`."""
+    kind, body = received.media_type, received.content
+    if kind == FORM:
+        return await _of_form(received.parts, schema)
     if kind in JSON:
         return await convert(len(body), lambda: of_json(decode(_decoder, body), manifest, schema))
     if kind == NPY:
@@ -159,8 +174,7 @@ def _of_npz(body: bytes, schema: Schema) -> list[Tensor]:
     return tensors.tensors_of_arrays(read_npz(body), schema)
 
 
-async def _of_form(request: AnyRequest, schema: Schema) -> Given:
-    """Parts by the inputs' names: npy files or lists in JSON; or one part that is an image."""
+async def _receive_parts(request: AnyRequest) -> dict[str, bytes]:
     try:
         form = await request.form()
     except UnicodeDecodeError:
@@ -173,6 +187,11 @@ async def _of_form(request: AnyRequest, schema: Schema) -> Given:
             parts[name] = await value.read() if isinstance(value, UploadFile) else value.encode()
     finally:
         await form.close()
+    return parts
+
+
+async def _of_form(parts: dict[str, bytes], schema: Schema) -> Given:
+    """Parts by the inputs' names: npy files or lists in JSON; or one part that is an image."""
     if len(parts) == 1 and takes_image(schema):
         (part,) = parts.values()
         if _is_image(part):

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
@@ -45,7 +45,8 @@ T = TypeVar("T")
 
 
 class Call(msgspec.Struct, frozen=True, kw_only=True):
-    """Who asks what of which replica. `is_stream`: the caller gets output as it is made."""
+    """Who asks what of which replica. `is_stream`: the caller gets output as it is made.
+    `resolve`: chooses a replica anew, should the target be replaced before it gets the request."""
 
     principal: Principal
     target: "Target"
@@ -54,6 +55,24 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     is_stream: bool = False
     request_id: str = msgspec.field(default_factory=lambda: new_id("req"))
     started_at_ns: int = msgspec.field(default_factory=time.time_ns)
+    resolve: "Callable[[], Target] | None" = None
+
+    def renewed(self) -> "Call":
+        """The same of a replica that takes requests now. Raises what `resolve` does, and
+        `Unavailable` where what was read for one program would go to another."""
+        old = self.target
+        if self.resolve is None or not (old.link.closed or old.link.is_draining):
+            return self
+        target = self.resolve()
+        new, known = target.manifest, old.manifest
+        if (new.schema, new.text) != (known.schema, known.text):
+            raise Unavailable(
+                f"Version {target.version_number} took the place of version {old.version_number} "
+                "while this request came in, and takes other inputs; try again.",
+                code="version_replaced",
+                retry_after_seconds=1,
+            )
+        return msgspec.structs.replace(self, target=target)
 
     def admit_record(self, rates: Rates, **counts: int) -> AdmitRecord:
         principal, target = self.principal, self.target
@@ -243,9 +262,14 @@ class Relay:
         rates = self._prices.rates(call.target.endpoint_name, call.service_class)
         max_device_ms = _max_device_ms(call.target, request)
         await self._hold(call, tensor_worst_case(rates, max_device_ms))
-        if prediction.is_cancelled:
+        try:
+            if prediction.is_cancelled:
+                raise client_left()
+            call = call.renewed()
+        except AppError:
             self._accounts.void(call.request_id)
-            raise client_left()
+            raise
+        prediction.link = call.target.link
         tally = Tally(call.admit_record(rates, max_device_ms=max_device_ms))
         self._journal.admit(tally.admitted)
         try:

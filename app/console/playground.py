@@ -10,7 +10,7 @@ from litestar import Response, Router, get, post
 from litestar.params import FromPath
 
 from app.api.labels import labels_of
-from app.api.predict import run_prediction, schema_of
+from app.api.predict import run_prediction, schema_of, target_for
 from app.api.tensors import array_of
 from app.console.playground_form import Field, fields_of, read_form
 from app.console.sessions import signed_in
@@ -62,13 +62,18 @@ async def run_playground(request: PageRequest, name: FromPath[str]) -> Response[
     """Runs what the form holds, and shows the answer below it; to htmx, the answer alone."""
     principal = signed_in(request).principal
     principal.require("inference")
-    target = _target(request, name)
-    form = await request.form()
+    target, form = await target_for(request, principal, name, lambda sent: sent.form())
     request_id = new_id("req")
     try:
         given = await read_form(form, target.manifest)
         predicted, usage = await run_prediction(
-            request, principal, target, given, route="/console/playground", request_id=request_id
+            request,
+            principal,
+            target,
+            given,
+            name=name,
+            route="/console/playground",
+            request_id=request_id,
         )
     except AppError as error:
         if error.status >= 500 or request.headers.get("hx-request"):

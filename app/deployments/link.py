@@ -88,7 +88,7 @@ class ReplicaLink:
         self._vocab_size = 0
         self._closed: asyncio.Future[str] = self._loop.create_future()
         self._num_received = 0
-        self._is_draining = False
+        self.is_draining = False
         self._is_false = False
         self._fatal = ""
         self._delivering = self._loop.create_task(self._deliver())
@@ -130,7 +130,7 @@ class ReplicaLink:
         was taken off, lets all finish and asks the worker to end. The caller bounds the time."""
         if grace_seconds:
             await asyncio.sleep(grace_seconds)
-        self._is_draining = True
+        self.is_draining = True
         await self._outstanding.wait_idle()
         self._send(Drain())
         await self.wait_closed()
@@ -231,7 +231,7 @@ class ReplicaLink:
         """The request's frame, if it may be sent."""
         if self.closed:
             raise self._lost()
-        if self._is_draining:
+        if self.is_draining:
             raise Unavailable(
                 "This replica is stopping; try again.", code="draining", retry_after_seconds=1
             )
