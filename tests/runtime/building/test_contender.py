@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from runtime.building.contender_messages import Make, Place, encode, to_wire
-from runtime.building.contender_process import ContenderFailure, ContenderProcess
+from runtime.building.contender_process import COMMAND, ContenderFailure, ContenderProcess
 from runtime.compiling.packaging import read_manifest
 from runtime.importing.exported import load_exported
 from tests.runtime.peer import make_tensor_artifact
@@ -90,6 +90,29 @@ def test_a_form_is_made_loaded_run_and_timed(start, artifact_dir):
     assert all(ms > 0 for ms in runs_ms)
     assert contender.turn(3, 0.0), "one run at least"
     assert 50 * 2**20 < contender.peak_bytes < 4 * 2**30
+
+
+def test_a_contender_needs_no_way_to_find_its_code_by_name(artifact_dir, tmp_path, monkeypatch):
+    """As in the sandbox, where the directory of a checkout on PYTHONPATH cannot be listed."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(torch.__file__).parents[1]))
+    manifest = read_manifest(artifact_dir)
+    assert manifest.schema is not None
+    place = Place(
+        artifact_dir=str(artifact_dir),
+        manifest=manifest,
+        form="eager",
+        directory=str(tmp_path),
+        device="cpu",
+        num_threads=1,
+    )
+    without_site = (sys.executable, "-S", *COMMAND[1:])  # so no editable install either
+    until = time.monotonic() + 60
+    contender = ContenderProcess(place, manifest.schema, until=until, command=without_site)
+    try:
+        contender.load()
+        assert len(contender.run([torch.rand(3, 1, 8, 8)])) == 1
+    finally:
+        contender.end()
 
 
 def test_wrong_questions_and_wrong_inputs_are_refused_and_the_process_goes_on(start):
