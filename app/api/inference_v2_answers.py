@@ -1,6 +1,7 @@
 """Answers of the Open Inference Protocol, version 2: JSON, with binary tensors after it where
 asked, or the greatest values of an output as text (the classification extension)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -8,6 +9,7 @@ import numpy as np
 
 from app.api import tensors
 from app.api.inference_v2_requests import LENGTH, Asked, WantedOutput, datatype_of
+from app.api.json_answers import check_json_values, json_of, num_values
 from runtime.protocol import Manifest, Predicted, Schema, Tensor, TensorSpec
 
 
@@ -36,9 +38,10 @@ _encoder = msgspec.json.Encoder()
 def infer_answer(
     asked: Asked, predicted: Predicted, manifest: Manifest, name: str, version: int
 ) -> tuple[bytes, int | None]:
-    """The body, and the length of its JSON where binary tensors follow."""
+    """The body, and the length of its JSON where binary tensors follow. Raises `TooLarge`."""
     schema = manifest.schema
     assert schema is not None, "only tensor programs predict"
+    check_answer_values(asked.outputs, [tensor.shape for tensor in predicted.outputs], schema)
     outputs: list[InferredOutput] = []
     chunks: list[bytes] = []
     for wanted in asked.outputs:
@@ -52,6 +55,23 @@ def infer_answer(
     return (b"".join((json, *chunks)), len(json)) if chunks else (json, None)
 
 
+def check_answer_values(
+    wanted: Sequence[WantedOutput], shapes: Sequence[Sequence[int]], schema: Schema
+) -> None:
+    """Raises `TooLarge` where outputs of these shapes are too many numbers, or texts of classes;
+    binary tensors have no bound but a frame's."""
+    total = 0
+    for each in wanted:
+        shape = shapes[each.index]
+        count = num_values(shape)
+        if each.num_classes:
+            num_rows = max(1, shape[0]) if schema.is_batched and shape else 1
+            total += num_rows * min(each.num_classes, count // num_rows)
+        elif not each.is_binary:
+            total += count
+    check_json_values(total)
+
+
 def _output(
     wanted: WantedOutput, tensor: Tensor, schema: Schema, labels: list[str]
 ) -> tuple[InferredOutput, bytes | None]:
@@ -63,7 +83,7 @@ def _output(
     if wanted.is_binary:
         parameters = {"binary_data_size": len(tensor.data)}
         return InferredOutput(tensor.name, datatype, tensor.shape, parameters), tensor.data
-    data = tensors.array_of(tensor).reshape(-1).tolist()
+    data = json_of(tensors.array_of(tensor).reshape(-1))
     return InferredOutput(tensor.name, datatype, tensor.shape, data=data), None
 
 

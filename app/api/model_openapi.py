@@ -9,7 +9,7 @@ from app.api.errors import ErrorBody, FlatErrorBody
 from app.api.inference_v2_requests import DATATYPES, shape_of
 from app.api.labels import MAX_LABELS, Label
 from app.api.npy import NPY, NPZ
-from app.api.predict_answers import PredictUsage
+from app.api.predict_answers import PredictUsage, complex_outputs
 from app.api.predict_bodies import FORM, IMAGES, MAX_TEXTS, RAW, takes_image
 from app.deployments.fleet import Target
 from runtime.protocol import Manifest, Schema, TensorSpec
@@ -32,7 +32,7 @@ ERRORS = {
     "401": "The API key is missing or not known",
     "402": "A spending limit or the credit is reached",
     "403": "The key may not call models",
-    "413": "The body is too large",
+    "413": "The body is too large, or what the model would answer",
     "415": "The body is of a kind that is not read here",
     "422": "The model failed on these inputs",
     "429": "Too many requests wait; `Retry-After` says how long to",
@@ -100,8 +100,9 @@ def _predict(manifest: Manifest, schema: Schema) -> Json:
     content |= {NPZ: {"schema": FILE}, FORM: {"schema": _form(schema)}}
     if takes_image(schema):
         content |= {media_type: {"schema": FILE} for media_type in IMAGES}
-    answer = {"schema": _answer(manifest, schema)}
-    answers: Json = {"application/json": answer, NPZ: {"schema": FILE}}
+    answers: Json = {NPZ: {"schema": FILE}}
+    if not complex_outputs(schema):
+        answers = {"application/json": {"schema": _answer(manifest, schema)}, **answers}
     if len(schema.outputs) == 1:
         answers[NPY] = {"schema": FILE}
     return {

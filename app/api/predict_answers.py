@@ -5,6 +5,7 @@ from typing import Any, Literal
 import msgspec
 
 from app.api import npy, tensors
+from app.api.json_answers import check_json_shapes, json_of, num_values
 from app.api.labels import Label, labels_of
 from app.core.errors import InvalidRequest
 from app.metering.records import Usage
@@ -50,21 +51,36 @@ def chosen_form(accept: str, schema: Schema) -> Form:
         raise InvalidRequest(
             f"This model has several outputs and an npy file holds one; ask for {NPZ}."
         )
+    if form == JSON and (names := complex_outputs(schema)):
+        arrays = NPY if len(schema.outputs) == 1 else NPZ
+        raise InvalidRequest(
+            f"The output {names[0]!r} is of complex numbers, which JSON cannot hold; ask for "
+            f"arrays (Accept: {arrays}).",
+            code="unsupported_datatype",
+        )
     return form
 
 
+def complex_outputs(schema: Schema) -> list[str]:
+    """Names of the outputs that JSON cannot hold."""
+    return [spec.name for spec in schema.outputs if spec.dtype.startswith("complex")]
+
+
 def answer_bytes(form: Form, predicted: Predicted, usage: Usage, manifest: Manifest) -> bytes:
-    """The answer's body."""
+    """The answer's body. Raises `TooLarge` where it has too many numbers for JSON, which a schema
+    with dynamic axes does not tell before the run."""
     if form == NPY:
         return npy.npy_of(predicted.outputs[0])
     if form == NPZ:
         return npy.npz_of(predicted.outputs)
-    outputs = {tensor.name: tensors.array_of(tensor).tolist() for tensor in predicted.outputs}
+    check_json_shapes(tensor.shape for tensor in predicted.outputs)
+    outputs = {tensor.name: json_of(tensors.array_of(tensor)) for tensor in predicted.outputs}
     used = PredictUsage(usage.device_ms, predicted.batch_rows, predicted.queue_ns)
     return _encoder.encode(PredictAnswer(outputs, used, labels_of(predicted, manifest)))
 
 
 def answer_size(form: Form, predicted: Predicted) -> int:
     """About how many bytes are to be made."""
-    num_bytes = sum(len(tensor.data) for tensor in predicted.outputs)
-    return num_bytes * 4 if form == JSON else num_bytes
+    if form == JSON:
+        return 20 * sum(num_values(tensor.shape) for tensor in predicted.outputs)
+    return sum(len(tensor.data) for tensor in predicted.outputs)

@@ -4,7 +4,7 @@ from typing import Any
 
 from litestar import Request, Response
 
-from app.api.errors import render_app_error
+from app.api.errors import render_app_error, render_unknown_error
 from app.core.errors import AppError
 from app.core.ids import new_id
 
@@ -29,4 +29,11 @@ def _app_error(request: AnyRequest, error: AppError) -> Response[Any]:
     return _named(request, render_app_error(request, error))
 
 
-exception_handlers: dict[int | type[Exception], Any] = {AppError: _app_error}
+def _unknown_error(request: AnyRequest, error: Exception) -> Response[Any]:
+    return _named(request, render_unknown_error(request, error))
+
+
+exception_handlers: dict[int | type[Exception], Any] = {
+    AppError: _app_error,
+    Exception: _unknown_error,
+}

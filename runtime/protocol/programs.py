@@ -50,6 +50,19 @@ class TensorSpec(Wire, frozen=True):
     pad_value: float = 0.0
     image: ImageInput | None = None  # of an input that takes encoded images too
 
+    def least_shape(self, num_rows: int | None, length: int) -> list[int]:
+        """Of an output: its sizes for so many rows (None: not batched), whose inputs have `length`
+        along the padded axis; each axis that these do not tell has its least size."""
+        sizes = []
+        for axis, size in enumerate(self.shape):
+            least = 0 if self.min_shape is None else self.min_shape[axis]
+            if axis == 0 and num_rows is not None:
+                least = num_rows
+            elif axis == self.padded_axis:
+                least = length
+            sizes.append(least if size is None else size)
+        return sizes
+
 
 class Schema(Wire, frozen=True):
     """What a tensor program takes and gives. `is_batched`: axis 0 of all of them is one dynamic
