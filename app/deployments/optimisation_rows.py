@@ -27,6 +27,7 @@ Cause = Literal["built", "asked", "environment"]
 OPTIMISATIONS_TOPIC = "optimisations"  # told that one is queued
 KINDS = ("tensor", "embedder")  # of models that have other forms than eager to choose from
 ACTIVE = ("queued", "running")
+PASSING = ("failed", "out_of_time")  # fates that may have had their reason in the box
 
 
 class Result(msgspec.Struct, frozen=True):
@@ -39,6 +40,14 @@ class Result(msgspec.Struct, frozen=True):
 
 def is_optimisable(manifest: Manifest) -> bool:
     return manifest.kind in KINDS
+
+
+def is_repeatable(receipt: BuildReceipt) -> bool:
+    """Whether looking again would find the same, so that the result may be reused: not where a
+    candidate's process failed or its time was over, which another moment may not repeat."""
+    eager = next((each for each in receipt.candidates if each.name == "eager"), None)
+    is_measured = eager is not None and bool(eager.p50_ms)
+    return is_measured and not any(each.fate in PASSING for each in receipt.candidates)
 
 
 async def enqueue(session: AsyncSession, version: ModelVersion, cause: Cause) -> Optimisation:
@@ -130,10 +139,10 @@ async def find_cached(session: AsyncSession, cache_key: str) -> Optimisation | N
 
 
 async def put_in_force(
-    session: AsyncSession, row: Optimisation, cache_key: str, result: Result, note: str = ""
+    session: AsyncSession, row: Optimisation, cache_key: str | None, result: Result, note: str = ""
 ) -> None:
     """The version gets the result in this transaction, and what it had is kept to go back to.
-    Raises `CancelledError` if the row is not running any more."""
+    Without a key nobody reuses it. Raises `CancelledError` if the row is not running any more."""
     is_done = await change_status(
         session,
         OPTIMISATIONS,

@@ -160,7 +160,8 @@ class Optimiser(Jobs[Optimisation]):
             self._reading.discard(artifact.id)
         accepts_loss = version_hints(version).accepts_loss
         check_optimised(optimised, manifest, accepts_loss)
-        await self._adopt(row, manifest, key, optimised, output_dir, writer)
+        kept_key = key if optimisation_rows.is_repeatable(optimised.receipt) else None
+        await self._adopt(row, manifest, kept_key, optimised, output_dir, writer)
         self._note(row, f"[optimised: {optimised.manifest.form} serves]")
         self._announce()
 
@@ -206,7 +207,7 @@ class Optimiser(Jobs[Optimisation]):
         self,
         row: Optimisation,
         before: Manifest,
-        key: str,
+        key: str | None,
         optimised: Optimised,
         output_dir: Path,
         writer: ProgressWriter,
@@ -241,7 +242,7 @@ class Optimiser(Jobs[Optimisation]):
         return True
 
     async def _put_in_force(
-        self, row: Optimisation, key: str, result: Result, note: str = ""
+        self, row: Optimisation, key: str | None, result: Result, note: str = ""
     ) -> None:
         async def record() -> None:
             async with self._database.write() as session:

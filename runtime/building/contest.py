@@ -147,12 +147,9 @@ def report_all(
     outcome: Outcome,
     known_eager: CandidateReport | None,
 ) -> list[CandidateReport]:
-    """One report each, exactly one chosen. `known_eager` is the build's, for when eager could not
-    be measured again."""
-    if eager.name in outcome.measured:
-        base = _report(eager, outcome)
-    else:
-        base = known_eager or _report(eager, outcome)
+    """One report each, exactly one chosen. Eager was measured; `known_eager` is the build's report
+    of it."""
+    base = _report(eager, outcome)
     known_ms = 0.0
     if known_eager is not None and course.manifest.kind == "embedder":
         known_ms = known_eager.device_ms_max  # its build timed the longest run there is
@@ -253,7 +250,7 @@ def _settle(
 
 def _eager_reason(eager: Candidate, others: Sequence[Candidate], outcome: Outcome) -> str:
     if eager.fate is not None:
-        return f"The program as uploaded. It could not be measured again: {eager.reason}"
+        return f"The program as uploaded. It was not measured to the end: {eager.reason}"
     if outcome.best != eager.name:
         return f"The program as uploaded; {outcome.best} is faster."
     if not others:

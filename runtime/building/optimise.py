@@ -29,6 +29,7 @@ from runtime.compiling.packaging import (
     write_manifest,
 )
 from runtime.compiling.programs import load_program
+from runtime.importing.program import ImportFailure
 from runtime.importing.tensor_program import TensorProgram
 from runtime.protocol import BuildReceipt, Manifest, Optimise, Optimised
 from runtime.proving.candidate_cases import Cases, draw_cases
@@ -56,7 +57,7 @@ def optimise(
     command: Sequence[str] = COMMAND,
 ) -> Optimised:
     """`output_dir` becomes a whole artifact. Raises `ImportFailure` or `ArtifactError` when the
-    artifact cannot be loaded, and `OSError`."""
+    artifact cannot be loaded or nothing be measured of it, and `OSError`."""
     started = time.monotonic()
     with reporter.phase("load") as report:
         report(0.0, "loading the program")
@@ -71,6 +72,9 @@ def optimise(
     _exclude(course, receipt, others)
     try:
         outcome = _run(course, program, makers, eager, others, room_bytes, request, reporter)
+        if eager.name not in outcome.measured:
+            why = eager.reason or "There was no time left."
+            raise ImportFailure("nothing_measured", f"Nothing could be measured. {why}")
         known = next((each for each in receipt.candidates if each.name == eager.name), None)
         reports = report_all(course, eager, others, outcome, known)
     finally:

@@ -365,6 +365,9 @@ def optimise(wire: Wire, message: Optimise, script: dict[str, Any]) -> None:
             for name, milliseconds in (("eager", 1.0), ("quick", 0.5))
         ],
     )
+    if script.get("fate"):
+        slow = CandidateReport(name="slow", is_chosen=False, reason="", fate=script["fate"])
+        receipt = msgspec.structs.replace(receipt, candidates=[*receipt.candidates, slow])
     (output / "program.json").write_bytes(msgspec.json.encode(manifest))
     (output / "made_by").write_text(str(os.getpid()))
     if script.get("broken"):

@@ -277,6 +277,24 @@ async def test_the_same_file_again_is_not_measured_again(box: Box) -> None:
     assert "optimising" in log_of(box, other)
 
 
+@pytest.mark.parametrize("fate", ["failed", "out_of_time", "differs"])
+@pytest.mark.parametrize("form", ["quick", "eager"])
+async def test_what_another_moment_may_not_repeat_is_not_reused(
+    box: Box, script: Script, form: str, fate: str
+) -> None:
+    script["build"] = {"optimise": {"form": form, "fate": fate}}
+    first = await box.version("first", content=b"one")
+    await start(box)
+    made = await optimised(box, first)
+    assert made.status == "done"
+    is_repeatable = fate == "differs"
+    assert (made.cache_key is not None) == is_repeatable
+    same = await box.version("second", content=b"one")
+    again = await optimised(box, same)
+    assert again.status == "done"
+    assert ("optimising" in log_of(box, same)) != is_repeatable
+
+
 async def test_what_an_owner_accepts_is_part_of_the_key(box: Box) -> None:
     first = await box.version("first")
     await start(box)

@@ -20,6 +20,7 @@ from runtime.building.optimise import max_rows_of, optimise
 from runtime.building.reporter import OPTIMISE_STARTS, Reporter
 from runtime.compiling.forms import Form, environment, form_directory
 from runtime.compiling.packaging import read_manifest, read_receipt, write_manifest
+from runtime.importing.program import ImportFailure
 from runtime.protocol import (
     LENGTH,
     BuildFailed,
@@ -196,12 +197,16 @@ def test_a_lossy_form_wins_where_the_owner_accepts_it(run):
     assert any("as the owner accepts" in note for note in optimised.receipt.notes)
 
 
-def test_without_time_nothing_is_tried_and_eager_stays(run):
-    optimised = run(Form("fast"), budget_seconds=0.0)
-    reports = by_name(optimised)
-    assert reports["fast"].fate == "out_of_time"
-    assert reports["eager"].is_chosen
-    assert reports["eager"].device_ms_max == 9.0, "the build's figures bound the hold"
+def test_where_not_even_eager_can_be_measured_nothing_was_found(run):
+    with pytest.raises(ImportFailure, match="It was not done after") as caught:
+        run(Form("fast"), budget_seconds=0.0)
+    assert caught.value.error.code == "nothing_measured"
+
+
+def test_where_contenders_do_not_start_nothing_was_found(run, monkeypatch):
+    monkeypatch.setattr(f"{__name__}.FAKE", Path("/nonexistent.py"))
+    with pytest.raises(ImportFailure, match="Its process ended by itself"):
+        run(Form("fast"))
 
 
 def test_forms_run_beside_eager_as_many_at_once_as_memory_allows():
