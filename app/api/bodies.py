@@ -1,11 +1,14 @@
-"""Request bodies: decoded against a schema, with errors that name the field."""
+"""Request bodies: decoded against a schema, with errors that name the field; and forms."""
 
 import re
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
+from litestar import Request
+from litestar.datastructures import FormMultiDict
+from litestar.exceptions import ClientException
 
-from app.core.errors import InvalidRequest
+from app.core.errors import InvalidRequest, TooLarge
 
 T = TypeVar("T")
 _AT = re.compile(r"^(?P<problem>.*) - at `\$\.?(?P<path>.*)`$", re.DOTALL)
@@ -21,6 +24,29 @@ def decode(decoder: "msgspec.json.Decoder[T]", body: bytes) -> T:
         raise InvalidRequest(message, param=param) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from None
+
+
+async def receive_form(request: Request[Any, Any, Any]) -> FormMultiDict:
+    """The form, whoever made it. Raises `InvalidRequest` or `TooLarge`."""
+    try:
+        return await request.form()
+    except (LookupError, ValueError):  # of a charset that there is not, or of bytes not in it
+        raise InvalidRequest(
+            "A part of the form without a file name must be text in UTF-8."
+        ) from None
+    except ClientException as error:
+        if error.status_code != 400:
+            raise
+        if "Large" in error.detail:  # the framework's word for the number of parts, too
+            limit = request.app.multipart_form_part_limit
+            raise TooLarge(
+                f"The form has more than {limit:,} parts or too long headers; send one part for "
+                "each field."
+            ) from None
+        raise InvalidRequest(
+            "The form is no multipart/form-data that can be read: send it with the boundary that "
+            "its Content-Type names, and every part whole."
+        ) from None
 
 
 def describe(error: msgspec.ValidationError) -> tuple[str, str | None]:

@@ -14,7 +14,7 @@ from litestar.enums import RequestEncodingType
 from litestar.params import FromPath, FromQuery
 
 from app.api.auth import allowed, authenticated, dependencies
-from app.api.bodies import decode
+from app.api.bodies import decode, receive_form
 from app.api.model_view import ModelList, ModelState, VersionState, read_models, read_version
 from app.core.database import Database
 from app.core.errors import InvalidRequest, Unprocessable
@@ -203,7 +203,7 @@ async def _version(
 async def _receive_form(request: AnyRequest, principal: Principal) -> tuple[NewVersion, Said]:
     """The upload made of a form's file, and what is said of it."""
     uploads: UploadStore = request.app.state.uploads
-    form = await request.form()
+    form = await receive_form(request)
     try:
         inputs = _form_text(form.get("inputs"), "inputs")
         said = read_said(inputs, _form_truth(form.get("accepts_loss"), "accepts_loss"))

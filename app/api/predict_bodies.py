@@ -15,7 +15,7 @@ from litestar import Request
 from litestar.datastructures import UploadFile
 
 from app.api import tensors
-from app.api.bodies import decode
+from app.api.bodies import decode, receive_form
 from app.api.compression import unpacked
 from app.api.npy import NPY, NPZ, read_npy, read_npz
 from app.core.errors import InvalidRequest, UnsupportedMediaType
@@ -175,10 +175,7 @@ def _of_npz(body: bytes, schema: Schema) -> list[Tensor]:
 
 
 async def _receive_parts(request: AnyRequest) -> dict[str, bytes]:
-    try:
-        form = await request.form()
-    except UnicodeDecodeError:
-        raise InvalidRequest("A part without a file name must be JSON in UTF-8.") from None
+    form = await receive_form(request)
     try:
         parts: dict[str, bytes] = {}
         for name, value in form.multi_items():

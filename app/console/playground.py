@@ -9,6 +9,7 @@ import msgspec
 from litestar import Response, Router, get, post
 from litestar.params import FromPath
 
+from app.api.bodies import receive_form
 from app.api.labels import labels_of
 from app.api.predict import run_prediction, schema_of, target_for
 from app.api.tensors import array_of
@@ -62,7 +63,7 @@ async def run_playground(request: PageRequest, name: FromPath[str]) -> Response[
     """Runs what the form holds, and shows the answer below it; to htmx, the answer alone."""
     principal = signed_in(request).principal
     principal.require("inference")
-    target, form = await target_for(request, principal, name, lambda sent: sent.form())
+    target, form = await target_for(request, principal, name, receive_form)
     request_id = new_id("req")
     try:
         given = await read_form(form, target.manifest)

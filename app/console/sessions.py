@@ -12,6 +12,7 @@ from urllib.parse import quote, urlsplit
 from litestar import Response
 from litestar.datastructures import Cookie
 
+from app.api.bodies import receive_form
 from app.console.templating import PageRequest
 from app.core.errors import AppError, Forbidden, Unauthenticated
 from app.core.security import new_token
@@ -87,7 +88,7 @@ def signed_in(request: PageRequest) -> SignedIn:
 
 async def form_field(request: PageRequest, name: str) -> str:
     """A text field of the sent form; empty when missing or a file."""
-    value: Any = (await request.form()).get(name, "")
+    value: Any = (await receive_form(request)).get(name, "")
     return value if isinstance(value, str) else ""
 
 

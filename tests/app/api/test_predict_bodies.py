@@ -132,7 +132,7 @@ async def test_a_form_of_parts(box: Box) -> None:
         wrong: list[tuple[list[tuple[str, Any]], str]] = [
             ([("x", (None, "[1")), ("k", (None, "[1]"))], "neither an npy file nor JSON"),
             ([("x", (None, "[[1,2]]")), ("x", (None, "[[1,2]]"))], "comes twice"),
-            ([("x", (None, b"\xff\xfe"))], "must be JSON in UTF-8"),
+            ([("x", (None, b"\xff\xfe"))], "must be text in UTF-8"),
             ([("x", ("x.png", PNG, "image/png"))], "no input that images fit"),
         ]
         for parts, words in wrong:
@@ -141,6 +141,29 @@ async def test_a_form_of_parts(box: Box) -> None:
         headers = {"content-type": "multipart/form-data; boundary=b"}
         response = await http.post("/models/doubler/predict", content=b"--c\r\n", headers=headers)
         assert response.status_code == 400
+
+
+def part(name: str, content: bytes, *more: str) -> bytes:
+    headers = [f'Content-Disposition: form-data; name="{name}"', *more]
+    return b"--b\r\n" + "\r\n".join(headers).encode() + b"\r\n\r\n" + content + b"\r\n"
+
+
+async def test_forms_that_cannot_be_read(box: Box) -> None:
+    charsets = ["nope", "rot13", "undefined", "idna"]
+    bodies = [
+        part("x", b"[[1, \xff]]", f"Content-Type: text/plain; charset={name}") + b"--b--\r\n"
+        for name in charsets
+    ]
+    wrong = [(body, 400, "must be text in UTF-8") for body in bodies]
+    crowd = b"".join(part(f"x{number}", b"1") for number in range(1001)) + b"--b--\r\n"
+    wrong.append((crowd, 413, "more than 1,000 parts"))
+    wrong.append((part("x", b"[[1, 2]]"), 400, "every part whole"))
+    wrong.append((b"--b\r\nX: y\r\n\r\n1\r\n--b--\r\n", 400, "every part whole"))
+    async with box.http() as http:
+        headers = {"content-type": "multipart/form-data; boundary=b"}
+        for body, status, words in wrong:
+            response = await http.post("/models/doubler/predict", content=body, headers=headers)
+            assert (response.status_code, words in message(response)) == (status, True), body[:200]
 
 
 async def test_an_image_goes_to_the_worker_as_it_came(box: Box) -> None:
