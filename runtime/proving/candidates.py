@@ -38,7 +38,8 @@ class Loss(msgspec.Struct, frozen=True):
     @property
     def is_bounded(self) -> bool:
         """Whether it is one that an owner may accept."""
-        return self.error <= MOST_LOSS and (self.agreement or 1.0) >= LEAST_AGREEMENT
+        agreement = 1.0 if self.agreement is None else self.agreement
+        return self.error <= MOST_LOSS and agreement >= LEAST_AGREEMENT
 
     def describe(self) -> str:
         """In plain words."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from runtime.importing.exported import ExportedProgramModel, load_exported
 from runtime.proving.candidate_cases import Cases, draw_cases
-from runtime.proving.candidates import MOST_LOSS, CandidateProof, Run, prove_candidate
+from runtime.proving.candidates import MOST_LOSS, CandidateProof, Loss, Run, prove_candidate
 from runtime.proving.inputs import find_inputs
 from tests.runtime.importing.programs import Classifier, Digits, export, export_digits
 
@@ -147,6 +147,11 @@ def test_what_a_lossy_form_loses_is_measured_and_bounded(module, cases):
     large = lossy(0.5)
     assert not large.loss.is_bounded
     assert large.loss.error > MOST_LOSS
+
+
+@pytest.mark.parametrize(("agreement", "is_bounded"), [(None, True), (1.0, True), (0.0, False)])
+def test_agreement_in_nothing_is_no_bounded_loss(agreement, is_bounded):
+    assert Loss(0.0, agreement).is_bounded is is_bounded
 
 
 def test_integer_outputs_are_equal_or_not(tmp_path):
