@@ -38,18 +38,22 @@ def model_row(model: dict[str, Any]) -> list[str]:
         version["status"],
         manifest.get("kind", ""),
         serving,
-        form_cell(manifest, version.get("optimisation")),
+        form_cell(version),
     ]
 
 
-def form_cell(manifest: dict[str, Any], optimisation: dict[str, Any] | None) -> str:
-    """The form that serves and what it gained, or how far the search for a faster one is."""
-    form: str = manifest.get("form", "")
+def form_cell(version: dict[str, Any]) -> str:
+    """The form that serves (where nothing does, that would) and what it gained, or how far the
+    search for a faster one is."""
+    manifest: dict[str, Any] = version["manifest"] or {}
+    chosen: str = manifest.get("form", "")
+    form: str = version["serving_form"] or chosen
+    optimisation: dict[str, Any] | None = version["optimisation"]
     if optimisation is None:
         return form
     if optimisation["status"] in ("queued", "running"):
         return f"{form}, optimising {optimisation['progress']:.0%}"
-    if form == "eager" or optimisation["speed_up"] is None:
+    if form != chosen or form == "eager" or optimisation["speed_up"] is None:
         return form
     return f"{form}, {optimisation['speed_up']:.1f}x"
 

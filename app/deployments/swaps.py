@@ -78,7 +78,8 @@ class Swaps:
         self._serving = serving
         self._confirm_seconds = confirm_seconds
         self._began_at = now()
-        self._known_foreign: set[str] = set()  # artifacts whose form does not hold here
+        # (version, artifact) whose form does not hold here. Versions may share an artifact.
+        self._known_foreign: set[tuple[str, str]] = set()
 
     async def look(self, in_use: Collection[str]) -> None:
         """One look at all replicas; artifacts `in use` by others are kept."""
@@ -124,11 +125,11 @@ class Swaps:
 
     async def _replace_foreign(self, desired: Desired) -> None:
         """Its worker serves eager, because the form that was chosen does not hold there. Once for
-        each artifact. One that was made since this app began is taken back: looking again would
-        find the same. For any other, the box has changed."""
-        if desired.artifact_id in self._known_foreign:
+        each version and artifact. A form that was made since this app began is taken back: looking
+        again would find the same. For any other, the box has changed."""
+        mark = (desired.version_id, desired.artifact_id)
+        if mark in self._known_foreign:
             return
-        self._known_foreign.add(desired.artifact_id)
         async with self._database.write() as session:
             await optimisation_rows.distrust(session, desired.artifact_id)
             made = await session.scalar(
@@ -146,6 +147,7 @@ class Swaps:
             await self._take_back(made, FOREIGN)
         elif self._settings.optimise:
             await self._queue_again(desired.version_id)
+        self._known_foreign.add(mark)  # now that it is written; else the next look tries again
 
     def _is_fresh(self, row: Optimisation) -> bool:
         has_run = row.id not in self.reused

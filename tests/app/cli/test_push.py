@@ -131,19 +131,22 @@ def test_it_says_why_there_is_no_faster_form(state: dict[str, Any], why: str) ->
 
 
 @pytest.mark.parametrize(
-    ("form", "state", "cell"),
+    ("form", "serving", "state", "cell"),
     [
-        ("", {"optimisation": None}, ""),
-        ("eager", {"optimisation": None}, "eager"),
-        ("eager", attempt(), "eager, optimising 50%"),
-        ("eager", attempt(status="done", speed_up=1.0), "eager"),
-        ("onnxruntime", attempt(status="done", speed_up=3.21), "onnxruntime, 3.2x"),
+        ("", "", {"optimisation": None}, ""),
+        ("eager", "", {"optimisation": None}, "eager"),
+        ("eager", "eager", attempt(), "eager, optimising 50%"),
+        ("eager", "eager", attempt(status="done", speed_up=1.0), "eager"),
+        ("onnxruntime", "", attempt(status="done", speed_up=3.21), "onnxruntime, 3.2x"),
+        ("onnxruntime", "onnxruntime", attempt(status="done", speed_up=3.21), "onnxruntime, 3.2x"),
+        ("onnxruntime", "eager", attempt(status="done", speed_up=3.21), "eager"),
     ],
 )
-def test_the_list_of_models_shows_form_and_speed_up(
-    form: str, state: dict[str, Any], cell: str
+def test_the_list_of_models_shows_the_form_that_serves_and_its_speed_up(
+    form: str, serving: str, state: dict[str, Any], cell: str
 ) -> None:
-    assert form_cell({"form": form}, state["optimisation"]) == cell
+    manifest = {"form": form} if form else None
+    assert form_cell({**state, "manifest": manifest, "serving_form": serving}) == cell
 
 
 def test_inputs_that_nobody_could_read_are_refused_before_anything_is_sent(tmp_path: Path) -> None:

@@ -2,13 +2,17 @@
 answer."""
 
 import asyncio
+from typing import Any
 
 import msgspec
 import pytest
 from sqlalchemy import select, update
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.core.clock import now
 from app.core.ids import new_id
+from app.deployments import optimisation_rows
 from app.organizations.principal import Principal
 from app.registry.tables import Artifact, ModelVersion, Optimisation
 from runtime.protocol import Predict, Tensor
@@ -224,6 +228,53 @@ async def test_a_changed_environment_has_it_optimised_again(
     assert second.cause == "environment"
     assert first.cache_key is None
     await until(lambda: forms(box) == ["quick"])
+
+
+async def test_each_of_the_versions_that_share_an_artifact_is_optimised_again(
+    box: Box, owner: Principal, version: ModelVersion, script: Script
+) -> None:
+    await box.optimiser.ask(version.id)
+    await until(lambda: forms(box) == ["quick"])
+    made = await box.read(version)
+    twin = await box.deployed("twin", manifest=TENSOR)
+    async with box.database.write() as session:
+        row = await session.get_one(ModelVersion, twin.id)
+        row.artifact_id, row.manifest = made.artifact_id, made.manifest
+    await until(lambda: forms(box) == ["quick", "quick"])
+    script["worker"] = {"only_eager": True}
+    await end(box)
+    await box.fleet.start()
+    await until(lambda: forms(box) == ["eager", "eager"])
+    script["worker"] = {}
+    await begin(box)
+    await until(lambda: forms(box) == ["quick", "quick"])
+    again = [row.version_id for row in await attempts(box) if row.cause == "environment"]
+    assert sorted(again) == sorted([version.id, twin.id])
+
+
+async def test_what_could_not_be_written_about_a_foreign_form_is_tried_again(
+    box: Box, owner: Principal, version: ModelVersion, script: Script, monkeypatch: Any
+) -> None:
+    await box.optimiser.ask(version.id)
+    await until(lambda: forms(box) == ["quick"])
+    script["worker"] = {"only_eager": True}
+    await end(box)
+    await box.fleet.start()
+    await until(lambda: forms(box) == ["eager"])
+    distrust, num_calls = optimisation_rows.distrust, 0
+
+    async def fail_once(session: AsyncSession, artifact_id: str) -> None:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 1:
+            raise OperationalError("UPDATE", None, Exception("database is locked"))
+        await distrust(session, artifact_id)
+
+    monkeypatch.setattr(optimisation_rows, "distrust", fail_once)
+    script["worker"] = {}
+    await begin(box)
+    await until(lambda: forms(box) == ["quick"])
+    assert num_calls == 2
 
 
 async def test_a_new_form_that_does_not_hold_in_a_worker_is_taken_back(
