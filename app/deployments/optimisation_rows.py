@@ -16,6 +16,7 @@ from sqlalchemy.orm import defer
 from app.core.clock import now
 from app.core.errors import Conflict
 from app.core.ids import new_id
+from app.deployments import job_rows
 from app.deployments.acceptance import read_receipt, receipt_json
 from app.deployments.job_rows import OPTIMISATIONS, begin, change_status
 from app.registry.service import named_artifacts
@@ -27,6 +28,11 @@ Cause = Literal["built", "asked", "environment"]
 OPTIMISATIONS_TOPIC = "optimisations"  # told that one is queued
 KINDS = ("tensor", "embedder")  # of models that have other forms than eager to choose from
 ACTIVE = ("queued", "running")
+MAX_INTERRUPTIONS = 2
+INTERRUPTED = (
+    "The box went down twice while this ran, so it is not tried again by itself. What was built "
+    "serves on. If the box ran out of memory, limit TAPEOUT_BUILD_MEMORY before you ask again."
+)
 PASSING = ("failed", "out_of_time")  # fates that may have had their reason in the box
 
 
@@ -126,6 +132,27 @@ async def claim(session: AsyncSession, answering: Collection[str]) -> Optimisati
         begin(row, OPTIMISATIONS)
         row.started_at = now()
     return row
+
+
+async def requeue_interrupted(session: AsyncSession) -> None:
+    """Those of an app that ended without a word begin anew, but for one that ran when that
+    happened before: it may be what takes the box down."""
+    is_running = Optimisation.status == OPTIMISATIONS.running
+    num_interruptions = Optimisation.num_interruptions + 1
+    await session.execute(
+        update(Optimisation).where(is_running).values(num_interruptions=num_interruptions)
+    )
+    await session.execute(
+        update(Optimisation)
+        .where(is_running, Optimisation.num_interruptions >= MAX_INTERRUPTIONS)
+        .values(
+            status="failed",
+            error_code="interrupted",
+            error_message=INTERRUPTED,
+            finished_at=now(),
+        )
+    )
+    await job_rows.requeue_interrupted(session, OPTIMISATIONS)
 
 
 async def find_cached(session: AsyncSession, cache_key: str) -> Optimisation | None:

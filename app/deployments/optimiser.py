@@ -84,7 +84,7 @@ class Optimiser(Jobs[Optimisation]):
         """Queues again what a dead app was doing, and begins. Called after the builder's start,
         which clears up."""
         async with self._database.write() as session:
-            await job_rows.requeue_interrupted(session, OPTIMISATIONS)
+            await optimisation_rows.requeue_interrupted(session)
         self._swapping = asyncio.create_task(self._watch_swaps(), name="swaps")
         if self._settings.optimise:
             self._begin()

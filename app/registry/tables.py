@@ -85,7 +85,8 @@ class Optimisation(Base):
 
     `artifact_id`, `manifest` and `receipt` are the result, which other versions of the same
     `cache_key` reuse; no artifact: what was built is the fastest. The columns `base_*` are what
-    served before, kept to go back to until the result has answered.
+    served before, kept to go back to until the result has answered. `num_interruptions` is how
+    often the app ended without a word while it ran.
     """
 
     __tablename__ = "optimisation"
@@ -109,6 +110,7 @@ class Optimisation(Base):
     base_artifact_id: Mapped[str | None] = mapped_column(ForeignKey("artifact.id"))
     base_manifest: Mapped[dict[str, Any] | None]
     base_receipt: Mapped[dict[str, Any] | None]
+    num_interruptions: Mapped[int] = mapped_column(default=0, server_default="0")
     created_at: Mapped[datetime]
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]

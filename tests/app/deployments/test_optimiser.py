@@ -10,6 +10,7 @@ import pytest
 from sqlalchemy import delete, select, update
 
 from app.core.errors import Conflict
+from app.deployments import optimisation_rows
 from app.deployments.logs import build_log_name, read_log
 from app.deployments.optimisation_view import OptimisationView, read_optimisations
 from app.registry.service import delete_model, remove_files
@@ -253,6 +254,35 @@ async def test_a_restart_begins_it_anew(box: Box, script: Script) -> None:
     box.optimiser = box.new_optimiser()
     await box.optimiser.start()
     assert (await optimised(box, version)).status == "done"
+
+
+async def test_one_that_takes_the_box_down_is_not_tried_for_ever(box: Box, script: Script) -> None:
+    script["build"] = {"seconds": 60}
+    version = await box.deployed(manifest=TENSOR)
+    await start(box)
+    await box.optimiser.ask(version.id)
+    for _ in range(3):  # stopping the app is no interruption
+        await until(lambda: bool(box.optimiser._running))
+        await box.optimiser.close()
+        box.optimiser = box.new_optimiser()
+        await box.optimiser.start()
+    for status in ("queued", "failed"):
+        await box.optimiser.close()
+        async with box.database.write() as session:
+            await session.execute(update(Optimisation).values(status="running"))
+        async with box.database.write() as session:  # as the start of an app does
+            await optimisation_rows.requeue_interrupted(session)
+        assert [row.status for row in await attempts(box, version)] == [status]
+    (row,) = await attempts(box, version)
+    assert (row.error_code, row.finished_at is not None) == ("interrupted", True)
+    assert (await view_of(box, version)).error is not None
+    assert (await box.read(version)).status == "ready"
+    # And again, for who asks.
+    script["build"] = {}
+    box.optimiser = box.new_optimiser()
+    await box.optimiser.start()
+    await box.optimiser.ask(version.id)
+    assert (await optimised(box, version, 2)).status == "done"
 
 
 async def test_the_same_file_again_is_not_measured_again(box: Box) -> None:
