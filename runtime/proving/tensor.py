@@ -60,7 +60,7 @@ def prove_tensor(
     makers = find_inputs(model)
     _check_state(model, versions)
     checks = [_check_outputs(model, makers), _check_repeat(model, makers[0])]
-    is_repeatable = checks[-1].is_equal
+    is_as_declared, is_repeatable = (check.is_equal for check in checks)
     warnings = constant_warnings(model, makers[0])
     notes: list[str] = []
     if not is_repeatable:
@@ -68,7 +68,13 @@ def prove_tensor(
             "The program gives different answers to the same input (it draws random numbers): "
             "nothing could be proved about it, and requests run one at a time."
         )
-    is_batched = model.schema.is_batched and is_repeatable
+    if not is_as_declared:
+        notes.append(
+            f"The program's outputs are not those that its file declares ({checks[0].detail}): "
+            "nothing could be proved about it, and requests run one at a time. Correct what the "
+            "file says of its outputs."
+        )
+    is_batched = model.schema.is_batched and is_repeatable and is_as_declared
     max_rows = 1
     if is_batched:
         limits = [spec.max_shape[0] for spec in model.schema.inputs if spec.max_shape]
@@ -94,7 +100,7 @@ def prove_tensor(
         schema = schema if padding is None else padding.apply(schema)
     _check_state(model, versions)
     report(1.0, f"{sum(check.is_equal for check in checks)} of {len(checks)} checks hold")
-    verdict: Verdict = "equal" if is_repeatable else "unproved"
+    verdict: Verdict = "equal" if is_repeatable and is_as_declared else "unproved"
     return TensorProof(
         verdict=verdict,
         checks=checks,
@@ -134,6 +140,10 @@ def _check_outputs(model: TensorProgram, makers: list[InputMaker]) -> Check:
                     is_equal=False,
                     detail=f"{spec.name!r} has shape {list(output.shape)}, not {spec.shape}",
                 )
+            if output.dtype is not getattr(torch, spec.dtype):
+                dtype = str(output.dtype).removeprefix("torch.")
+                detail = f"{spec.name!r} has dtype {dtype}, not {spec.dtype}"
+                return Check(name="outputs", is_equal=False, detail=detail)
             num_not_finite += int((~output.isfinite()).sum())
     detail = f"shapes and dtypes as declared, for {len(makers)} choices of sizes"
     if num_not_finite:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from torch import nn
@@ -101,6 +102,22 @@ def test_randomness_is_unproved_and_unbatched(path):
     assert proof.verdict == "unproved"
     assert not proof.is_batched
     assert failed(proof) == ["repeat"]
+
+
+@pytest.mark.parametrize("what", ["shape", "dtype"])
+def test_outputs_that_are_not_as_declared_leave_a_program_unproved(path, what):
+    model = load_exported(export_digits(path))
+    run = model.run
+    if what == "dtype":
+        model.run = lambda inputs: [output.double() for output in run(inputs)]
+    else:
+        output = msgspec.structs.replace(model.schema.outputs[0], shape=[None, 7])
+        model.schema = msgspec.structs.replace(model.schema, outputs=[output])
+    proof = prove_tensor(model, 16)
+    assert proof.verdict == "unproved"
+    assert not proof.is_batched
+    assert failed(proof) == ["outputs"]
+    assert "Correct what the file says" in proof.notes[0]
 
 
 @pytest.mark.parametrize("kind", ["buffer", "parameter", "constant"])
