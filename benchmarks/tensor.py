@@ -30,7 +30,7 @@ import numpy as np
 
 from benchmarks.gateway import percentile
 from benchmarks.processes import Server, running
-from benchmarks.tensor_models import WORKLOADS, Workload, as_json, npy
+from benchmarks.tensor_models import WORKLOADS, Workload, as_json, npy, npz
 
 TAPEOUT = str(Path(sys.executable).with_name("tapeout"))
 PEER_DIRECTORY = Path(__file__).with_name("peers")
@@ -39,6 +39,7 @@ FIRST_PORT = 8720
 ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "2"}
 CONCURRENCIES = (1, 32)
 LARGE_ROWS = 32  # of a request, to compare with a batch in process
+LARGE_CONCURRENCY = 4
 
 Inputs = dict[str, np.ndarray]
 
@@ -68,6 +69,12 @@ def tapeout_route(workload: Workload) -> Route:
     if workload.is_binary:
         return Route(path, "application/x-npy", lambda inputs: npy(inputs["image"]))
     return Route(path, "application/json", as_json)
+
+
+def large_route(workload: Workload) -> Route:
+    """Many rows are sent as they lie in memory."""
+    path = f"/models/{workload.name}/predict"
+    return Route(path, "application/x-npz", npz)
 
 
 def litserve_route(workload: Workload) -> Route:
@@ -240,7 +247,7 @@ async def run_rounds(
     workload: Workload, servers: dict[str, tuple[Server, Route]], rounds: int, seconds: float
 ) -> dict[tuple[str, int], list[Load]]:
     """Loads by server and concurrency; 0 stands for requests of `LARGE_ROWS` rows, of Tapeout."""
-    small, large = workload.requests(), workload.requests(LARGE_ROWS)[:8]
+    small, large = workload.requests(), workload.requests(LARGE_ROWS, 8)
     results: dict[tuple[str, int], list[Load]] = {}
     for number in range(rounds):
         names = list(servers)[:: -1 if number % 2 else 1]
@@ -251,9 +258,9 @@ async def run_rounds(
                 done = await turn(server, route, requests, concurrency, seconds)
                 results.setdefault((name, concurrency), []).append(done)
                 print(f"  round {number + 1}: {name}, {concurrency} at once: {brief(done)}")
-        server, route = servers["Tapeout"]
+        server, route = servers["Tapeout"][0], large_route(workload)
         requests = [prepared(route, inputs) for inputs in large]
-        done = await turn(server, route, requests, 2, seconds)
+        done = await turn(server, route, requests, LARGE_CONCURRENCY, seconds)
         results.setdefault(("Tapeout", 0), []).append(done)
         print(f"  round {number + 1}: Tapeout, {LARGE_ROWS} rows a request: {brief(done)}")
     return results

@@ -45,15 +45,21 @@ class Workload:
         partial.rename(path)
         return path
 
-    def requests(self, rows: int = 1) -> list[dict[str, np.ndarray]]:
-        """The inputs of `NUM_REQUESTS` requests, always the same."""
+    def requests(self, rows: int = 1, number: int = NUM_REQUESTS) -> list[dict[str, np.ndarray]]:
+        """The inputs of that many requests, always the same."""
         source = random.Random(7)
-        return [self.rows(source, rows) for _ in range(NUM_REQUESTS)]
+        return [self.rows(source, rows) for _ in range(number)]
 
 
 def npy(array: np.ndarray) -> bytes:
     file = io.BytesIO()
     np.save(file, array)
+    return file.getvalue()
+
+
+def npz(inputs: dict[str, np.ndarray]) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, **inputs)
     return file.getvalue()
 
 

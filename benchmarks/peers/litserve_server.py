@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 MAX_BATCH_ROWS = 32
-BATCH_SECONDS = 0.005
+BATCH_SECONDS = 0.002
 NUM_THREADS = 2
 
 
