@@ -35,6 +35,7 @@ DATATYPES = {
 }
 MAX_ID_CHARS = 256
 MAX_RANK = 32
+MAX_SIZE = 2**63  # of an axis
 LENGTH = struct.Struct("<I")  # before each element of BYTES
 Parameters = dict[str, Any]
 
@@ -198,8 +199,7 @@ def _tensor(
     is_widened = given.datatype == "BF16" and spec.dtype == "float32"
     if given.datatype != datatype and not is_widened:
         raise _wrong(where, f"is of datatype {given.datatype[:20]!r}; {spec.name!r} is {datatype}")
-    if len(given.shape) > MAX_RANK or any(size < 0 for size in given.shape):
-        raise _wrong(where, f"has a shape that no data has: {given.shape[:MAX_RANK]}")
+    _check_sizes(given.shape, where)
     tensors.check_shape(given.shape, spec, schema)
     num_items = math.prod(given.shape)
     if chunk is None:
@@ -220,6 +220,13 @@ def _tensor(
     return Tensor(name=spec.name, dtype=spec.dtype, shape=given.shape, data=chunk)
 
 
+def _check_sizes(shape: list[int], where: str) -> None:
+    """Before anything is multiplied: integers in JSON may have thousands of digits."""
+    if len(shape) > MAX_RANK or not all(0 <= size < MAX_SIZE for size in shape):
+        shown = tensors.shown_shape(shape[:MAX_RANK])
+        raise _wrong(where, f"has a shape that no data has: {shown}")
+
+
 def _texts(
     inputs: list[InferInput], chunks: list[bytes | None], manifest: Manifest
 ) -> list[list[str]]:
@@ -228,9 +235,12 @@ def _texts(
         raise InvalidRequest("A BYTES input must be the only one: its texts make all the others.")
     (given,), (chunk,) = inputs, chunks
     shape = given.shape
+    _check_sizes(shape, "inputs[0]")
     texts = _strings(given.data) if chunk is None else _unpacked_texts(chunk)
     if not 1 <= len(shape) <= 2 or any(size < 1 for size in shape):
-        raise _wrong("inputs[0]", f"has shape {shape[:MAX_RANK]}; texts are [rows] or [rows, 2]")
+        raise _wrong(
+            "inputs[0]", f"has shape {tensors.shown_shape(shape)}; texts are [rows] or [rows, 2]"
+        )
     if math.prod(shape) != len(texts):
         raise _wrong("inputs[0]", f"holds {len(texts):,} texts; its shape is {shape}")
     width = shape[1] if len(shape) == 2 else 1

@@ -6,10 +6,12 @@ sent or allowed. Which arrays a model takes is `tensors.py`'s.
 
 import io
 import math
+import re
 import zipfile
 import zlib
 from collections.abc import Sequence
 from tokenize import TokenError
+from urllib.parse import quote
 
 import numpy as np
 
@@ -24,6 +26,7 @@ MAX_MEMBERS = 256
 MAX_UNPACKED_BYTES = MAX_FRAME_BYTES
 # What Python's own parser of literals says about a header that is none.
 _UNREADABLE = (TokenError, SyntaxError, RecursionError, MemoryError)
+_UPWARDS = re.compile(r"(^|[/\\])\.\.?([/\\]|$)|^[/\\]|^[A-Za-z]:")
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
@@ -45,7 +48,7 @@ def read_npy(body: bytes, what: str = "The body") -> Array:
         if len(data) != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"its header announces {list(shape)} of {dtype}"[:200])
         return np.frombuffer(data, dtype).reshape(shape, order="F" if is_fortran else "C")
-    except (*_UNREADABLE, ValueError, KeyError, TypeError) as error:
+    except (*_UNREADABLE, ValueError, LookupError, TypeError, OverflowError) as error:
         raise InvalidRequest(f"{what} is not an npy file: {error}.", param="inputs") from None
 
 
@@ -102,8 +105,15 @@ def npz_of(tensors: Sequence[Tensor]) -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         for tensor in tensors:
-            archive.writestr(f"{tensor.name}.npy", npy_of(tensor))
+            archive.writestr(f"{member_name(tensor.name)}.npy", npy_of(tensor))
     return file.getvalue()
+
+
+def member_name(name: str) -> str:
+    """The tensor's name, percent-encoded where it could be a path that leads out of the directory
+    in which somebody unpacks the file, or is no text to show."""
+    is_plain = name.isprintable() and "%" not in name and not _UPWARDS.search(name)
+    return name if is_plain else quote(name, safe="").replace(".", "%2E")
 
 
 def _not_npz(problem: str) -> InvalidRequest:

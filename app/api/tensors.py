@@ -15,6 +15,7 @@ from runtime.protocol import Schema, Tensor, TensorSpec
 
 Array = np.ndarray[Any, np.dtype[Any]]
 NUMBERS_ONLY = "must hold numbers only (no text, null or nested objects)"
+MAX_SHOWN_CHARS = 200  # of a shape that somebody sent
 _NUMBERS = frozenset({bool, int, float})
 
 
@@ -114,20 +115,27 @@ def tensor_of(array: Array, spec: TensorSpec, schema: Schema) -> Tensor:
 
 def check_shape(shape: list[int], spec: TensorSpec, schema: Schema) -> None:
     """Raises `InvalidRequest` unless the input takes this shape."""
+    shown = shown_shape(shape)
     wanted = "[" + ", ".join("any" if axis is None else str(axis) for axis in spec.shape) + "]"
     if len(shape) != len(spec.shape):
         is_row = schema.is_batched and len(shape) == len(spec.shape) - 1
         hint = "; put one more list around it, for a batch of one" if is_row else ""
-        raise _wrong(spec, f"has shape {shape}, but the model takes {wanted}{hint}")
+        raise _wrong(spec, f"has shape {shown}, but the model takes {wanted}{hint}")
     for axis, (size, fixed) in enumerate(zip(shape, spec.shape, strict=True)):
         if fixed is not None and size != fixed:
-            raise _wrong(spec, f"has shape {shape}, but the model takes {wanted}")
+            raise _wrong(spec, f"has shape {shown}, but the model takes {wanted}")
         least = spec.min_shape[axis] if spec.min_shape else 1
         most = spec.max_shape[axis] if spec.max_shape else None
         if size < least:
             raise _wrong(spec, f"has {size} at axis {axis}, but the model takes at least {least}")
         if most is not None and size > most:
             raise _wrong(spec, f"has {size} at axis {axis}, but the model takes at most {most}")
+
+
+def shown_shape(shape: list[int]) -> str:
+    """As a refusal repeats it."""
+    text = str(shape)
+    return text if len(text) <= MAX_SHOWN_CHARS else f"{text[:MAX_SHOWN_CHARS]}…"
 
 
 def cast_to(array: Array, spec: TensorSpec) -> Array:

@@ -7,6 +7,7 @@ from runtime.protocol import ImageInput, Schema, TensorSpec, TextInput
 
 MAX_TENSORS = 256
 MAX_DIMENSIONS = 32
+MAX_NAME_CHARS = 1_000
 MAX_SIDE = 16_384  # pixels
 MAX_LABELS = 100_000
 MAX_TEXT_TOKENS = 1_000_000
@@ -22,6 +23,8 @@ def check_schema(schema: Schema) -> None:
         names = {spec.name for spec in specs}
         if not specs or len(specs) > MAX_TENSORS or len(names) != len(specs):
             raise NotAcceptable("its schema lists no tensors, too many, or one twice")
+        if not all(0 < len(name) <= MAX_NAME_CHARS for name in names):
+            raise NotAcceptable("a tensor of its schema has no name, or one that is too long")
         for spec in specs:
             _check_shape(spec)
             _check_range(spec)

@@ -308,6 +308,8 @@ WRONG: list[tuple[Any, str]] = [
     (changed(0, shape=[-1, 2]), "a shape that no data has"),
     (changed(0, shape=[5, 2]), "at most 4"),
     (changed(0, shape=[2] * 40), "a shape that no data has"),
+    (changed(0, shape=[10**4000, 10**4000]), "a shape that no data has"),
+    (changed(0, shape=[2**62] * 32), "the model takes [any, 2]"),
     (changed(0, shape=[1, 2]), "holds 4 values; its shape needs 2"),
     (changed(0, shape="2, 2"), "inputs[0].shape"),
     (changed(0, data=["a"] * 4), "numbers only"),
@@ -335,6 +337,7 @@ async def test_bad_requests_are_named(box: Box) -> None:
             response = await http.post(url, json=body)
             assert response.status_code == 400, (body, response.text)
             assert words in response.json()["error"], response.text
+            assert len(response.text) < 1_000
         response = await http.post(url, content=b"{")
         assert (response.status_code, "JSON" in response.json()["error"]) == (400, True)
         assert (await http.get("/api/usage")).json()["rows"] == []

@@ -14,11 +14,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from app.api.npy import MAX_UNPACKED_BYTES, read_npz
+from app.api.npy import MAX_UNPACKED_BYTES, member_name, npz_of, read_npy, read_npz
 from app.api.tensors import tensors_of_bytes
 from app.billing.service import set_spending_limit
 from app.core.errors import InvalidRequest, TooLarge
-from runtime.protocol import ImageInput, Manifest, Predict, Schema, TensorSpec, TextInput
+from runtime.protocol import ImageInput, Manifest, Predict, Schema, Tensor, TensorSpec, TextInput
 from tests.app.api.conftest import ORGANIZATION, Box
 from tests.app.api.scripted_worker import TENSOR
 
@@ -291,6 +291,39 @@ def test_npz_files_that_are_none() -> None:
     with pytest.raises(TooLarge, match="unpacked"):
         read_npz(bomb())
     np.testing.assert_array_equal(read_npz(whole)["x"], X)
+
+
+HEADERS = [
+    "{'descr': (), 'fortran_order': False, 'shape': (1,)}",
+    "{'descr': [()], 'fortran_order': False, 'shape': (1,)}",
+    "{'descr': '<f4', 'fortran_order': False, 'shape': (0, 9223372036854775808)}",
+    "{'descr': ('<f4', (9223372036854775808,)), 'fortran_order': False, 'shape': (0,)}",
+    "{'descr': '<f4', 'fortran_order': False, 'shape': 1}",
+]
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_headers_of_npy_files_that_describe_nothing(header: str) -> None:
+    body = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode()
+    with pytest.raises(InvalidRequest, match="not an npy file"):
+        read_npy(body)
+
+
+def test_names_of_outputs_lead_nowhere_when_unpacked() -> None:
+    names = ["../../etc/passwd", "/root/x", "a/../b", "..", "C:\\x", "\\x", "%2E", "a\0b", "a\nb"]
+    encoded = [member_name(name) for name in names]
+    assert encoded[0] == "%2E%2E%2F%2E%2E%2Fetc%2Fpasswd"
+    for name in encoded:
+        assert not {"/", "\\", ":", "\0", "\n"} & set(name), name
+        assert not name.startswith(".")
+    assert len(set(encoded)) == len(names)
+    plain = ["logits", "output:0", "layer.0/add", "état", "...x", "a b"]
+    assert [member_name(name) for name in plain] == plain
+    ones = [
+        Tensor(name=name, dtype="float32", shape=[1], data=bytes(4)) for name in (names[0], "y")
+    ]
+    with np.load(io.BytesIO(npz_of(ones))) as file:
+        assert set(file) == {encoded[0], "y"}
 
 
 def test_broken_npz_files_are_refused_whatever_is_broken() -> None:

@@ -216,6 +216,8 @@ def test_what_a_schema_says_beyond_shapes(manifest: Manifest) -> None:
     ("manifest", "words"),
     [
         (batched(replace(PIXELS, minimum=1.0, maximum=0.0)), "range without values"),
+        (batched(replace(PIXELS, name="")), "has no name"),
+        (batched(replace(PIXELS, name="x" * 1_001)), "too long"),
         (batched(replace(PIXELS, image=replace(IMAGE, height=5))), "do not fit"),
         (batched(replace(PIXELS, image=replace(IMAGE, channels=2))), "there is not"),
         (batched(replace(PIXELS, image=replace(IMAGE, std=[0.0] * 3))), "there is not"),
