@@ -11,8 +11,9 @@ import torch
 
 from runtime.importing.tensor_program import TensorProgram
 from runtime.protocol import Schema
-from runtime.proving.comparing import Outputs
+from runtime.proving.comparing import Outputs, take_rows
 from runtime.proving.inputs import InputMaker
+from runtime.proving.neighbours import neighbours
 from runtime.proving.reference import Tolerance, find_tolerance
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ WIDE_FACTOR = 4.0
 
 Report = Callable[[float, str], None]
 Inputs = list[torch.Tensor]
+Neighbours = Sequence[tuple[str, Inputs]]
 
 
 class Case(msgspec.Struct, frozen=True):
@@ -47,6 +49,7 @@ class Cases(msgspec.Struct, frozen=True):
     generated: list[Case]
     examples: list[Case]  # of the owner
     is_batched: bool
+    neighbours: Neighbours = []  # one row each, that rows must not feel
 
     @property
     def rows(self) -> Case:
@@ -74,7 +77,12 @@ def draw_cases(
             known += _cases(program, [("example", inputs)], ())
         except Exception:  # an example is a stranger's as well
             logger.info("an example does not run", exc_info=True)
-    return Cases(generated, known, schema.is_batched and max_rows > 1)
+    cases = Cases(generated, known, schema.is_batched and max_rows > 1)
+    if not cases.is_batched:
+        return cases
+    row, another = (take_rows(cases.rows.inputs, [at]) for at in (0, -1))
+    beside = [(name, other) for name, other, _ in neighbours(program, row, another, schema.inputs)]
+    return msgspec.structs.replace(cases, neighbours=beside)
 
 
 def _draw(

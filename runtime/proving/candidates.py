@@ -9,7 +9,7 @@ import msgspec
 import torch
 
 from runtime.protocol import Check
-from runtime.proving.candidate_cases import Case, Cases
+from runtime.proving.candidate_cases import Case, Cases, Neighbours
 from runtime.proving.comparing import (
     Outputs,
     compare,
@@ -89,7 +89,7 @@ def prove_candidate(
     sound = [_repeat_check(run, rows, mine, may_lose)]
     if cases.is_batched:
         sound.append(_alone_check(run, rows, mine, may_lose))
-        sound.append(_neighbours_check(run, rows, mine, may_lose))
+        sound.append(_neighbours_check(run, rows, cases.neighbours, mine, may_lose))
     errors = [check.error for check in checks if check.tolerance == 1.0]
     return CandidateProof(
         checks=[msgspec.structs.replace(check, form=name) for check in [*checks, *sound]],
@@ -205,19 +205,33 @@ def _alone_check(run: Run, case: Case, found: Outputs, may_lose: bool) -> Check:
     return _own_check("batch and single", detail, case, mine, together, may_lose)
 
 
-def _neighbours_check(run: Run, case: Case, found: Outputs, may_lose: bool) -> Check:
-    """The middle row beside rows full of NaN, or, of integers, beside other rows."""
-    inputs = [tensor.clone() for tensor in case.inputs]
+def _neighbours_check(
+    run: Run, case: Case, neighbours: Neighbours, found: Outputs, may_lose: bool
+) -> Check:
+    """The middle row beside rows that all are such a neighbour; the worst of them is told."""
     middle = case.num_rows // 2
-    for tensor in inputs:
-        other = tensor[:1].clone()
-        if tensor.is_floating_point() or tensor.is_complex():
-            other.fill_(math.nan)
-        tensor[:middle] = other
-        tensor[middle + 1 :] = other
-    beside = take_rows(run(inputs), [middle])
-    detail = "a row beside rows of NaN, against itself beside others"
-    return _own_check("neighbours", detail, case, take_rows(found, [middle]), beside, may_lose)
+    mine = take_rows(found, [middle])
+    checks = []
+    for name, row in neighbours:
+        others = [
+            torch.cat(
+                [
+                    tensor.expand_as(own[:middle]),
+                    own[middle : middle + 1],
+                    tensor.expand_as(own[middle + 1 :]),
+                ]
+            )
+            for own, tensor in zip(case.inputs, row, strict=True)
+        ]
+        beside = take_rows(run(others), [middle])
+        detail = f"a row beside rows of {name}, against itself beside others"
+        checks.append(_own_check("neighbours", detail, case, mine, beside, may_lose))
+    worst = max(checks, key=lambda check: math.inf if check.error is None else check.error)
+    if worst.is_equal:
+        names = ", ".join(name for name, _ in neighbours)
+        detail = f"a row beside rows of each of {names}; error in multiples of what is allowed"
+        return msgspec.structs.replace(worst, detail=detail)
+    return worst
 
 
 def _own_check(

@@ -118,6 +118,17 @@ def test_rows_that_feel_their_neighbours_nan_are_found(module, cases):
     assert not proof.is_sound
 
 
+def test_rows_of_a_form_that_feel_large_neighbours_are_found(module, cases):
+    def run(inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        with torch.inference_mode():
+            largest = inputs[0].nan_to_num(0, 0, 0).abs().amax()
+            return [module(inputs[0]) * torch.where(largest > 1e3, 0.0, 1.0)]
+
+    proof = prove(run, cases)
+    assert "neighbours" in {check.name for check in proof.checks if not check.is_equal}
+    assert not proof.is_sound
+
+
 def test_noise_of_a_form_is_found_by_repeating(module, cases):
     generator = torch.Generator().manual_seed(0)
 

@@ -80,6 +80,40 @@ def test_a_row_that_depends_on_its_neighbours_is_never_batched(path, strength):
     assert "requests run one at a time" in proof.notes[0]
 
 
+class Gated(nn.Module):
+    """A planted fault: rows feel each other as soon as one of them is large."""
+
+    def __init__(self, most: float) -> None:
+        super().__init__()
+        self.most = most
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        largest = x.double().nan_to_num(0, 0, 0).abs().amax()
+        return x * torch.where(largest > self.most, 0, 1).to(x.dtype)
+
+
+@pytest.mark.parametrize("most", [100.0, 1e9])
+def test_coupling_that_only_large_values_open_is_found(path, most):
+    proof = prove(export(path, Gated(most), torch.randn(2, 4)))
+    assert not proof.is_batched
+    assert "neighbours" in failed(proof)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+def test_coupling_that_only_large_integers_open_is_found(path, dtype):
+    proof = prove(export(path, Gated(99.0), torch.randint(0, 2, (2, 4)).to(dtype)))
+    assert not proof.is_batched
+    assert "neighbours" in failed(proof)
+
+
+def test_coupling_at_the_end_of_a_declared_range_is_found(path):
+    model = load_exported(export(path, Gated(4999.0), torch.randint(0, 2, (2, 4))))
+    spec = msgspec.structs.replace(model.schema.inputs[0], minimum=0.0, maximum=5000.0)
+    model.schema = msgspec.structs.replace(model.schema, inputs=[spec])
+    # Rows alone hold the ends of the range as well: only one beside them shows it.
+    assert not prove_tensor(model, 16).is_batched
+
+
 def test_sorting_across_the_batch_is_found(path):
     class Sorted(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
