@@ -121,20 +121,21 @@ def _page(
 
 def _result(predicted: Predicted, usage: Usage, manifest: Manifest) -> Result:
     labels = labels_of(predicted, manifest)
-    shown = [_shown(tensor) for tensor in predicted.outputs]
+    outputs = [shown(tensor) for tensor in predicted.outputs]
     if labels:
         bars = [(best.label, f"{best.score:.1%}", int(best.score * 1000)) for best in labels[0]]
-        shown[0] = msgspec.structs.replace(shown[0], bars=bars)
+        outputs[0] = msgspec.structs.replace(outputs[0], bars=bars)
     return Result(
         request_id=usage.admitted.request_id,
-        outputs=shown,
+        outputs=outputs,
         device_ms=usage.device_ms,
         batch_rows=predicted.batch_rows,
         queue_ms=predicted.queue_ns / 1e6,
     )
 
 
-def _shown(tensor: Tensor) -> Shown:
+def shown(tensor: Tensor) -> Shown:
+    """An output as text, cut where there is much of it; and as bars, where it is a short row."""
     array = array_of(tensor)
     size = " \N{MULTIPLICATION SIGN} ".join(map(str, tensor.shape)) or "one number"
     if array.size > MAX_SHOWN_NUMBERS:
@@ -142,8 +143,9 @@ def _shown(tensor: Tensor) -> Shown:
         text += str(array.ravel()[:MAX_SHOWN_NUMBERS].tolist())
     else:
         text = str(array.tolist())
-    row: list[Number] = array.reshape(-1, array.shape[-1])[0].tolist() if array.ndim else []
-    is_short = array.ndim == 2 and 2 <= len(row) <= 4 * MAX_BARS and tensor.dtype != "bool"
+    row: list[Number] = array[0].tolist() if array.ndim == 2 and len(array) else []
+    # Of truths and complex numbers none is the greatest.
+    is_short = 2 <= len(row) <= 4 * MAX_BARS and array.dtype.kind in "iuf"
     return Shown(
         name=tensor.name,
         about=f"{tensor.dtype}, {size}",
@@ -159,9 +161,9 @@ def _bars(row: list[Any]) -> list[tuple[str, str, int]]:
     if not known:
         return []
     most, least = known[0][0], min(0, known[-1][0])
-    span = (most - least) or 1
+    span = (most / 2 - least / 2) or 1  # of halves, which do not overflow
     return [
-        (str(index), f"{value:.4g}", max(0, int(1000 * (value - least) / span)))
+        (str(index), f"{value:.4g}", max(0, int(1000 * ((value / 2 - least / 2) / span))))
         for value, index in known[:MAX_BARS]
     ]
 

@@ -161,6 +161,8 @@ def _value(spec: TensorSpec, form: Any) -> Any:
         return msgspec.json.decode(text)
     except msgspec.DecodeError as error:
         raise InvalidRequest(f"{spec.name} is not JSON: {error}.", param=spec.name) from None
+    except RecursionError:
+        raise InvalidRequest(f"{spec.name} is nested too deeply.", param=spec.name) from None
 
 
 def _number(spec: TensorSpec, text: str) -> Any:
@@ -170,7 +172,12 @@ def _number(spec: TensorSpec, text: str) -> Any:
         number = float(text)
     except ValueError:
         raise InvalidRequest(f"{spec.name}: {text[:40]!r} is no number.", param=spec.name) from None
-    return int(number) if number.is_integer() else number
+    if not number.is_integer() or abs(number) > 2**64:
+        return number
+    try:
+        return int(text)  # a float keeps 53 bits of it
+    except ValueError:  # 1.0, or 1e3
+        return int(number)
 
 
 def _nested(numbers: list[Any], shape: list[int]) -> Any:

@@ -3,11 +3,14 @@
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
+from app.console.playground import MAX_BARS, shown
 from app.console.playground_form import fields_of, read_form
 from app.core.errors import InvalidRequest
-from runtime.protocol import ImageInput, Manifest, Schema, TensorSpec, TextInput
+from runtime.protocol import ImageInput, Manifest, Schema, Tensor, TensorSpec, TextInput
+from tests.app.console.conftest import ORIGIN, Console
 
 LOGITS = TensorSpec(name="logits", dtype="float32", shape=[None, 10])
 GREY = ImageInput(height=8, width=8, channels=1, is_channels_first=True)
@@ -55,9 +58,52 @@ async def test_json_is_taken_as_it_is_and_refused_in_plain_words() -> None:
     given = await read_form(sent, manifest_of(TABLE))
     assert given.inputs is not None
     assert given.inputs[0].shape == [2, 4]
-    for text, complaint in (("", "Give x its numbers"), ("[1,", "x is not JSON")):
+    wrong = [
+        ("", "Give x its numbers"),
+        ("[1,", "x is not JSON"),
+        ("[" * 100_000, "x is nested too deeply"),
+    ]
+    for text, complaint in wrong:
         with pytest.raises(InvalidRequest, match=complaint):
             await read_form({"x": text}, manifest_of(TABLE))
+
+
+async def test_whole_numbers_keep_every_digit() -> None:
+    ids = TensorSpec(name="ids", dtype="int64", shape=[None, 3])
+    form = {"ids:0": "9007199254740993", "ids:1": "-9223372036854775808", "ids:2": "1e3"}
+    given = await read_form(form, manifest_of(ids))
+    assert given.inputs is not None
+    numbers = np.frombuffer(given.inputs[0].data, "<i8").tolist()
+    assert numbers == [2**53 + 1, -(2**63), 1000]
+    with pytest.raises(InvalidRequest, match="ids must hold"):
+        await read_form(form | {"ids:2": "9" * 5_000}, manifest_of(ids))
+
+
+def tensor_of(values: Any, dtype: str) -> Tensor:
+    array = np.array(values, dtype)
+    return Tensor(name="y", dtype=dtype, shape=list(array.shape), data=array.tobytes())
+
+
+def test_whatever_a_model_answers_can_be_shown() -> None:
+    bars = shown(tensor_of([[1.0, 3.0, 2.0]], "float32")).bars
+    assert bars == [("1", "3", 1000), ("2", "2", 666), ("0", "1", 333)]
+    none = [
+        tensor_of(np.zeros((2, 0)), "float32"),
+        tensor_of(np.zeros((0, 3)), "float32"),
+        tensor_of(np.zeros((2, 3, 0)), "float32"),
+        tensor_of([[1 + 2j, 2]], "complex64"),
+        tensor_of([[True, False]], "bool"),
+        tensor_of([[np.nan, np.nan]], "float32"),
+        tensor_of([[[1.0, 2.0]]], "float32"),
+        tensor_of(1.0, "float64"),
+    ]
+    for tensor in none:
+        assert shown(tensor).bars == []
+    assert shown(none[0]).text == "[[], []]"
+    widest = shown(tensor_of([[1.7e308, -1.7e308]], "float64")).bars
+    assert [bar for *_, bar in widest] == [1000, 0]
+    many = tensor_of([list(range(3 * MAX_BARS))], "uint64")
+    assert len(shown(many).bars) == MAX_BARS
 
 
 async def test_lines_are_rows_of_texts_or_pairs() -> None:
@@ -67,3 +113,14 @@ async def test_lines_are_rows_of_texts_or_pairs() -> None:
     assert given.texts == [["How tall?", "It is high."], ["Alone"]]
     with pytest.raises(InvalidRequest, match="at least one line"):
         await read_form({"texts": " \n"}, manifest)
+
+
+async def test_a_form_in_no_charset_is_refused_in_words(owned: Console) -> None:
+    head = b'--b\r\nContent-Disposition: form-data; name="csrf_token"\r\n'
+    body = head + b"Content-Type: text/plain; charset=nope\r\n\r\nabc\r\n--b--\r\n"
+    headers = {"Origin": ORIGIN, "Content-Type": "multipart/form-data; boundary=b"}
+    answer = await owned.client.post(
+        "/console/models/digits/playground", content=body, headers=headers
+    )
+    assert answer.status_code == 400
+    assert "must be text in UTF-8" in answer.text
