@@ -165,7 +165,7 @@ FIELDS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "BUILD_THREADS": ("build_threads", _count, "CPU threads of a build; 0: all cores"),
     "BUILD_TIMEOUT_SECONDS": ("build_timeout_seconds", _positive, "a build is stopped after this"),
     "BUILD_MEMORY": ("build_memory_bytes", _bytes, "memory limit of a build; 0: none"),
-    "OPTIMISE": ("optimise", _flag, "look for faster forms of tensor models: 0 or 1"),
+    "OPTIMISE": ("optimise", _flag, "look for faster forms of models that are no decoders: 0 or 1"),
     "OPTIMISE_TIMEOUT_SECONDS": (
         "optimise_timeout_seconds",
         _positive,

@@ -30,8 +30,9 @@ async def optimise(
     name: FromPath[str],
     number: FromPath[int],
 ) -> VersionState:
-    """Measures every form of a tensor model on this box, again if it was done before, while the
-    endpoint goes on answering; the one that wins takes over. 409 if that is under way already."""
+    """Measures every form of a tensor model or an embedder on this box, again if it was done
+    before, while the endpoint goes on answering; the one that wins takes over. 409 if that is
+    under way already."""
     optimiser: Optimiser = request.app.state.optimiser
     await optimiser.ask(await _version_id(request, principal, name, number))
     return await _read(request, principal, name, number)

@@ -16,7 +16,7 @@ POLL_SECONDS = 0.4
 @click.option("--cancel", "is_cancel", is_flag=True, help="Stop looking instead.")
 @click.option("--no-wait", is_flag=True, help="Return once it is queued.")
 def optimise(name: str, number: int | None, is_cancel: bool, no_wait: bool) -> None:
-    """Measure every form of the tensor model NAME on the box and serve the fastest.
+    """Measure every form of the model NAME (but of a decoder) on the box and serve the fastest.
 
     Its endpoint goes on answering meanwhile.
     """
@@ -47,7 +47,10 @@ def follow_optimisation(box: Box, name: str, number: int) -> None:
         version = box.json("GET", f"/api/models/{name}/versions/{number}")
         optimisation: dict[str, Any] | None = version["optimisation"]
         if optimisation is None:
-            raise Refused(f"{name}@{number} is not optimised: the box does that for tensor models.")
+            raise Refused(
+                f"{name}@{number} is not optimised: the box does that for models that are no "
+                "decoders."
+            )
         is_swapped = version["serving_form"] in ("", optimisation["form"])
         line = describe_optimisation(optimisation, is_swapped)
         if line != shown:

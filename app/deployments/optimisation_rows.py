@@ -60,7 +60,8 @@ async def enqueue(session: AsyncSession, version: ModelVersion, cause: Cause) ->
     """Raises `Conflict` for a version that has no other forms, or is being optimised already."""
     if version.status != "ready" or (version.manifest or {}).get("kind") not in KINDS:
         raise Conflict(
-            "Only a tensor model or an embedder that is built has other forms to choose from.",
+            "Only a tensor model or an embedder that is built has other forms to choose from; a "
+            "decoder's are chosen by its build.",
             code="not_optimisable",
         )
     if await _active(session, version.id) is not None:

@@ -122,7 +122,7 @@ def test_eager_may_win(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (attempt(status="failed", error={"message": "It crashed."}), "It crashed."),
         (attempt(status="cancelled"), "cancelled"),
-        ({"optimisation": None}, "tensor models"),
+        ({"optimisation": None}, "no decoders"),
     ],
 )
 def test_it_says_why_there_is_no_faster_form(state: dict[str, Any], why: str) -> None:

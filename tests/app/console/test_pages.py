@@ -17,13 +17,14 @@ from app.organizations.service import create_organization
 from app.organizations.tables import ApiKey
 from app.registry.tables import Model, ModelVersion
 from app.registry.uploads import UploadStore
-from runtime.protocol import Check
+from runtime.protocol import Check, Manifest
 from tests.app.console.conftest import ORIGIN, Console
 from tests.app.console.samples import (
     DECODER,
     EMBEDDER,
     OPTIMISED,
     RECEIPT,
+    TENSOR,
     UNPAGED,
     add_model,
     add_usage,
@@ -100,6 +101,18 @@ async def test_the_search_for_a_faster_form_is_shown_and_can_be_stopped_and_begu
     assert "Look again" in page
     await owned.post(path, f"{path}/versions/1/optimise")
     assert owned.optimiser.told == [("cancel", version.id), ("ask", version.id)]
+
+
+@pytest.mark.parametrize(
+    ("manifest", "is_offered"), [(TENSOR, True), (EMBEDDER, True), (DECODER, False)]
+)
+async def test_a_faster_form_is_offered_for_what_has_one(
+    owned: Console, manifest: Manifest, is_offered: bool
+) -> None:
+    async with owned.database.write() as session:
+        await add_model(session, "m", manifest=manifest)
+    page = (await owned.client.get("/console/models/m")).text
+    assert ("Look for a faster form" in page) == is_offered
 
 
 async def test_a_decoders_page_has_its_facts_and_an_openai_snippet(owned: Console) -> None:

@@ -71,7 +71,11 @@ def log_of(box: Box, version: ModelVersion) -> str:
     return read_log(box.storage.log(build_log_name(version.id))).text
 
 
-async def test_what_was_built_serves_and_is_optimised_then(box: Box) -> None:
+@pytest.mark.parametrize("kind", ["tensor", "embedder"])
+async def test_what_was_built_serves_and_is_optimised_then(
+    box: Box, script: Script, kind: str
+) -> None:
+    script["kind"] = kind
     version = await box.version()
     await start(box)
     row = await optimised(box, version)
@@ -81,6 +85,7 @@ async def test_what_was_built_serves_and_is_optimised_then(box: Box) -> None:
     assert version.artifact_id == row.artifact_id
     assert version.manifest is not None
     assert version.receipt is not None
+    assert version.manifest["kind"] == kind
     assert (version.manifest["form"], version.manifest["environment"]) == ("quick", "here")
     assert [each["name"] for each in version.receipt["candidates"]] == ["eager", "quick"]
     assert version.status == "ready"

@@ -15,10 +15,10 @@ from app.core.ids import new_id
 from app.deployments import optimisation_rows
 from app.organizations.principal import Principal
 from app.registry.tables import Artifact, ModelVersion, Optimisation
-from runtime.protocol import Predict, Tensor
+from runtime.protocol import Embed, Predict, Tensor
 from tests.app.deployments.box import Box
 from tests.app.deployments.conftest import Script, until, until_async
-from tests.app.deployments.fake_process import TENSOR
+from tests.app.deployments.fake_process import EMBEDDER, TENSOR
 
 
 @pytest.fixture
@@ -112,6 +112,38 @@ async def test_the_faster_form_takes_over_without_losing_a_request(
     assert set(by_form[-50:]) == {"quick"}
     assert len(answered) == len(by_form)
     assert all(answers == [request_id] for request_id, answers in answered.items())
+
+
+async def test_an_embedder_moves_to_its_faster_form_without_losing_a_request(
+    box: Box, owner: Principal, script: Script
+) -> None:
+    script["kind"] = "embedder"
+    version = await box.deployed("vectors", manifest=EMBEDDER)
+    await box.fleet.start()
+    await until(lambda: forms(box) == ["eager"])
+    await box.optimiser.start()
+    by_form: list[str] = []
+
+    async def call() -> None:
+        target = box.fleet.resolve(owner, "vectors")
+        request = Embed(request_id=new_id("req"), token_ids=[[1, 2, 3]])
+        await target.link.prepare(request)
+        target.link.start(request.request_id)
+        answer = await target.link.embedded(request.request_id)
+        assert answer.num_tokens == [3]
+        by_form.append(target.manifest.form)
+
+    await box.optimiser.ask(version.id)
+    while "quick" not in by_form:  # raises if a request was lost
+        await call()
+    assert by_form[0] == "eager"
+    await until(lambda: forms(box) == ["quick"])
+    assert (await box.read(version)).status == "ready"
+    # And back, where the next form does not start.
+    script["build"] = {"optimise": {"broken": True}}
+    await box.optimiser.ask(version.id)
+    await until_async(lambda: status_is(box, 1, "failed"))
+    assert forms(box) == ["quick"]
 
 
 async def test_what_served_before_goes_once_the_new_form_has_answered(
