@@ -42,10 +42,10 @@ def _decoded(data: bytes, channels: int) -> Image.Image:
     try:
         with _open(data) as file:
             image = ImageOps.exif_transpose(file)
-            if image.has_transparency_data:
+            if image.mode.startswith("I"):
+                image = _of_bytes(image)
+            elif image.has_transparency_data:
                 image = _on_white(image.convert("RGBA"))
-            elif image.mode.startswith("I"):  # 16 bits; converting would cut, not scale
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return image.convert("L" if channels == 1 else "RGB")
     except PredictFailure:
         raise
@@ -57,6 +57,14 @@ def _on_white(image: Image.Image) -> Image.Image:
     page = Image.new("RGB", image.size, "white")
     page.paste(image, mask=image.getchannel("A"))
     return page
+
+
+def _of_bytes(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits by its upper byte, where Pillow's conversion cuts all above 255 to white.
+    One value may stand for what is transparent."""
+    deep = np.asarray(image)
+    is_hidden = deep == image.info.get("transparency", -1)
+    return Image.fromarray(np.where(is_hidden, 255, deep >> 8).astype(np.uint8))
 
 
 def _open(data: bytes) -> Image.Image:
@@ -82,6 +90,7 @@ def _fitted(image: Image.Image, wanted: ImageInput) -> Image.Image:
     if wanted.shortest_edge:
         shorter = min(image.size)
         width, height = (wanted.shortest_edge * side // shorter for side in image.size)
+        # Of a cut larger than what there is the rest is black, as transformers has it.
         left, top = (width - wanted.width) // 2, (height - wanted.height) // 2
         if max(width, height) > MAX_SIDE:
             raise _unreadable("is too long and narrow for this model")

@@ -76,6 +76,16 @@ def test_what_is_transparent_becomes_white() -> None:
     assert (row(data, spec(8, 12, 1, dtype="uint8")) == 255).all()
 
 
+def test_a_transparent_value_of_deep_grey_is_white_and_the_rest_is_scaled() -> None:
+    deep = np.full((8, 12), 0x4020, ">u2")
+    deep[:, 6:] = 777
+    lines = b"".join(b"\0" + line.tobytes() for line in deep)
+    data = png(12, 8, zlib.compress(lines), bits=16, transparency=struct.pack(">H", 777))
+    pixels = row(data, spec(8, 12, 1, dtype="uint8"))[0, 0]
+    assert (pixels[:, :6] == 0x40).all()
+    assert (pixels[:, 6:] == 255).all()
+
+
 def test_jpeg_webp_and_the_camera_s_rotation() -> None:
     image = Image.new("RGB", (40, 20), "black")
     image.paste("white", (0, 0, 20, 20))
@@ -111,13 +121,14 @@ def test_the_middle_is_cut_out() -> None:
     assert (stretched[..., :8] == 0).all()
 
 
-def png(width: int, height: int, body: bytes) -> bytes:
+def png(width: int, height: int, body: bytes, *, bits: int = 8, transparency: bytes = b"") -> bytes:
     def chunk(kind: bytes, data: bytes) -> bytes:
         crc = struct.pack(">I", zlib.crc32(kind + data))
         return struct.pack(">I", len(data)) + kind + data + crc
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    parts = (chunk(b"IHDR", header), chunk(b"IDAT", body), chunk(b"IEND", b""))
+    header = struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0)
+    hidden = chunk(b"tRNS", transparency) if transparency else b""
+    parts = (chunk(b"IHDR", header), hidden, chunk(b"IDAT", body), chunk(b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 

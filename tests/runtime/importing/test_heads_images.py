@@ -4,9 +4,10 @@ import io
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from runtime.batching.images import image_row
 from runtime.importing.heads_images import ImageSize, load_processor, read_image
@@ -43,6 +44,57 @@ def test_what_transformers_does_is_done(kind: str, size: tuple[int, int], tmp_pa
     spec = TensorSpec(name="pixel_values", dtype="float32", shape=[None, 3, 32, 32], image=image)
     row = image_row(file.getvalue(), spec)
     expected = load_processor(tmp_path)(images=picture, return_tensors="np")["pixel_values"]
+    found = np.frombuffer(row.data, np.float32).reshape(row.shape)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def picture(mode: str) -> Image.Image:
+    bands = len(Image.new(mode, (1, 1)).getbands())
+    noise = np.random.default_rng(0).integers(0, 256, (71, 97, bands), dtype=np.uint8)
+    if mode == "P":
+        return Image.fromarray(noise[:, :, 0]).convert("P")
+    return Image.fromarray(noise.squeeze(), mode if mode == "CMYK" else None)
+
+
+@pytest.mark.parametrize(
+    ("mode", "format", "options"),
+    [
+        ("RGBA", "PNG", {}),
+        ("RGBA", "WEBP", {}),
+        ("LA", "PNG", {}),
+        ("L", "PNG", {}),
+        ("L", "PNG", {"transparency": 3}),
+        ("P", "PNG", {"transparency": 3}),
+        ("RGB", "JPEG", {}),
+        ("L", "JPEG", {}),
+        ("CMYK", "JPEG", {}),
+    ],
+)
+@pytest.mark.parametrize("orientation", [1, 6, 7])
+@pytest.mark.parametrize("shortest_edge", [36, 21])
+def test_every_kind_of_file_is_read_as_by_transformers(
+    mode: str,
+    format: str,
+    options: dict[str, Any],
+    orientation: int,
+    shortest_edge: int,
+    tmp_path: Path,
+) -> None:
+    """On a white page, upright, and with a black border where less is left than is cut out."""
+    settings = {"size": {"shortest_edge": 36}, "crop_size": SQUARE}
+    image, note = read(tmp_path, "CLIPImageProcessor", settings)
+    assert image is not None, note
+    image = msgspec.structs.replace(image, shortest_edge=shortest_edge)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    picture(mode).save(file, format, exif=exif, **options)
+    spec = TensorSpec(name="pixel_values", dtype="float32", shape=[None, 3, 32, 32], image=image)
+    row = image_row(file.getvalue(), spec)
+    upright = ImageOps.exif_transpose(Image.open(file))
+    expected = load_processor(tmp_path)(
+        images=upright, size={"shortest_edge": shortest_edge}, return_tensors="np"
+    )["pixel_values"]
     found = np.frombuffer(row.data, np.float32).reshape(row.shape)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
