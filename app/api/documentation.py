@@ -12,6 +12,7 @@ from typing import Any, cast
 import msgspec
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from litestar import Request, Response, Router, get
+from litestar.datastructures import ResponseHeader
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin, OpenAPIRenderPlugin
 from litestar.openapi.spec import Components, SecurityScheme
@@ -38,6 +39,15 @@ DESCRIPTION = (
     'protocol has it, {"error": message, "type", "param", "code"}.'
 )
 
+# Of pages that hold nothing but text and their style, whoever wrote the names in them.
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'self'; img-src data:; "
+    "form-action 'none'; base-uri 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+}
+
 # Bodies that their routes decode themselves, which the framework therefore does not see: (what is
 # sent, what is answered).
 BODIES: dict[str, tuple[type[msgspec.Struct], type[msgspec.Struct]]] = {
@@ -62,6 +72,9 @@ class DocumentationPage(OpenAPIRenderPlugin):
         return rendered(completed(openapi_schema), "/docs/openapi.json")
 
     def receive_router(self, router: Router) -> None:
+        router.response_headers = [
+            ResponseHeader(name=name, value=value) for name, value in PAGE_HEADERS.items()
+        ]
         router.register(show_style)
 
 

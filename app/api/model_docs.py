@@ -7,7 +7,7 @@ from litestar import Request, Response, Router, get
 from litestar.params import FromPath
 
 from app.api.auth import reading_principal
-from app.api.documentation import rendered
+from app.api.documentation import PAGE_HEADERS, rendered
 from app.api.model_openapi import Json, model_openapi
 from app.api.predict import schema_of
 from app.deployments.fleet import Fleet
@@ -26,7 +26,8 @@ async def show_model_schema(request: AnyRequest, name: FromPath[str]) -> Respons
 async def show_model_docs(request: AnyRequest, name: FromPath[str]) -> Response[bytes]:
     """The same as a page, for people who are signed in at the console too."""
     page = rendered(await _described(request, name), f"/models/{name}/openapi.json")
-    return Response(page, media_type="text/html")
+    headers = {**PAGE_HEADERS, "Cache-Control": "no-store"}  # others may not see it
+    return Response(page, media_type="text/html", headers=headers)
 
 
 async def _described(request: AnyRequest, name: str) -> Json:

@@ -145,6 +145,9 @@ async def test_the_page_shows_the_model(box: Box) -> None:
     await box.connect("pictures", PICTURES)
     async with box.http() as http:
         page = await http.get("/models/doubler/docs")
+        assert "default-src 'none'" in page.headers["content-security-policy"]
+        assert "frame-ancestors 'none'" in page.headers["content-security-policy"]
+        assert page.headers["cache-control"] == "no-store"
         assert page.headers["content-type"].startswith("text/html")
         for words in ("/models/doubler/predict", "inputs.x", "float32 [any, 2]", "openapi.json"):
             assert words in page.text

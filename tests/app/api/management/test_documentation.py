@@ -46,6 +46,16 @@ async def test_the_page_loads_nothing_from_elsewhere_and_runs_no_script(
     assert not re.search(r"url\(|@import", style.text)
 
 
+async def test_the_page_may_not_run_scripts_or_be_framed(client: httpx.AsyncClient) -> None:
+    for path in ("/docs", "/docs/openapi.json", "/docs/style.css"):
+        headers = (await client.get(path)).headers
+        policy = headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "frame-ancestors 'none'" in policy
+        assert "script-src" not in policy
+        assert headers["x-content-type-options"] == "nosniff"
+
+
 async def test_bodies_are_shown_field_by_field(client: httpx.AsyncClient) -> None:
     page = (await client.get("/docs")).text
     for text in ("expires_at", "versions[].phase_detail", "spending_limit", "date-time or null"):
