@@ -7,7 +7,6 @@ charged when is in `metering/records.py` and `billing/rating.py`.
 
 import asyncio
 import logging
-import math
 import time
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,13 +17,13 @@ from app.api.embedding import Answer as EmbeddingAnswer
 from app.api.embedding import Embedding
 from app.api.endings import aborted, client_left, grammar_refused, timed_out
 from app.api.execution import Execution
+from app.api.held_time import max_device_ms
 from app.api.prediction import Answer, Prediction
 from app.billing.accounts import AccountWriter
 from app.billing.prices import PriceTable, Rates
 from app.billing.rating import (
     decoder_worst_case,
     embedder_worst_case,
-    held_device_ms,
     rate,
     tensor_worst_case,
 )
@@ -260,8 +259,8 @@ class Relay:
 
     async def _predict(self, prediction: Prediction, call: Call, request: Predict) -> Answer:
         rates = self._prices.rates(call.target.endpoint_name, call.service_class)
-        max_device_ms = _max_device_ms(call.target, request)
-        await self._hold(call, tensor_worst_case(rates, max_device_ms))
+        held_ms = max_device_ms(call.target, request, self._timeout_seconds)
+        await self._hold(call, tensor_worst_case(rates, held_ms))
         try:
             if prediction.is_cancelled:
                 raise client_left()
@@ -270,7 +269,7 @@ class Relay:
             self._accounts.void(call.request_id)
             raise
         prediction.link = call.target.link
-        tally = Tally(call.admit_record(rates, max_device_ms=max_device_ms))
+        tally = Tally(call.admit_record(rates, max_device_ms=held_ms))
         self._journal.admit(tally.admitted)
         try:
             predicted = await self._predict_in_time(call, request)
@@ -290,6 +289,12 @@ class Relay:
             self._settle(tally, rates, "failed", "internal_error")
             raise
         usage = tally.usage("completed", "stop", record.at_ns)
+        if usage.excess_device_ms:
+            log.warning(
+                "%s: %s took %d ms of device time, of which the hold of %d ms does not cover %d",
+                *(call.request_id, call.target.endpoint_name, -(-tally.device_ns // 1_000_000)),
+                *(held_ms, usage.excess_device_ms),
+            )
         self._accounts.settle(rate(usage, rates))
         return predicted, usage
 
@@ -378,17 +383,3 @@ class Relay:
             request_id = tally.admitted.request_id
             self._journal.note_finish(FinishRecord(request_id, at_ns, outcome, reason))
         self._accounts.settle(rate(tally.usage(outcome, reason, at_ns), rates))
-
-
-def _max_device_ms(target: "Target", request: Predict) -> int:
-    """Device time to hold: that of as many of the build's slowest batches as the rows fill."""
-    chosen = [candidate for candidate in target.receipt.candidates if candidate.is_chosen]
-    slowest_ms = max((candidate.device_ms_max for candidate in chosen), default=0.0)
-    largest = max((size for candidate in chosen for size in candidate.p50_ms), default=1)
-    schema = target.manifest.schema
-    num_rows = 1
-    if request.texts is not None:
-        num_rows = len(request.texts)
-    elif request.inputs and schema is not None and schema.is_batched:
-        num_rows = request.inputs[0].shape[0]
-    return held_device_ms(slowest_ms) * max(1, math.ceil(num_rows / largest))

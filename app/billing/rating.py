@@ -4,6 +4,7 @@ Owns the bound that a hold needs and the lines of a finished request. Looks noth
 """
 
 import math
+from collections.abc import Mapping
 
 import msgspec
 
@@ -91,6 +92,15 @@ def held_device_ms(measured_max_ms: float) -> int:
     if not 0 < measured_max_ms < math.inf:
         return UNKNOWN_DEVICE_MS
     return math.ceil(measured_max_ms * DEVICE_MS_MARGIN) + 1
+
+
+def slowest_row_ms(measured: Mapping[int, float], size: int) -> float:
+    """Of one row of this size, by what the build measured at others: at the least size that covers
+    it. Beyond the largest, time grows with the square of the size at most, as attention's does."""
+    largest = max(measured)
+    covering = min((each for each in measured if each >= size), default=largest)
+    slowest = max(ms for each, ms in measured.items() if each <= covering)
+    return slowest * max(1.0, size / largest) ** 2
 
 
 def rate(usage: Usage, rates: Rates) -> Settlement:

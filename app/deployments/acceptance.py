@@ -85,7 +85,11 @@ def _check_candidates(candidates: list[CandidateReport]) -> None:
         batch_sizes = {size for values in measured for size in values}
         if len(batch_sizes) > MAX_BATCH_SIZES or any(size < 1 for size in batch_sizes):
             raise NotAcceptable("a candidate was measured at batch sizes that are none")
+        sizes = candidate.row_ms_by_size
+        if len(sizes) > MAX_BATCH_SIZES or any(size < 1 for size in sizes):
+            raise NotAcceptable("a candidate was measured at sizes of rows that are none")
         durations = [
+            *sizes.values(),
             *(value for values in measured for value in values.values()),
             candidate.device_ms_max,
             candidate.prefill_ms or 0.0,

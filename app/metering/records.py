@@ -11,6 +11,7 @@ import msgspec
 from runtime.protocol import FinishReason, Kind, SequenceOutput, ServiceClass
 
 Outcome = Literal["completed", "cancelled", "failed", "lost"]
+OVER_HOLD = "over_hold"  # finish reason: answered, but some of its device time is not charged
 
 
 class Record(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -99,6 +100,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     cached_tokens: int
     output_tokens: int
     device_ms: int
+    excess_device_ms: int = 0  # beyond the hold; never charged
     finished_at_ns: int
     first_token_ns: int | None  # after the start
 
@@ -164,13 +166,15 @@ class Tally:
         return "completed", self.finish_reasons.get(0, "stop")
 
     def usage(self, outcome: Outcome, finish_reason: str, at_ns: int) -> Usage:
-        """Closes the count. Device time is charged by the millisecond begun, up to its hold."""
+        """Closes the count. Device time is charged by the millisecond begun, up to its hold; the
+        finish reason of an answer that took more says so."""
         admitted = self.admitted
         prompt = self.num_prompt_tokens if self.has_run else 0
         cached = min(self.num_cached_tokens, prompt)
         device_ms = -(-self.device_ns // 1_000_000)
-        if admitted.max_device_ms:
-            device_ms = min(device_ms, admitted.max_device_ms)
+        excess_ms = max(0, device_ms - admitted.max_device_ms) if admitted.max_device_ms else 0
+        if excess_ms and outcome == "completed":
+            finish_reason = OVER_HOLD
         first = self.first_token_at_ns
         return Usage(
             admitted=admitted,
@@ -179,7 +183,8 @@ class Tally:
             input_tokens=prompt - cached,
             cached_tokens=cached,
             output_tokens=self.num_output_tokens,
-            device_ms=device_ms,
+            device_ms=device_ms - excess_ms,
+            excess_device_ms=excess_ms,
             finished_at_ns=max(at_ns, admitted.started_at_ns),
             first_token_ns=None if first is None else max(0, first - admitted.started_at_ns),
         )

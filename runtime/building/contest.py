@@ -154,11 +154,14 @@ def report_all(
     if known_eager is not None and course.manifest.kind == "embedder":
         known_ms = known_eager.device_ms_max  # its build timed the longest run there is
     base = msgspec.structs.replace(base, device_ms_max=max(base.device_ms_max, known_ms))
+    # How a row's time grows with its size is known of the program as uploaded alone.
+    row_ms = known_eager.row_ms_by_size if known_eager is not None else {}
     is_eager = outcome.best == eager.name
     best = outcome.standings.get(outcome.best)
     reports = [
         msgspec.structs.replace(
             base,
+            row_ms_by_size=row_ms,
             is_chosen=is_eager,
             fate="chosen" if is_eager else "slower",
             reason=_eager_reason(eager, others, outcome),
@@ -179,6 +182,7 @@ def report_all(
                 fate=each.fate,
                 reason=each.reason,
                 device_ms_max=slowest if is_best else report.device_ms_max,
+                row_ms_by_size=row_ms if is_best else {},
             )
         )
     return reports

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
+
 from runtime.building.outcome import Outcome
 from runtime.building.reporter import Reporter
 from runtime.compiling.packaging import add_program
@@ -17,7 +19,7 @@ from runtime.importing.soundness import check_outputs, check_weights, unread_inp
 from runtime.importing.tensor_program import TensorProgram
 from runtime.protocol import BuildHints, Format, Manifest
 from runtime.proving.tensor import prove_tensor
-from runtime.proving.tensor_speed import measure_tensor
+from runtime.proving.tensor_speed import measure_rows, measure_tensor
 
 MAX_BATCH_ROWS = 128  # of a run, as `Serve.max_batch_rows`
 
@@ -49,7 +51,10 @@ def build_tensor(
             proof = prove_tensor(model, MAX_BATCH_ROWS, report, own_inputs)
     with reporter.phase("measure") as report:
         make_inputs = proof.makers[0].make
-        candidates = measure_tensor(model.run, make_inputs, proof.max_rows, report)
+        (eager,) = measure_tensor(model.run, make_inputs, proof.max_rows, report)
+        report(1.0, "eager, one row of growing size")
+        row_ms = measure_rows(model.run, proof.makers[0], proof.schema)
+        candidates = [msgspec.structs.replace(eager, row_ms_by_size=row_ms)]
     signature = model.signature
     batch_warning = signature.batch_note if signature.is_batch_fixed else ""
     manifest = Manifest(

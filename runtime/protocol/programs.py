@@ -1,5 +1,6 @@
 """What a build makes: a program, how it is loaded, and the receipt of what was tried."""
 
+import math
 from typing import Literal
 
 from runtime.protocol.frames import Wire
@@ -48,12 +49,15 @@ class TensorSpec(Wire, frozen=True):
     # `pad_value`, outputs cut back. None: the proof has not found that harmless.
     padded_axis: int | None = None
     pad_value: float = 0.0
+    # Of a padded input: the longest that padding was proved at; longer rows are not padded, nor is
+    # any row to more. None: any length.
+    longest_padded: int | None = None
     image: ImageInput | None = None  # of an input that takes encoded images too
 
     def least_shape(self, num_rows: int | None, length: int) -> list[int]:
         """Of an output: its sizes for so many rows (None: not batched), whose inputs have `length`
         along the padded axis; each axis that these do not tell has its least size."""
-        sizes = []
+        sizes: list[int] = []
         for axis, size in enumerate(self.shape):
             least = 0 if self.min_shape is None else self.min_shape[axis]
             if axis == 0 and num_rows is not None:
@@ -71,6 +75,16 @@ class Schema(Wire, frozen=True):
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
     is_batched: bool
+
+    def row_size(self, shapes: list[list[int]]) -> int:
+        """How large a row of inputs of these shapes is in what may vary: the product of its
+        dynamic axes, over all inputs that have any; 0 where none has. Unbatched, all is a row."""
+        total = 0
+        for spec, shape in zip(self.inputs, shapes, strict=True):
+            axes = list(zip(spec.shape, shape, strict=True))[1 if self.is_batched else 0 :]
+            sizes = [size for fixed, size in axes if fixed is None]
+            total += math.prod(sizes) if sizes else 0
+        return total
 
 
 class TextInput(Wire, frozen=True):
@@ -238,6 +252,9 @@ class CandidateReport(Wire, frozen=True):
     prepare_seconds: float | None = None  # that making it took
     prefill_ms: float | None = None  # decoders: one full step of a prompt
     device_ms_max: float = 0.0  # the slowest full batch seen: bounds the hold of a request
+    # Tensor programs with dynamic axes besides the rows: the slowest run of one row, by
+    # `Schema.row_size`. The smallest is that of the runs by rows.
+    row_ms_by_size: dict[int, float] = {}
 
 
 class BuildReceipt(Wire, frozen=True):

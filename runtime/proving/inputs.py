@@ -37,6 +37,7 @@ class InputMaker:
         self._examples = model.example_inputs
         self._sizes = sizes
         self._batch = model.signature.batch
+        self._ranges = model.signature.ranges
         self._is_small = is_small
 
     def resized(self, symbol: sympy.Expr, size: int) -> "InputMaker":
@@ -44,6 +45,26 @@ class InputMaker:
         other = copy.copy(self)
         other._sizes = self._sizes | {symbol: size}
         return other
+
+    @property
+    def has_sizes(self) -> bool:
+        """Whether an axis besides the batch is dynamic."""
+        return bool(self._sizes.keys() - self._batch)
+
+    def grown(self, size: int) -> "InputMaker":
+        """The same with every dynamic axis of that size, as far as its bounds allow; none gets
+        smaller. Rows are `make`'s to say."""
+        other = copy.copy(self)
+        other._sizes = {
+            symbol: max(own, _clamp(size, *axis_bounds(symbol, self._ranges)))
+            for symbol, own in self._sizes.items()
+        }
+        return other
+
+    def max_rows(self, most: int) -> int:
+        """Up to `most` rows, or as many as the batch may have."""
+        bounds = [axis_bounds(symbol, self._ranges)[1] for symbol in self._batch]
+        return min([most, *(bound for bound in bounds if bound is not None)]) if bounds else 1
 
     def make(self, rows: int, seed: int = 0) -> list[torch.Tensor]:
         """Wire tensors in the schema's order; `rows` matters to batched programs only."""

@@ -121,6 +121,7 @@ class ScriptedWorker:
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
         self.received: list[Message] = []
+        self.device_ns = 1_500_000  # of a prediction
         self._decoder = msgspec.msgpack.Decoder(ToWorker)
         self._prepared: dict[str, Generate] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
@@ -373,7 +374,7 @@ class ScriptedWorker:
             Predicted(
                 request_id=predict.request_id,
                 outputs=outputs,
-                device_ns=1_500_000,
+                device_ns=self.device_ns,
                 batch_rows=outputs[0].shape[0],
                 queue_ns=10,
             )

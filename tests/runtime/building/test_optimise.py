@@ -49,7 +49,12 @@ def artifact_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (form_directory(directory, "old") / "form.bin").write_bytes(b"old")
     manifest = msgspec.structs.replace(read_manifest(directory), form="old", environment="gone")
     built = CandidateReport(
-        name="eager", is_chosen=True, reason="", p50_ms={1: 1.0, 128: 2.0}, device_ms_max=9.0
+        name="eager",
+        is_chosen=True,
+        reason="",
+        p50_ms={1: 1.0, 128: 2.0},
+        device_ms_max=9.0,
+        row_ms_by_size={8: 1.0, 16: 4.0},
     )
     receipt = msgspec.structs.replace(read_receipt(directory), candidates=[built])
     write_manifest(directory, manifest, receipt)
@@ -156,6 +161,8 @@ def test_the_fastest_form_that_is_the_program_wins_and_the_others_say_why_not(ru
         assert report.num_runs >= 12
         assert report.memory_bytes
     assert fast.device_ms_max >= eager.device_ms_max >= max(eager.p99_ms.values())
+    assert fast.row_ms_by_size == eager.row_ms_by_size == {8: 1.0, 16: 4.0}, "the build's"
+    assert half.row_ms_by_size == {}
     assert fast.error is not None
     assert fast.error <= 1
     assert fast.prepare_seconds
