@@ -30,8 +30,8 @@ _capsule_name.argtypes = [ctypes.py_object]
 
 class CompiledLibrary:
     """A loaded library, called with the graph's tensors; one call at a time. Lives as long as the
-    process does. Raises `RuntimeError` when the library reports an error, which it writes to
-    standard error."""
+    process does. Raises `RuntimeError` with the library's reason when it reports an error, which
+    it writes to standard error too, with torch's stack."""
 
     def __init__(self, path: Path, num_outputs: int) -> None:
         self._library = ctypes.CDLL(str(path))
@@ -74,7 +74,17 @@ class CompiledLibrary:
 
     def _check(self, code: int) -> None:
         if code:
-            raise RuntimeError("the compiled program failed")
+            raise RuntimeError(self._reason() or "the compiled program failed")
+
+    def _reason(self) -> str:
+        """The first line of this thread's last error; libraries of older torches keep none."""
+        last_error = getattr(self._library, "AOTInductorGetLastError", None)
+        if last_error is None:
+            return ""
+        message = ctypes.c_char_p()
+        last_error(ctypes.byref(message))
+        lines = (message.value or b"").decode(errors="replace").strip().splitlines()
+        return lines[0] if lines else ""
 
 
 def _page_out(path: Path) -> None:

@@ -55,6 +55,30 @@ def test_ranges_of_ids_are_those_of_the_smallest_table(path: Path) -> None:
     assert (int(made.min()), int(made.max())) == (0, 29), "the extremes are among them"
 
 
+class Indexed(nn.Module):
+    """Tables that are indexed in other ways than as embeddings; `bits` are a mask."""
+
+    table: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.rand(7, 4))
+
+    def forward(
+        self, rows: torch.Tensor, columns: torch.Tensor, picks: torch.Tensor, bits: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        chosen = self.table[:, columns.long()], self.table.gather(1, picks)
+        return self.table[rows], *chosen, self.table[:, bits[0].bool()].sum()
+
+
+def test_ranges_of_indices_are_those_of_their_axis(path: Path) -> None:
+    """Plain indexing counts from the end too; gathering does not."""
+    ids = torch.ones(2, 3, dtype=torch.long)
+    bits = torch.ones(2, 4, dtype=torch.int32)
+    model = make(path, Indexed(), ids, ids.int(), ids.clone(), bits)
+    assert find_ranges(model.program) == {"rows": (-7, 6), "columns": (-4, 3), "picks": (0, 3)}
+
+
 def test_what_an_owner_says_comes_before_what_the_graph_shows(path: Path) -> None:
     model = make(path, Classifier(), torch.ones(2, 5, dtype=torch.long))
     hint = InputHint("ids", "int64", ["batch", 5], 3, 7)

@@ -238,6 +238,13 @@ def test_a_compiled_library_lets_other_threads_run(made: MakeOnce) -> None:
         assert _ticks_during(lambda: library(inputs)) > 2
 
 
+@pytest.mark.compiler
+def test_a_compiled_library_says_why_it_failed(made: MakeOnce) -> None:
+    run, _ = made("aot_inductor", "transformer")
+    with pytest.raises(RuntimeError, match=r"^index out of bounds: .* < 40L?$"):
+        run([torch.full((2, 5), 40), torch.ones(2, 5)])
+
+
 def _ticks_during(step: Callable[[], object]) -> int:
     """How often another thread got its turn while `step` ran."""
     ticks, is_done = [0], threading.Event()
