@@ -9,6 +9,7 @@ MAX_TENSORS = 256
 MAX_DIMENSIONS = 32
 MAX_NAME_CHARS = 1_000
 MAX_SIDE = 16_384  # pixels
+MAX_LENGTH = 2**31  # of a row that may be padded
 MAX_LABELS = 100_000
 MAX_TEXT_TOKENS = 1_000_000
 
@@ -71,6 +72,9 @@ def _check_range(spec: TensorSpec) -> None:
 def _check_padding(spec: TensorSpec, is_batched: bool) -> None:
     """Rows are padded along an axis of theirs that may have any length."""
     axis = spec.padded_axis
+    longest = spec.longest_padded
+    if longest is not None and (axis is None or not 1 <= longest <= MAX_LENGTH):
+        raise NotAcceptable(f"{spec.name!r} is padded to an implausible length")
     if axis is None:
         return
     if not is_batched or not 1 <= axis < len(spec.shape) or spec.shape[axis] is not None:

@@ -39,14 +39,19 @@ def run_group(inputs: Sequence[Tensor], schema: Schema) -> tuple[Hashable, int]:
         return object(), 0
     shapes = []
     length = 0
+    longest = math.inf
     for tensor, spec in zip(inputs, schema.inputs, strict=True):
         shape = tensor.shape[1:]
         if spec.padded_axis is not None:
             length = shape[spec.padded_axis - 1]
             shape[spec.padded_axis - 1] = 0
+            longest = min(longest, math.inf if spec.longest_padded is None else spec.longest_padded)
         shapes.append(tuple(shape))
-    if length and any(_has_empty_row(*pair) for pair in zip(inputs, schema.inputs, strict=True)):
-        # A row whose mask hides all of it: what a model answers then may depend on its length.
+    if length > longest or (
+        length and any(_has_empty_row(*pair) for pair in zip(inputs, schema.inputs, strict=True))
+    ):
+        # Longer than padding was proved at; or a row whose mask hides all of it: what a model
+        # answers then may depend on its length.
         shapes.append((length,))
     return tuple(shapes), length
 

@@ -4,6 +4,7 @@ Owns the refusals of rows, each naming its row: nothing is cut silently. Blocks;
 it off the event loop.
 """
 
+import math
 from array import array
 from pathlib import Path
 
@@ -36,7 +37,9 @@ class TextRows:
         self._text = text
         self._specs = {spec.name: spec for spec in schema.inputs}
         token_ids = self._specs[text.token_ids]
-        self._is_padded = token_ids.padded_axis is not None
+        self._longest_padded: float = 0
+        if token_ids.padded_axis is not None:
+            self._longest_padded = token_ids.longest_padded or math.inf
         self._most_id = token_ids.maximum
         longest = max(MIN_REFUSED_CHARACTERS, text.max_tokens * MAX_TOKEN_CHARACTERS)
         self._max_characters = longest
@@ -118,7 +121,7 @@ class TextRows:
             raise _refusal("the tokenizer fails on these texts") from error
 
     def _check_together(self, lengths: list[int]) -> None:
-        if not self._is_padded and len(set(lengths)) > 1:
+        if max(lengths) > self._longest_padded and len(set(lengths)) > 1:
             raise _refusal(
                 f"texts have {min(lengths)} to {max(lengths)} tokens; this model's answers would "
                 "change if the shorter ones were padded. Send one row per request.",

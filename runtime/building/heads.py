@@ -81,12 +81,13 @@ def build_head(
         _require(proof)
         checks = [*proof.checks]
         if proof.pads_harmlessly:
-            set_schema(program, _with_padding(program, model))
+            set_schema(program, _with_padding(program, model, proof.longest_padded))
         if text is not None:
             text = _proved(text, program.schema, checks, notes)
         else:
             _prove_image(layout, program, checks, notes)
     padded = {spec.name: spec.padded_axis for spec in _specs(program.schema)}
+    lengths = {spec.name: spec.longest_padded for spec in program.schema.inputs}
     images = {spec.name: spec.image for spec in program.schema.inputs}
     if model.max_rows is not None:
         notes.append(
@@ -104,7 +105,7 @@ def build_head(
     assert outcome.manifest.schema is not None, "a tensor program has a schema"
     outcome.manifest = msgspec.structs.replace(
         outcome.manifest,
-        schema=_settled(outcome.manifest.schema, padded, images),
+        schema=_settled(outcome.manifest.schema, padded, lengths, images),
         text=text.text if text else None,
         labels=_labels(layout, program.schema),
         are_labels_independent=layout.are_labels_independent,
@@ -179,8 +180,9 @@ def _described(schema: Schema, model: HeadModel) -> Schema:
     return msgspec.structs.replace(schema, inputs=[describe(spec) for spec in schema.inputs])
 
 
-def _with_padding(program: ExportedProgramModel, model: HeadModel) -> Schema:
-    """Marks the axis that rows are padded along, of the inputs and of outputs as long as they."""
+def _with_padding(program: ExportedProgramModel, model: HeadModel, longest: int) -> Schema:
+    """Marks the axis that rows of up to `longest` are padded along, of the inputs and of outputs
+    as long as they."""
     (name,) = model.bounds
     axes = {each.name: each.axes.index(name) for each in model.inputs if name in each.axes}
     lengths = {
@@ -190,7 +192,12 @@ def _with_padding(program: ExportedProgramModel, model: HeadModel) -> Schema:
     }
     schema = program.schema
     inputs = [
-        msgspec.structs.replace(spec, padded_axis=axes.get(spec.name)) for spec in schema.inputs
+        msgspec.structs.replace(
+            spec,
+            padded_axis=axes.get(spec.name),
+            longest_padded=longest if spec.name in axes else None,
+        )
+        for spec in schema.inputs
     ]
     outputs = []
     for leaf in program.signature.outputs:
@@ -201,14 +208,20 @@ def _with_padding(program: ExportedProgramModel, model: HeadModel) -> Schema:
 
 
 def _settled(
-    schema: Schema, padded: dict[str, int | None], images: Mapping[str, ImageInput | None]
+    schema: Schema,
+    padded: dict[str, int | None],
+    lengths: dict[str, int | None],
+    images: Mapping[str, ImageInput | None],
 ) -> Schema:
     """The schema that the build found, but with padding and images as they were proved here:
     against the original, which knows more than the graph alone shows."""
 
     def settle(spec: TensorSpec) -> TensorSpec:
         axis = padded[spec.name] if schema.is_batched else None
-        return msgspec.structs.replace(spec, padded_axis=axis, image=images.get(spec.name))
+        longest = lengths.get(spec.name) if axis is not None else None
+        return msgspec.structs.replace(
+            spec, padded_axis=axis, longest_padded=longest, image=images.get(spec.name)
+        )
 
     return msgspec.structs.replace(
         schema,

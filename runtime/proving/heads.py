@@ -23,7 +23,9 @@ logger = logging.getLogger(__name__)
 
 # Lengths of the rows that are compared: several of one length, and all mixed.
 LENGTHS = (1, 2, 5, 5, 17, 17, 33, 64)
+LONGER = (128, 256, 512, 1024)  # one row each, padded beside the next one
 LONGEST = 2048  # beyond it a row of full length is not run: attention's memory is its square
+MOST_UNENDING = 512  # of LONGER, where the full length is not run either
 NUM_FIXED = 4  # rows, where nothing about a row's shape varies
 
 Row = dict[str, Tensor]  # inputs by name, without the batch axis
@@ -38,6 +40,7 @@ class HeadProof:
     checks: list[Check]
     is_equal: bool
     pads_harmlessly: bool
+    longest_padded: int  # of the rows that were padded, or that others were padded to
     notes: list[str]
 
 
@@ -67,7 +70,10 @@ def prove_head(layout: HeadLayout, model: HeadModel, program: ExportedProgramMod
     pads_harmlessly = False
     if is_equal and model.bounds and program.schema.is_batched:
         what = "padded beside rows of other lengths, in two orders"
-        batches = [indices, indices[::-1], indices[:3]]
+        few = indices[: len(LENGTHS)]
+        batches = [few, few[::-1], indices[:3]]
+        # Longer ones by pairs, with a short one: each may be the first that is treated otherwise.
+        batches += [[0, index - 1, index] for index in indices[len(LENGTHS) :]]
         checks.append(_check("padded", what, model, program, reference, batches))
         pads_harmlessly = checks[-1].is_equal
     notes = []
@@ -81,7 +87,8 @@ def prove_head(layout: HeadLayout, model: HeadModel, program: ExportedProgramMod
             "The original could not be run in float64 here (memory, or an operation without it); "
             "its own dtype was the reference, with the smallest tolerance."
         )
-    return HeadProof(checks, is_equal, pads_harmlessly, notes)
+    longest = max(next(iter(row.values())).shape[0] for row in rows)
+    return HeadProof(checks, is_equal, pads_harmlessly, longest, notes)
 
 
 # --- rows -------------------------------------------------------------------------------
@@ -94,6 +101,9 @@ def _rows(model: HeadModel) -> list[Row]:
     ((axis, (least, most, example)),) = model.bounds.items()
     lengths = list(LENGTHS) if axis == TOKENS else [least, example, example, example + least]
     lengths = [length if most is None else min(length, most) for length in lengths]
+    if axis == TOKENS:
+        end = most if most is not None and most <= LONGEST else MOST_UNENDING + 1
+        lengths += [length for length in LONGER if lengths[-1] < length < end]
     if most is not None and lengths[-1] < most <= LONGEST:
         lengths.append(most)  # positions that the tables lack show only here
     return [_row(model.inputs, {axis: length}, generator) for length in lengths]

@@ -16,8 +16,10 @@ import torch
 from runtime.importing.exported import first_line
 from runtime.importing.tensor_program import TensorProgram
 from runtime.protocol import Check, Schema
-from runtime.proving.comparing import compare, finite
+from runtime.proving.comparing import finite
 from runtime.proving.inputs import InputMaker
+from runtime.proving.padding_reach import find_reach
+from runtime.proving.padding_runs import run_error
 from runtime.proving.padding_trial import (
     NUM_ROWS,
     Trial,
@@ -31,16 +33,24 @@ logger = logging.getLogger(__name__)
 
 
 class Padding(msgspec.Struct, frozen=True):
-    """Axes by input and by output, None where there is no such axis; values by input."""
+    """Axes by input and by output, None where there is no such axis; values by input. `free` are
+    the inputs whose padded part may hold anything; no run of more than `longest` is padded."""
 
     input_axes: list[int | None]
     output_axes: list[int | None]
     values: list[float]
+    free: list[int] = []
+    longest: int | None = None
 
     def apply(self, schema: Schema) -> Schema:
         """The schema with this in it."""
         inputs = [
-            msgspec.structs.replace(spec, padded_axis=axis, pad_value=value)
+            msgspec.structs.replace(
+                spec,
+                padded_axis=axis,
+                pad_value=value,
+                longest_padded=None if axis is None else self.longest,
+            )
             for spec, axis, value in zip(schema.inputs, self.input_axes, self.values, strict=True)
         ]
         outputs = [
@@ -76,6 +86,10 @@ def _find(
         if trial is None:
             break
         padding, checks = _judge(model, trial, pad_rules(model, trial, 1 - shown))
+        if padding is not None:
+            reach = find_reach(model, maker, symbol, trial, padding.values, padding.free, shown)
+            padding = msgspec.structs.replace(padding, longest=reach.length)
+            checks.append(reach.check())
         if padding is not None or not found[1]:
             found = padding, checks
         if padding is not None or not any(
@@ -111,7 +125,8 @@ def _judge(
         masks = ", ".join(repr(names[at]) for at in sensitive)
         filled = f"everything but {masks}" if masks else "every input"
         what = f"random and extreme values in the padded part of {filled}"
-        padding = Padding(trial.input_axes, trial.output_axes, values)
+        free = [at for at in range(len(names)) if at not in sensitive]
+        padding = Padding(trial.input_axes, trial.output_axes, values, free)
         return padding, [padded, _filled_check(what, worst)]
     detail = f"padding changes the answers of rows of {_say(trial.lengths)}"
     return None, [
@@ -150,56 +165,9 @@ def _error(
     some = [(at, NUM_ROWS) for at in range(len(trial.lengths))]
     many = [(at, trial.num_short_rows) for at in (0, 1)]
     return max(
-        _run_error(model, trial, values, filled, some, trial.padded_length),
-        _run_error(model, trial, values, filled, many, trial.lengths[2]),
+        run_error(model, trial, values, filled, some, trial.padded_length),
+        run_error(model, trial, values, filled, many, trial.lengths[2]),
     )
-
-
-def _run_error(
-    model: TensorProgram,
-    trial: Trial,
-    values: list[float],
-    filled: dict[int, torch.Tensor],
-    picked: Sequence[tuple[int, int]],
-    length: int,
-) -> float:
-    """Of one run, of so many rows of each of the lengths at the places `picked`."""
-    inputs = []
-    for at, axis in enumerate(trial.input_axes):
-        tensors = [trial.batches[place][at][:num_rows] for place, num_rows in picked]
-        if axis is not None:
-            tensors = [_pad(each, axis, length, values[at], filled.get(at)) for each in tensors]
-        inputs.append(torch.cat(tensors))
-    outputs = model.run(inputs)
-    worst = 0.0
-    start = 0
-    for place, most in picked:
-        answer = [output[:most] for output in trial.answers[place]]
-        stop = start + len(trial.batches[place][0][:most])
-        mine = [
-            _cut(output[start:stop], axis, trial.lengths[place])
-            for output, axis in zip(outputs, trial.output_axes, strict=True)
-        ]
-        worst = max(worst, compare(answer, mine, trial.tolerance)[0])
-        start = stop
-    return worst
-
-
-def _cut(output: torch.Tensor, axis: int | None, length: int) -> torch.Tensor:
-    return output if axis is None else output.narrow(axis, 0, length)
-
-
-def _pad(
-    tensor: torch.Tensor, axis: int, length: int, value: float, filled: torch.Tensor | None
-) -> torch.Tensor:
-    shape = list(tensor.shape)
-    own = shape[axis]
-    shape[axis] = length
-    padded = tensor.new_full(shape, value)
-    if filled is not None:
-        padded.copy_(filled.narrow(axis, 0, length).expand(shape))
-    padded.narrow(axis, 0, own).copy_(tensor)
-    return padded
 
 
 # --- checks -----------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def draw_trial(
     answers: list[Outputs] = []
     for length in sorted(size for size in wanted if max(1, least) <= size <= limit):
         rows = num_short_rows if len(lengths) < 2 else NUM_ROWS
-        batch = _shown(maker.resized(symbol, length).make(rows, seed=length), axes, shown)
+        batch = shown_rows(maker.resized(symbol, length).make(rows, seed=length), axes, shown)
         try:
             answers.append(model.run(batch))
         except Exception:  # a kernel, say, that is longer than the row
@@ -136,7 +136,7 @@ def is_mask_like(tensors: Sequence[torch.Tensor]) -> bool:
     return all(bool(((each == 0) | (each == 1)).all()) for each in tensors)
 
 
-def _shown(batch: Inputs, axes: Sequence[int | None], value: int) -> Inputs:
+def shown_rows(batch: Inputs, axes: Sequence[int | None], value: int) -> Inputs:
     """What may be a mask has `value` first: a row that is hidden as a whole has no answer to
     speak of."""
     shown = [tensor.clone() for tensor in batch]

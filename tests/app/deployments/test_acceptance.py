@@ -229,6 +229,8 @@ def test_what_a_schema_says_beyond_shapes(manifest: Manifest) -> None:
         (batched(replace(IDS, padded_axis=0)), "padded along"),
         (batched(replace(IDS, padded_axis=2)), "padded along"),
         (batched(replace(PIXELS, padded_axis=2)), "padded along"),
+        (batched(replace(IDS, padded_axis=1, longest_padded=0)), "implausible length"),
+        (batched(replace(IDS, longest_padded=9)), "implausible length"),
         (
             batched(IDS, text=TextInput(max_tokens=8, takes_pairs=False, token_ids="other")),
             "does not have",

@@ -3,6 +3,7 @@
 import asyncio
 
 import hypothesis.strategies as st
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -104,6 +105,22 @@ def test_a_row_that_its_mask_hides_shares_a_run_with_equal_lengths_only():
     assert group(hidden) != group(seen)
     assert group(hidden) != group(np.zeros((1, 2, 3), np.int64))
     assert group(hidden) == group(hidden[1:])
+
+
+def test_rows_longer_than_padding_was_proved_at_share_runs_of_their_length_only():
+    schema = padded_schema()
+    spec = msgspec.structs.replace(schema.inputs[0], longest_padded=16)
+    schema = msgspec.structs.replace(schema, inputs=[spec, schema.inputs[1]])
+
+    def group(length: int) -> object:
+        rows = [np.ones((1, length, 3), np.float32), np.ones(1, np.float32)]
+        pairs = zip(("x", "scale"), rows, strict=True)
+        return run_group([wire(name, values) for name, values in pairs], schema)[0]
+
+    assert group(3) == group(16)
+    assert group(16) != group(17)
+    assert group(17) != group(18)
+    assert group(17) == group(17)
 
 
 def test_inputs_that_are_padded_together_must_be_as_long():

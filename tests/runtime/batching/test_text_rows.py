@@ -4,6 +4,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -153,3 +154,13 @@ def test_a_damaged_tokenizer_is_told_of(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(TokenizerError, match=r"tokenizer\.json cannot be read"):
         TextRows.load(tmp_path, TEXT, schema())
+
+
+def test_rows_longer_than_padding_was_proved_at_are_not_padded(directory):
+    padded = schema()
+    inputs = [msgspec.structs.replace(spec, longest_padded=6) for spec in padded.inputs]
+    rows = TextRows.load(directory, TEXT, msgspec.structs.replace(padded, inputs=inputs))
+    rows([["the cat"], ["the cat sat"]])
+    rows([["a dog ran on the mat"], ["a dog ran on the mat"]])
+    code, _ = refused(rows, [["the cat"], ["a dog ran on the mat"]])
+    assert code == "unequal_lengths"

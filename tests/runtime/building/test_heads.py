@@ -125,6 +125,7 @@ def test_heads_over_texts(family: str, tmp_path: Path) -> None:
     # A Fourier transform mixes tokens without a mask; everything else may be padded.
     pads = None if family == "fnet" else 1
     assert {spec.padded_axis for spec in schema.inputs} == {pads}
+    assert {spec.longest_padded for spec in schema.inputs} == {pads and 64}
     expected_labels = [] if family == "answers" else NAMES
     assert manifest.labels == expected_labels
     assert built.left == []

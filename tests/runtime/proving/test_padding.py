@@ -9,12 +9,14 @@ from torch import nn
 from torch.export import Dim
 
 from runtime.importing.exported import load_exported
+from runtime.proving import padding_reach
 from runtime.proving.padding import Padding, find_padding
 from runtime.proving.tensor import TensorProof, prove_tensor
 from tests.runtime.importing.programs import export
 
 LENGTH = Dim("length", min=1, max=64)
 ROWS = {0: Dim.DYNAMIC, 1: LENGTH}
+PROVED = {"padding": True, "padding, filled": True, "padding, long": True}
 IDS = torch.tensor([[0, 19, 3, 7, 2, 5], [1, 2, 3, 4, 9, 8]])
 
 
@@ -112,7 +114,7 @@ def test_a_mask_that_is_honoured_makes_padding_harmless(path, is_hiding):
     mask = torch.ones(2, 6, dtype=torch.int64)
     mask[0, 2:4] = 0
     proof = prove(path, Attention(is_hiding=is_hiding), ids=IDS, mask=mask)
-    assert padding_checks(proof) == {"padding": True, "padding, filled": True}
+    assert padding_checks(proof) == PROVED
     assert rules(proof) == [
         ("ids", 1, 0.0),
         ("mask", 1, float(is_hiding)),
@@ -137,7 +139,7 @@ def test_a_mask_that_is_not_honoured_everywhere_is_found(path):
 
 def test_ids_that_are_their_own_mask_may_be_padded(path):
     proof = prove(path, OwnMask("masked mean"), ids=IDS)
-    assert padding_checks(proof) == {"padding": True, "padding, filled": True}
+    assert padding_checks(proof) == PROVED
     assert rules(proof)[0] == ("ids", 1, 0.0)
 
 
@@ -158,7 +160,7 @@ def test_real_numbers_without_a_mask_are_not_padded(path, reduce):
 @pytest.mark.parametrize("reduce", ["each", "cumulative"])
 def test_what_only_looks_at_itself_and_back_may_be_padded(path, reduce):
     proof = prove(path, OverTime(reduce), x=torch.randn(2, 6, 3))
-    assert padding_checks(proof) == {"padding": True, "padding, filled": True}
+    assert padding_checks(proof) == PROVED
     assert rules(proof)[0] == ("x", 1, 0.0)
 
 
@@ -179,6 +181,42 @@ def test_two_free_axes_are_not_padded(path):
     export(path, Each(), torch.randn(2, 6, 3), dynamic=(axes,))
     proof = prove_tensor(load_exported(path), 16)
     assert padding_checks(proof) == {}
+
+
+class ScaledByLength(nn.Module):
+    """Attention whose scores are scaled by the logarithm of rows' length, beyond a trained one."""
+
+    def __init__(self, trained: float) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 8)
+        self.trained = trained
+
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        scale = torch.log((torch.ones_like(mask[0]).sum() / self.trained).clamp(min=1.0)) + 1
+        hidden = self.embedding(ids)
+        scores = hidden.sum(-1) * scale + (mask.float() - 1) * 1e9
+        return (hidden * scores.softmax(-1).unsqueeze(-1)).sum(1)
+
+
+@pytest.mark.parametrize(("trained", "reached"), [(32, 32), (100, 64), (500, 256), (4096, 512)])
+def test_padding_ends_where_a_model_changes_with_length(path, trained, reached):
+    rows = {0: Dim.DYNAMIC, 1: Dim("length", min=1, max=512)}
+    mask = torch.ones(2, 6, dtype=torch.int64)
+    dynamic = {"ids": rows, "mask": rows}
+    export(path, ScaledByLength(trained).eval(), dynamic=dynamic, ids=IDS, mask=mask)
+    proof = prove_tensor(load_exported(path), 16)
+    assert [spec.padded_axis for spec in proof.schema.inputs] == [1, 1]
+    assert [spec.longest_padded for spec in proof.schema.inputs] == [reached, reached]
+    said = next(check.detail for check in proof.checks if check.name == "padding, long")
+    assert ("rows get other answers" in said) == (reached < 512)
+
+
+def test_lengths_end_when_their_time_is_over(path, monkeypatch):
+    monkeypatch.setattr(padding_reach, "MOST_SECONDS", 0.0)
+    proof = prove(path, OwnMask("masked mean"), ids=IDS)
+    assert proof.schema.inputs[0].longest_padded == 14
+    said = next(check.detail for check in proof.checks if check.name == "padding, long")
+    assert "The time for longer rows was over" in said
 
 
 def test_what_is_known_already_is_kept(path):
