@@ -23,6 +23,7 @@ from runtime.batching.runner import (
     Runner,
     RunResult,
     is_lost_device,
+    is_model_failure,
     lost_device,
     model_failure,
 )
@@ -175,6 +176,7 @@ class Batcher:
         for each, part in zip(slices, result.parts, strict=True):
             if isinstance(part, PredictFailure) and each.pending.rows:
                 self._planner.queue.remove(each.pending)
+        self._blame(slices, result)
         now_ms = _now_ms()
         # What the way to the thread and back takes is part of what a run costs.
         run_ms = now_ms - self._began_ms if result.is_clean else None
@@ -186,6 +188,15 @@ class Batcher:
         self._wake()  # before the answers are made, which takes its time
         for each, part in zip(slices, result.parts, strict=True):
             self._settle(each, part, result.run_ns)
+
+    def _blame(self, slices: list[Slice[Request]], result: RunResult) -> None:
+        """Whose requests failed make up for what the runs that failed with them cost."""
+        pairs = zip(slices, result.parts, strict=True)
+        guilty = [each for each, part in pairs if is_model_failure(part)]
+        for each in guilty:
+            own = (each.stop - each.start) * each.pending.cost  # was counted as it was taken
+            cost = max(0, result.failed_values // len(guilty) - own)
+            self._planner.queue.blame(each.pending.caller, cost)
 
     def _settle(self, part_of: Slice[Request], part: Part | PredictFailure, run_ns: int) -> None:
         request = part_of.pending.item

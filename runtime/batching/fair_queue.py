@@ -14,6 +14,7 @@ Item = TypeVar("Item")
 SLACK = 8  # a row may always be padded by so much
 SLACK_SHARE = 4  # or by this part of its own length
 MAX_REMEMBERED_CALLERS = 4096
+NUM_APART = 32  # requests of a caller that share no run with others' after one has failed
 
 
 class Pending(Generic[Item]):
@@ -55,6 +56,13 @@ class Slice(msgspec.Struct, Generic[Item], frozen=True):
     stop: int
 
 
+class _Apart(msgspec.Struct, frozen=True):
+    """The group of a caller whose requests share runs with one another alone."""
+
+    caller: str
+    group: Hashable
+
+
 class _Caller(Generic[Item]):
     def __init__(self, served: float) -> None:
         self.served = served
@@ -74,6 +82,7 @@ class BatchQueue(Generic[Item]):
         self._max_rows = max_rows
         self._callers: dict[str, _Caller[Item]] = {}  # those with rows that wait
         self._served: dict[str, float] = {}  # of those without, where it is above the floor
+        self._apart: dict[str, int] = {}  # how many of their next requests share with none
         self._floor = 0.0
         self._orders = count()
         self._num_waiting = 0
@@ -90,6 +99,10 @@ class BatchQueue(Generic[Item]):
             served = max(self._served.pop(pending.caller, 0.0), self._floor)
             caller = self._callers[pending.caller] = _Caller(served)
         pending.order = next(self._orders)
+        if num_apart := self._apart.pop(pending.caller, 0):
+            pending.group = _Apart(pending.caller, pending.group)
+            if num_apart > 1:
+                self._apart[pending.caller] = num_apart - 1
         caller.groups.setdefault(pending.group, []).append(pending)
         self._num_waiting += 1
 
@@ -103,6 +116,28 @@ class BatchQueue(Generic[Item]):
         self._num_waiting -= 1
         self._tidy(pending.caller, pending.group)
         return True
+
+    def blame(self, name: str, cost: int) -> None:
+        """A request of that caller failed in runs that cost others, or itself again, so much.
+        What waits of it and what comes next shares no run with others'."""
+        if len(self._apart) >= MAX_REMEMBERED_CALLERS:
+            self._apart.pop(next(iter(self._apart)))
+        self._apart[name] = NUM_APART
+        caller = self._callers.get(name)
+        if caller is None:
+            self._served[name] = max(self._served.get(name, 0.0), self._floor) + cost
+            self._forget_callers()
+            return
+        caller.served += cost
+        groups: dict[Hashable, list[Pending[Item]]] = {}
+        for group, waiting in caller.groups.items():
+            apart = group if isinstance(group, _Apart) else _Apart(name, group)
+            for pending in waiting:
+                pending.group = apart
+            groups.setdefault(apart, []).extend(waiting)
+        for waiting in groups.values():
+            waiting.sort(key=lambda each: each.order)
+        caller.groups = groups
 
     def head(self) -> Pending[Item] | None:
         """What the next run begins with."""

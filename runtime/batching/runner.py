@@ -41,10 +41,12 @@ class Part(msgspec.Struct, frozen=True):
 
 
 class RunResult(msgspec.Struct, frozen=True):
-    """One of `parts` for each that took part, in order. `run_ns` is all the time it took."""
+    """One of `parts` for each that took part, in order. `run_ns` is all the time it took;
+    `failed_values` those of the rows of runs that failed."""
 
     parts: list[Part | PredictFailure]
     run_ns: int
+    failed_values: int = 0
 
     @property
     def is_clean(self) -> bool:
@@ -59,17 +61,38 @@ class Runner:
         self._run = run
         self._schema = schema
         self._counters = counters
+        self._failed_values = 0  # of the present rows
 
     def run(self, rows: Sequence[Rows]) -> RunResult:
-        """Never raises. A run that fails is halved, and so on, so that only the guilty fail."""
+        """Never raises. A run that fails is halved, and so on, so that only the guilty fail. What
+        the others' runs took then is shared among them as if it had been one."""
         started_ns = time.perf_counter_ns()
+        self._failed_values = 0
         parts: list[Part | PredictFailure]
         try:
-            parts = self._parts(rows)
+            parts = self._shared(self._parts(rows), rows)
         except BaseException:  # whatever it is, nobody may wait for ever
             logger.exception("the answers of %d requests were lost", len(rows))
             parts = [_lost_run() for _ in rows]
-        return RunResult(parts, time.perf_counter_ns() - started_ns)
+        run_ns = time.perf_counter_ns() - started_ns
+        return RunResult(parts, run_ns, self._failed_values)
+
+    def _shared(
+        self, parts: list[Part | PredictFailure], rows: Sequence[Rows]
+    ) -> list[Part | PredictFailure]:
+        if not self._failed_values:  # one run, whose shares are right
+            return parts
+        pairs = zip(parts, rows, strict=True)
+        done = [(part, each) for part, each in pairs if isinstance(part, Part)]
+        total_ns = sum(part.device_ns for part, _ in done)
+        found = iter(shares(total_ns, [self._size(each) for _, each in done]))
+        return [
+            msgspec.structs.replace(part, device_ns=next(found)) if isinstance(part, Part) else part
+            for part in parts
+        ]
+
+    def _size(self, rows: Rows) -> int:
+        return rows.num_rows * row_size(rows.inputs, self._schema)
 
     def _parts(self, rows: Sequence[Rows]) -> list[Part | PredictFailure]:
         try:
@@ -86,18 +109,28 @@ class Runner:
             return [*first, *(lost_device() for _ in rows[middle:])]
         return first + self._parts(rows[middle:])
 
+    def _timed(self, inputs: list[torch.Tensor], num_rows: int) -> list[torch.Tensor]:
+        """Counts the run whether or not it fails."""
+        started_ns = time.perf_counter_ns()
+        try:
+            return self._run(inputs)
+        finally:
+            self._counters.runs += 1
+            self._counters.runs_by_rows[1 << (num_rows - 1).bit_length()] += 1
+            self._counters.device_ns += time.perf_counter_ns() - started_ns
+
     def _together(self, rows: Sequence[Rows]) -> list[Part]:
         inputs = join(rows, self._schema)
         num_rows = sum(each.num_rows for each in rows)
-        started_ns = time.perf_counter_ns()
-        outputs = self._run(inputs)
-        device_ns = time.perf_counter_ns() - started_ns
-        counters = self._counters
-        counters.runs += 1
-        counters.runs_by_rows[1 << (num_rows - 1).bit_length()] += 1
-        counters.device_ns += device_ns
-        arrays = check_outputs(outputs, num_rows, self._schema)
-        sizes = [each.num_rows * row_size(each.inputs, self._schema) for each in rows]
+        sizes = [self._size(each) for each in rows]
+        counted_ns = self._counters.device_ns
+        try:
+            outputs = self._timed(inputs, num_rows)
+            device_ns = self._counters.device_ns - counted_ns
+            arrays = check_outputs(outputs, num_rows, self._schema)
+        except BaseException:
+            self._failed_values += sum(sizes)
+            raise
         parts = []
         start = 0
         for each, share in zip(rows, shares(device_ns, sizes), strict=True):
@@ -126,6 +159,11 @@ def model_failure(error: Exception) -> PredictFailure:
     text = str(error).strip().splitlines()
     reason = f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__
     return PredictFailure("model_failed", f"The model failed on this input ({reason}).", status=422)
+
+
+def is_model_failure(result: object) -> bool:
+    """Whether it is a failure of `model_failure`."""
+    return isinstance(result, PredictFailure) and result.error.code == "model_failed"
 
 
 def _lost_run() -> PredictFailure:

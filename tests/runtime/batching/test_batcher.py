@@ -286,6 +286,32 @@ async def test_a_failing_run_is_halved(program):
     batcher.close()
 
 
+async def test_requests_beside_one_that_failed_pay_the_same_for_the_same(program):
+    batcher = Batcher(program, schema())
+    requests = [rows(n if n != 3 else -1) for n in range(16)]
+    answers = await gather_behind(program, batcher, *requests)
+    paid = [answer.device_ns for answer in answers if isinstance(answer, Prediction)]
+    assert len(paid) == 15
+    assert max(paid) - min(paid) <= 1
+    assert batcher.counters.runs == 1 + len(program.sizes[1:]), "those that failed count too"
+    batcher.close()
+
+
+async def test_after_a_failure_its_caller_shares_no_run_with_others(program):
+    batcher = Batcher(program, schema())
+    with pytest.raises(PredictFailure):
+        await predict(batcher, rows(-1), "bad")
+    first = await program.block(batcher)
+    answers = [predict(batcher, rows(n), "good") for n in range(3)]
+    bad = [predict(batcher, rows(-1), "bad") for _ in range(2)]
+    program.gate.set()
+    await asyncio.gather(first, *answers)
+    await asyncio.gather(*bad, return_exceptions=True)
+    assert {answer.result().batch_rows for answer in answers} == {3}
+    assert sorted(program.sizes) == [1, 1, 1, 1, 2, 3], "the good ones ran once, together"
+    batcher.close()
+
+
 async def test_a_failure_beyond_the_program_answers_everyone_and_is_logged(program, caplog):
     """Not even an exit that is asked for within a run leaves anyone waiting."""
     batcher = Batcher(program, schema())

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from runtime.batching.fair_queue import BatchQueue, Pending, Slice, is_similar
+from runtime.batching.fair_queue import NUM_APART, BatchQueue, Pending, Slice, is_similar
 
 
 def add(
@@ -107,6 +107,34 @@ def test_similar_lengths_share_a_run_and_others_do_not():
     assert names(queue.take(8)) == [("100", 1), ("120", 1), ("99", 1)]
     assert names(queue.take(8)) == [("10", 1)]
     assert names(queue.take(8)) == [("130", 1)]
+
+
+def test_who_failed_shares_no_run_with_others_for_a_while():
+    queue: BatchQueue[str] = BatchQueue(8)
+    first = add(queue, "bad 1", caller="bad")
+    add(queue, "good 1", caller="good")
+    queue.blame("bad", 2)
+    add(queue, "bad 2", caller="bad")
+    assert names(queue.take(8)) == [("good 1", 1)], "it has been served less"
+    assert queue.remove(first)
+    assert names(queue.take(8)) == [("bad 2", 1)]
+    for number in range(NUM_APART):
+        add(queue, f"{number}", caller="bad")
+    while len(queue):
+        queue.take(8)
+    add(queue, "good 2", caller="good")
+    add(queue, "bad 3", caller="bad")
+    assert {name for name, _ in names(queue.take(8))} == {"good 2", "bad 3"}
+
+
+def test_what_failed_is_made_up_for_by_who_comes_back():
+    queue: BatchQueue[str] = BatchQueue(1)
+    queue.blame("bad", 5)
+    for number in range(8):
+        add(queue, f"{number}", caller="bad")
+        add(queue, f"{number}", caller="good")
+    callers = [queue.take(1)[0].pending.caller for _ in range(8)]
+    assert callers.count("good") >= 6
 
 
 def test_what_is_removed_does_not_run():
