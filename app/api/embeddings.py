@@ -13,7 +13,8 @@ from msgspec import Meta
 
 from app.api.auth import bearer_principal
 from app.api.bodies import decode
-from app.api.relay import Call, Relay
+from app.api.call import Call
+from app.api.relay import Relay
 from app.api.request_ids import new_request_id
 from app.api.streaming import CancelledOnDisconnect
 from app.core.errors import InvalidRequest

@@ -12,12 +12,13 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.api.auth import bearer_principal
 from app.api.bodies import decode
+from app.api.call import Call
 from app.api.chat import ChatDialect
 from app.api.completions import CompletionsDialect
 from app.api.dialect import Dialect, usage_of
 from app.api.embeddings import create_embeddings
 from app.api.openai_types import Model, ModelList
-from app.api.relay import Call, Relay
+from app.api.relay import Relay
 from app.api.request_ids import exception_handlers, new_request_id
 from app.api.streaming import CancelledOnDisconnect, EventStream
 from app.core.database import Database

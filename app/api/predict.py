@@ -11,11 +11,12 @@ from litestar.params import FromPath
 from litestar.response.base import ASGIResponse
 
 from app.api.auth import bearer_principal
+from app.api.call import Call
 from app.api.json_answers import check_json_shapes, least_shapes, written
 from app.api.plain_response import PlainResponse
 from app.api.predict_answers import JSON, PredictAnswer, answer_bytes, answer_size, chosen_form
 from app.api.predict_bodies import Given, PredictRequest, read_body, receive
-from app.api.relay import Call, Relay
+from app.api.relay import Relay
 from app.api.request_ids import exception_handlers, new_request_id
 from app.api.streaming import CancelledOnDisconnect
 from app.core.errors import InvalidRequest

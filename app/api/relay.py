@@ -8,11 +8,10 @@ charged when is in `metering/records.py` and `billing/rating.py`.
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import msgspec
-
+from app.api.call import Call
 from app.api.embedding import Answer as EmbeddingAnswer
 from app.api.embedding import Embedding
 from app.api.endings import aborted, client_left, grammar_refused, timed_out
@@ -28,67 +27,19 @@ from app.billing.rating import (
     tensor_worst_case,
 )
 from app.core.errors import AppError, Unavailable
-from app.core.ids import new_id
+from app.deployments.failed_runs import device_ns_of
 from app.metering.journal import Journal
-from app.metering.records import AdmitRecord, FinishRecord, Outcome, Tally, Usage, use_of
-from app.organizations.principal import Principal
-from runtime.protocol import Embed, Embedded, Generate, Predict, Predicted, ServiceClass
+from app.metering.records import FinishRecord, Outcome, Tally, Usage, use_of
+from runtime.protocol import Embed, Embedded, Generate, Predict, Predicted
 
 if TYPE_CHECKING:
-    from app.deployments.replica import Target
+    pass
 
+LATE_SECONDS = 60.0  # for the end of a run whose caller has been told that it took too long
 HOLD_SECONDS = 30.0  # a database that does not answer for so long is down
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-class Call(msgspec.Struct, frozen=True, kw_only=True):
-    """Who asks what of which replica. `is_stream`: the caller gets output as it is made.
-    `resolve`: chooses a replica anew, should the target be replaced before it gets the request."""
-
-    principal: Principal
-    target: "Target"
-    route: str
-    service_class: ServiceClass = "standard"
-    is_stream: bool = False
-    request_id: str = msgspec.field(default_factory=lambda: new_id("req"))
-    started_at_ns: int = msgspec.field(default_factory=time.time_ns)
-    resolve: "Callable[[], Target] | None" = None
-
-    def renewed(self) -> "Call":
-        """The same of a replica that takes requests now. Raises what `resolve` does, and
-        `Unavailable` where what was read for one program would go to another."""
-        old = self.target
-        if self.resolve is None or not (old.link.closed or old.link.is_draining):
-            return self
-        target = self.resolve()
-        new, known = target.manifest, old.manifest
-        if (new.schema, new.text) != (known.schema, known.text):
-            raise Unavailable(
-                f"Version {target.version_number} took the place of version {old.version_number} "
-                "while this request came in, and takes other inputs; try again.",
-                code="version_replaced",
-                retry_after_seconds=1,
-            )
-        return msgspec.structs.replace(self, target=target)
-
-    def admit_record(self, rates: Rates, **counts: int) -> AdmitRecord:
-        principal, target = self.principal, self.target
-        return AdmitRecord(
-            request_id=self.request_id,
-            organization_id=principal.organization_id,
-            api_key_id=principal.api_key_id,
-            api_key_name=principal.api_key_name,
-            endpoint_name=target.endpoint_name,
-            version_number=target.version_number,
-            route=self.route,
-            kind=target.manifest.kind,
-            service_class=self.service_class,
-            price_book_id=rates.book_id,
-            started_at_ns=self.started_at_ns,
-            **counts,
-        )
 
 
 class Relay:
@@ -271,8 +222,14 @@ class Relay:
         prediction.link = call.target.link
         tally = Tally(call.admit_record(rates, max_device_ms=held_ms))
         self._journal.admit(tally.admitted)
+        running = self._own(call.target.link.predict(request))
+        await asyncio.wait({running}, timeout=self._timeout_seconds)
+        if not running.done():
+            call.target.link.withdraw(call.request_id)
+            self._own(self._settle_late(running, tally, rates))
+            raise timed_out(self._timeout_seconds)
         try:
-            predicted = await self._predict_in_time(call, request)
+            predicted = running.result()
             tally.device_ns = predicted.device_ns
             record = FinishRecord(
                 call.request_id, time.time_ns(), "completed", "stop", predicted.device_ns
@@ -283,7 +240,7 @@ class Relay:
             if prediction.is_cancelled and error.code == "cancelled":
                 self._settle(tally, rates, "cancelled", "abort")
             else:
-                self._settle(tally, rates, "failed", error.code)
+                self._settle_run(tally, rates, error.code, device_ns_of(error))
             raise
         except Exception:
             self._settle(tally, rates, "failed", "internal_error")
@@ -298,12 +255,25 @@ class Relay:
         self._accounts.settle(rate(usage, rates))
         return predicted, usage
 
-    async def _predict_in_time(self, call: Call, request: Predict) -> Predicted:
+    async def _settle_late(
+        self, running: asyncio.Task[Predicted], tally: Tally, rates: Rates
+    ) -> None:
+        """Of a request that is out of time. What has begun is finished, and paid for."""
+        device_ns = 0
         try:
-            async with asyncio.timeout(self._timeout_seconds):
-                return await call.target.link.predict(request)
+            async with asyncio.timeout(LATE_SECONDS):
+                device_ns = (await running).device_ns
+        except AppError as error:
+            device_ns = device_ns_of(error)
         except TimeoutError:
-            raise timed_out(self._timeout_seconds) from None
+            log.warning("%s: no end is told of its run", tally.admitted.request_id)
+        except Exception:
+            log.exception("%s failed", tally.admitted.request_id)
+        self._settle_run(tally, rates, "timeout", device_ns)
+
+    def _settle_run(self, tally: Tally, rates: Rates, reason: str, device_ns: int) -> None:
+        """Of a prediction without an answer: its run is paid for where that is not our fault."""
+        self._settle(tally, rates, "cancelled" if device_ns else "failed", reason, device_ns)
 
     # --- embedders ------------------------------------------------------------------------
 
@@ -376,10 +346,15 @@ class Relay:
         if not task.cancelled():
             task.exception()  # whoever asked has it, or has gone
 
-    def _settle(self, tally: Tally, rates: Rates, outcome: Outcome, reason: str) -> None:
-        """Queues the settlement; an end that the steps do not show is put on record first."""
+    def _settle(
+        self, tally: Tally, rates: Rates, outcome: Outcome, reason: str, device_ns: int = 0
+    ) -> None:
+        """Queues the settlement; an end that the steps do not show is put on record first, with
+        the device time that they do not."""
         at_ns = time.time_ns()
         if (outcome, reason) != tally.outcome():
             request_id = tally.admitted.request_id
-            self._journal.note_finish(FinishRecord(request_id, at_ns, outcome, reason))
+            record = FinishRecord(request_id, at_ns, outcome, reason, device_ns)
+            self._journal.note_finish(record)
+            tally.close(record)
         self._accounts.settle(rate(tally.usage(outcome, reason, at_ns), rates))

@@ -23,6 +23,7 @@ from app.deployments.claims import (
 )
 from app.deployments.delivery import Commit, Delivery
 from app.deployments.embedding import Embedding
+from app.deployments.failed_runs import failure_of_run
 from app.deployments.generation import Generation, Outputs, lost_generation
 from app.deployments.launchers.base import LaunchError
 from app.deployments.outstanding import Call, Outstanding
@@ -343,20 +344,20 @@ class ReplicaLink:
             return self._outstanding.expect_ended(predicted.request_id)
         assert self._manifest is not None
         check_predicted(predicted, self._manifest)
-        elapsed_ns = monotonic_ns() - call.sent_ns
-        check_device_time(predicted.device_ns, elapsed_ns, self._num_devices)
-        self._count_device_time(predicted.device_ns)
+        self._count_device_time(call.check(predicted.device_ns, self._num_devices))
         self._outstanding.forget(predicted.request_id)
         if not call.answer.done():
             call.answer.set_result(predicted)
 
     def _on_failed(self, failed: Failed) -> None:
+        if (call := self._outstanding.calls.get(failed.request_id)) is not None:
+            self._count_device_time(call.check(failed.device_ns, self._num_devices))
         generation = self._outstanding.generations.get(failed.request_id)
         if generation is not None and generation.started_ns is not None:
             generation.is_failed = True
             self._delivery.add(failed)  # behind the outputs that came before it
         elif failed.request_id in self._outstanding:
-            self._outstanding.fail(failed.request_id, failure_of(failed.error))
+            self._outstanding.fail(failed.request_id, failure_of_run(failed))
         else:
             self._outstanding.expect_ended(failed.request_id)
 

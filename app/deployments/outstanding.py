@@ -5,7 +5,7 @@ from collections import OrderedDict
 
 from app.core.clock import monotonic_ns
 from app.core.errors import AppError
-from app.deployments.claims import FalseClaim
+from app.deployments.claims import FalseClaim, check_device_time
 from app.deployments.embedding import Embedding
 from app.deployments.generation import Generation
 from runtime.protocol import Predicted
@@ -22,6 +22,13 @@ class Call:
         self.answer = answer
         self.is_sent = False  # it waits while the worker does not read
         self.sent_ns = monotonic_ns()
+
+    def check(self, device_ns: int, num_devices: int) -> int:
+        """The device time that is claimed for it. Raises `FalseClaim` where it took no such."""
+        if device_ns < 0:
+            raise FalseClaim("sent a negative measurement")
+        check_device_time(device_ns, monotonic_ns() - self.sent_ns, num_devices)
+        return device_ns
 
     def fail(self, error: AppError) -> None:
         if not self.answer.done():

@@ -23,7 +23,8 @@ DISPOSITIONS = ("billed", "waived", "free")
 
 class UsageEvent(Base):
     """One attempt of one request, written once when it is settled. `outcome` is `completed`,
-    `cancelled` (the client left), `failed` (our fault) or `lost` (the box went down)."""
+    `cancelled` (the client left, or a prediction ran in vain by what it asked for: its finish
+    reason says why), `failed` (our fault, or refused) or `lost` (the box went down)."""
 
     __tablename__ = "usage_event"
     __table_args__ = (

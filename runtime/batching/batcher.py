@@ -27,7 +27,12 @@ from runtime.batching.runner import (
     lost_device,
     model_failure,
 )
-from runtime.batching.tensors import InputChecker, PredictFailure
+from runtime.batching.tensors import (
+    InputChecker,
+    PredictFailure,
+    check_output_bytes,
+    least_output_bytes,
+)
 from runtime.protocol import Schema, Tensor
 
 
@@ -115,12 +120,14 @@ class Batcher:
 
     def submit(self, tensors: Sequence[Tensor], caller: str, on_end: OnEnd) -> Request:
         """Queues a request; queueing is fair between callers. `on_end` is called later, once, on
-        the loop. Raises `PredictFailure` for wrong inputs."""
+        the loop. Raises `PredictFailure` for wrong inputs, and where the answer would not fit a
+        frame."""
         if self._refusal is not None:
             raise self._refusal
         inputs = self._checker.check(tensors)
         num_rows = inputs[0].shape[0] if self._schema.is_batched else 1
         group, length = run_group(inputs, self._schema)
+        check_output_bytes(least_output_bytes(self._schema, num_rows, length))
         request = Request(inputs, num_rows, on_end)
         request.pending = Pending(
             request, caller, group, num_rows, length=length, cost=row_size(inputs, self._schema)
@@ -203,6 +210,7 @@ class Batcher:
         if request.on_end is None:  # it was refused while its rows ran
             return
         if isinstance(part, PredictFailure):
+            part.device_ns += request.device_ns
             self._end(request, part)
             return
         request.num_left -= part_of.stop - part_of.start
@@ -219,9 +227,10 @@ class Batcher:
         try:
             outputs = encode(request.parts, self._schema)
         except PredictFailure as failure:
+            failure.device_ns = request.device_ns
             return failure
         except Exception as error:  # noqa: BLE001 - shapes, say, that no two runs agree on
-            return model_failure(error)
+            return model_failure(error, request.device_ns)
         queue_ns = max(0, time.monotonic_ns() - request.came_ns - request.run_ns)
         self.counters.requests += 1
         self.counters.rows += request.num_rows

@@ -95,14 +95,15 @@ class Runner:
         return rows.num_rows * row_size(rows.inputs, self._schema)
 
     def _parts(self, rows: Sequence[Rows]) -> list[Part | PredictFailure]:
+        counted_ns = self._counters.device_ns
         try:
             return [*self._together(rows)]
         except Exception as error:  # whatever a stranger's graph raises belongs to its request
             logger.warning("a run of %d requests failed", len(rows), exc_info=True)
             if isinstance(error, torch.AcceleratorError):
                 return [lost_device() for _ in rows]
-            if len(rows) == 1:
-                return [model_failure(error)]
+            if len(rows) == 1:  # nobody pays for the runs that it spoiled before
+                return [model_failure(error, self._counters.device_ns - counted_ns)]
         middle = len(rows) // 2
         first = self._parts(rows[:middle])
         if any(map(is_lost_device, first)):
@@ -154,11 +155,15 @@ def shares(total: int, weights: Sequence[int]) -> list[int]:
 # --- failures ---------------------------------------------------------------------------
 
 
-def model_failure(error: Exception) -> PredictFailure:
-    """The program raised `error` on a request's own rows."""
+def model_failure(error: Exception, device_ns: int) -> PredictFailure:
+    """The program raised `error` on a request's own rows, which ran for so long."""
     text = str(error).strip().splitlines()
     reason = f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__
-    return PredictFailure("model_failed", f"The model failed on this input ({reason}).", status=422)
+    failure = PredictFailure(
+        "model_failed", f"The model failed on this input ({reason}).", status=422
+    )
+    failure.device_ns = device_ns
+    return failure
 
 
 def is_model_failure(result: object) -> bool:

@@ -18,7 +18,10 @@ MAX_EMPTY_SIZE = 1024 * 1024
 
 
 class PredictFailure(Exception):
-    """A request that gets no outputs; `error` goes to its caller."""
+    """A request that gets no outputs; `error` goes to its caller. `device_ns` is its share of the
+    runs that it was part of nevertheless."""
+
+    device_ns = 0
 
     def __init__(
         self, code: str, message: str, *, param: str | None = None, status: int = 400
@@ -144,6 +147,16 @@ def check_output_bytes(total_bytes: int) -> None:
             "Send fewer rows per request.",
             status=413,
         )
+
+
+def least_output_bytes(schema: Schema, num_rows: int, length: int) -> int:
+    """Of the outputs for so many rows of `length` along the padded axes, as far as the schema
+    tells."""
+    rows = num_rows if schema.is_batched else None
+    return sum(
+        math.prod(spec.least_shape(rows, length)) * torch_dtype(spec.dtype).itemsize
+        for spec in schema.outputs
+    )
 
 
 def torch_dtype(name: str) -> torch.dtype:

@@ -201,10 +201,12 @@ class Embedded(Message, frozen=True):
 
 
 class Failed(Message, frozen=True):
-    """This request failed, or was refused; its neighbours are unaffected."""
+    """This request failed, or was refused; its neighbours are unaffected. `device_ns` is what a
+    prediction ran for before it did, which its caller pays where the failure is of their making."""
 
     request_id: str
     error: WireError
+    device_ns: int = 0
 
 
 class Stats(Message, frozen=True):

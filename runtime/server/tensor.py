@@ -114,7 +114,7 @@ class TensorServer(Server):
 
     def _answer(self, request_id: str, result: Prediction | PredictFailure) -> None:
         if isinstance(result, PredictFailure):
-            self._fail(request_id, result.error)
+            self._fail(request_id, result.error, result.device_ns)
             return
         answer = Predicted(
             request_id=request_id,
@@ -126,7 +126,7 @@ class TensorServer(Server):
         try:
             self.connection.send(answer)
         except ValueError:  # names and shapes count too
-            self._fail(request_id, output_too_large())
+            self._fail(request_id, output_too_large(), result.device_ns)
         else:
             self._forget(request_id)
 
@@ -143,9 +143,9 @@ class TensorServer(Server):
                     return
         self._fail(request_id, cancelled())
 
-    def _fail(self, request_id: str, error: WireError) -> None:
+    def _fail(self, request_id: str, error: WireError, device_ns: int = 0) -> None:
         self._forget(request_id)
-        self.connection.send(Failed(request_id=request_id, error=error))
+        self.connection.send(Failed(request_id=request_id, error=error, device_ns=device_ns))
 
     def _forget(self, request_id: str) -> None:
         self._requests.pop(request_id, None)

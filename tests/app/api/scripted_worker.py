@@ -349,12 +349,19 @@ class ScriptedWorker:
     # --- tensor programs ------------------------------------------------------------------
 
     def _predict(self, predict: Predict) -> None:
-        """Gives its inputs back; a first `k` of 13 fails, 99 waits and 98 runs until it is
-        cancelled."""
+        """Gives its inputs back; a first `k` of 13 fails, 14 fails by its input, 99 waits and 98
+        runs until it is cancelled."""
         first = first_k(predict)
         if first == 13:
             error = WireError(type="server_error", message="bad luck", code="unlucky", status=500)
-            self.send(Failed(request_id=predict.request_id, error=error))
+            failed = Failed(request_id=predict.request_id, error=error, device_ns=self.device_ns)
+            self.send(failed)
+        elif first == 14:
+            error = WireError(
+                type="invalid_request_error", message="no", code="model_failed", status=422
+            )
+            failed = Failed(request_id=predict.request_id, error=error, device_ns=self.device_ns)
+            self.send(failed)
         elif first in (98, 99):
             self._waiting[predict.request_id] = predict
         else:

@@ -1,5 +1,6 @@
 """Predictions from JSON and npy, errors that name the input, and what they cost."""
 
+import asyncio
 import io
 import struct
 import tracemalloc
@@ -81,6 +82,48 @@ async def test_a_failed_prediction_is_recorded_and_free(box: Box) -> None:
     assert (receipt["outcome"], receipt["amount_nano"]) == ("failed", 0)
 
 
+def of_k(k: int) -> dict[str, Any]:
+    return {"inputs": {"x": [[1, 2]], "k": [k]}}
+
+
+async def test_a_run_that_fails_by_its_input_is_paid_for(box: Box) -> None:
+    async with box.http() as http:
+        response = await http.post("/models/doubler/predict", json=of_k(14))
+        assert (response.status_code, response.json()["error"]["code"]) == (422, "model_failed")
+        receipt = await box.receipt(response.headers["x-request-id"])
+        assert (receipt["outcome"], receipt["finish_reason"]) == ("cancelled", "model_failed")
+        assert receipt["amount_nano"] == 556 + 100
+        box.workers["doubler"].device_ns = 0  # refused before it ran
+        response = await http.post("/models/doubler/predict", json=of_k(14))
+        receipt = await box.receipt(response.headers["x-request-id"])
+        assert (receipt["outcome"], receipt["amount_nano"]) == ("failed", 0)
+        box.workers["doubler"].device_ns = 3_600_000_000_000
+        response = await http.post("/models/doubler/predict", json=of_k(14))
+    assert response.json()["error"]["code"] == "worker_untrusted"
+    receipt = await box.receipt(response.headers["x-request-id"])
+    assert (receipt["outcome"], receipt["amount_nano"]) == ("failed", 0)
+
+
+async def test_out_of_time_what_ran_is_paid_for_and_what_waited_is_not(box: Box) -> None:
+    await box.stop()
+    box.timeout_seconds = 0.2
+    await box.start()
+    receipts = []
+    async with box.http() as http:
+        for k in (98, 99):  # runs until it is cancelled; waits
+            response = await http.post("/models/doubler/predict", json=of_k(k))
+            assert (response.status_code, response.json()["error"]["code"]) == (504, "timeout")
+            while box.relay._running:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+            receipts.append(await box.receipt(response.headers["x-request-id"]))
+    assert [(each["outcome"], each["finish_reason"]) for each in receipts] == [
+        ("cancelled", "timeout"),
+        ("failed", "timeout"),
+    ]
+    assert [each["amount_nano"] for each in receipts] == [656, 0]
+    assert box.fleet.targets["doubler"].link.num_outstanding == 0
+
+
 async def test_a_prediction_needs_its_money_first(box: Box) -> None:
     """11 ms are held: four times the slowest batch of the build, and one."""
     async with box.database.write() as session:
@@ -96,8 +139,6 @@ async def test_a_prediction_needs_its_money_first(box: Box) -> None:
 
 
 async def test_a_worker_that_dies_fails_the_prediction_at_once(box: Box) -> None:
-    import asyncio
-
     async with box.http() as http:
         answer = asyncio.create_task(
             http.post("/models/doubler/predict", json={"inputs": {"x": [[1, 2]], "k": [99]}})

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from runtime.batching import tensors
 from runtime.protocol import (
     Cancel,
     Drain,
@@ -209,6 +210,39 @@ async def test_an_answer_too_large_for_a_frame_is_a_failure(
         peer.send(predict("narrow", 1, 1))
         assert (await peer.expect(Predicted)).request_id == "narrow"
         assert server.num_requests == 0
+
+
+async def test_an_answer_known_to_be_too_large_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensors, "MAX_OUTPUT_BYTES", 40)
+    program = Program()
+    async with Stream(serve(program)) as peer:
+        peer.send(predict("six", *[1.0] * 12))
+        failed = await peer.expect(Failed)
+        assert (failed.error.code, failed.device_ns) == ("output_too_large", 0)
+        assert program.num_rows == []
+        peer.send(predict("five", *[1.0] * 10))
+        await peer.expect(Predicted)
+
+
+async def test_what_failed_after_a_run_tells_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    schema = Schema(
+        inputs=SCHEMA.inputs,
+        outputs=[TensorSpec(name="y", dtype="float32", shape=[None, None])],
+        is_batched=True,
+    )
+    monkeypatch.setattr(tensors, "MAX_OUTPUT_BYTES", 40)
+    server = TensorServer(lambda inputs: [inputs[0].repeat(1, 10)], schema, Serve(artifact_dir="/"))
+    async with Stream(server) as peer:
+        peer.send(predict("wide", 1, 1))
+        failed = await peer.expect(Failed)
+        assert failed.error.code == "output_too_large"
+        assert failed.device_ns > 0
+    async with Stream(serve(Program(), max_batch_rows=1)) as peer:
+        for request in (predict("at once", -1, 1), predict("later", 1, 1, -1, 1)):
+            peer.send(request)
+            failed = await peer.expect(Failed)
+            assert failed.error.code == "model_failed"
+            assert failed.device_ns > 0
 
 
 async def test_draining_answers_what_was_accepted() -> None:
