@@ -99,8 +99,8 @@ def slowest_row_ms(measured: Mapping[int, float], size: int) -> float:
     it. Beyond the largest, time grows with the square of the size at most, as attention's does."""
     largest = max(measured)
     covering = min((each for each in measured if each >= size), default=largest)
-    slowest = max(ms for each, ms in measured.items() if each <= covering)
-    return slowest * max(1.0, size / largest) ** 2
+    slowest_ms = max(ms for each, ms in measured.items() if each <= covering)
+    return slowest_ms * size**2 / largest**2 if size > largest else slowest_ms
 
 
 def rate(usage: Usage, rates: Rates) -> Settlement:
