@@ -7,14 +7,15 @@ import logging
 from collections.abc import Callable, Sequence
 
 import msgspec
-import torch
 
 from runtime.importing.tensor_program import TensorProgram
 from runtime.protocol import Schema
-from runtime.proving.comparing import Outputs, take_rows
+from runtime.proving.candidate_case import Case, Inputs
+from runtime.proving.comparing import take_rows
 from runtime.proving.inputs import InputMaker
 from runtime.proving.neighbours import neighbours
-from runtime.proving.reference import Tolerance, find_tolerance
+from runtime.proving.reference import find_tolerance
+from runtime.proving.unusual_cases import draw_unusual
 
 logger = logging.getLogger(__name__)
 
@@ -25,22 +26,7 @@ MAX_EXAMPLES = 8
 WIDE_FACTOR = 4.0
 
 Report = Callable[[float, str], None]
-Inputs = list[torch.Tensor]
 Neighbours = Sequence[tuple[str, Inputs]]
-
-
-class Case(msgspec.Struct, frozen=True):
-    """One batch, what the program as uploaded answers, and how far off an answer may be."""
-
-    name: str
-    inputs: Inputs
-    expected: Outputs
-    tolerance: Tolerance
-
-    @property
-    def num_rows(self) -> int:
-        """Of a batched program."""
-        return self.inputs[0].shape[0]
 
 
 class Cases(msgspec.Struct, frozen=True):
@@ -49,6 +35,7 @@ class Cases(msgspec.Struct, frozen=True):
     generated: list[Case]
     examples: list[Case]  # of the owner
     is_batched: bool
+    unusual: list[Case] = []
     neighbours: Neighbours = []  # one row each, that rows must not feel
 
     @property
@@ -77,7 +64,11 @@ def draw_cases(
             known += _cases(program, [("example", inputs)], ())
         except Exception:  # an example is a stranger's as well
             logger.info("an example does not run", exc_info=True)
-    cases = Cases(generated, known, schema.is_batched and max_rows > 1)
+    is_batched = schema.is_batched and max_rows > 1
+    cases = Cases(generated, known, is_batched)
+    most = max_rows if is_batched else max(SMALL_SIZES)
+    unusual = draw_unusual(program, schema.inputs, cases.rows.inputs, most)
+    cases = msgspec.structs.replace(cases, unusual=unusual)
     if not cases.is_batched:
         return cases
     row, another = (take_rows(cases.rows.inputs, [at]) for at in (0, -1))

@@ -9,7 +9,8 @@ import msgspec
 import torch
 
 from runtime.protocol import Check
-from runtime.proving.candidate_cases import Case, Cases, Neighbours
+from runtime.proving.candidate_case import Case
+from runtime.proving.candidate_cases import Cases, Neighbours
 from runtime.proving.comparing import (
     Outputs,
     compare,
@@ -23,6 +24,12 @@ from runtime.proving.comparing import (
 LEAST_AGREEMENT = 0.99  # share of rows with the same largest value
 MOST_LOSS = 0.05  # root mean square of the error, of each output's own spread
 NEAR_TIE = 0.01  # of an output's range: below it the two largest values are not told apart
+
+UNUSUAL = {
+    "scaled": "values that are far larger, and far smaller, than usual",
+    "ties": "equal values, constant rows and zeros",
+    "integers": "integers from all over their dtype",
+}
 
 Run = Callable[[list[torch.Tensor]], Outputs]
 Answers = Sequence[tuple[Case, Outputs]]
@@ -84,18 +91,22 @@ def prove_candidate(
         checks.append(_answers_check("examples", of_examples, "examples of the owner"))
     if (top_1 := _top_1_check([*answers, *of_examples])) is not None:
         checks.append(top_1)
+    unusual = _unusual_checks(run, cases.unusual)
     may_lose = loss.is_bounded and not all(check.is_equal for check in checks)
     rows, mine = next((case, found) for case, found in answers if case is cases.rows)
     sound = [_repeat_check(run, rows, mine, may_lose)]
     if cases.is_batched:
         sound.append(_alone_check(run, rows, mine, may_lose))
         sound.append(_neighbours_check(run, rows, cases.neighbours, mine, may_lose))
+    checks += unusual
     errors = [check.error for check in checks if check.tolerance == 1.0]
     return CandidateProof(
         checks=[msgspec.structs.replace(check, form=name) for check in [*checks, *sound]],
         error=None if None in errors else max(error for error in errors if error is not None),
         is_equal=all(check.is_equal for check in [*checks, *sound]),
-        is_sound=all(check.is_equal for check in sound) and math.isfinite(loss.error),
+        is_sound=all(check.is_equal for check in sound)
+        and not any(check.error is None and check.name != "unusual, ties" for check in unusual)
+        and math.isfinite(loss.error),
         loss=loss,
         wide_loss=find_loss(wide) if wide else None,
     )
@@ -114,6 +125,34 @@ def _answers_check(name: str, answers: Answers, what: str) -> Check:
         error=finite(max(error for error, _ in pairs)),
         tolerance=1.0,
     )
+
+
+def _unusual_checks(run: Run, cases: Sequence[Case]) -> list[Check]:
+    """One for each kind. An error that is infinite is a number where there is none, none where
+    there is one, or another integer."""
+    worst: dict[str, float] = {}
+    for case in cases:
+        assert case.compared is not None, "it is known where they are compared"
+        found = run(case.inputs)
+        if any(a.shape != b.shape for a, b in zip(found, case.expected, strict=True)):
+            error = math.inf
+        else:
+            masks = case.compared
+            mine = [each.where(mask, 0) for each, mask in zip(found, masks, strict=True)]
+            own = [each.where(mask, 0) for each, mask in zip(case.expected, masks, strict=True)]
+            error, _ = compare(own, mine, case.tolerance)
+        worst[case.name] = max(worst.get(case.name, 0.0), error)
+    return [
+        Check(
+            name=f"unusual, {name}",
+            is_equal=error <= 1.0,
+            detail=f"{UNUSUAL[name]}, against eager where that is finite; error in multiples of "
+            "what is allowed",
+            error=finite(error),
+            tolerance=1.0,
+        )
+        for name, error in worst.items()
+    ]
 
 
 def _top_1_check(answers: Answers) -> Check | None:

@@ -69,7 +69,8 @@ def test_the_program_in_other_words_is_equal(module, cases):
     assert proof.error is not None
     assert proof.error < 1
     assert {check.name for check in proof.checks} == {
-        *("answers", "examples", "top-1", "repeat", "batch and single", "neighbours")
+        *("answers", "examples", "top-1", "repeat", "batch and single", "neighbours"),
+        *("unusual, scaled", "unusual, ties"),
     }
 
 
