@@ -56,7 +56,8 @@ class Loss(msgspec.Struct, frozen=True):
 
 class CandidateProof(msgspec.Struct, frozen=True, kw_only=True):
     """`is_equal`: within the program's own rounding, everywhere. `is_sound`: whatever it loses,
-    rows do not touch each other and shapes, dtypes and NaN are right. `error` is the largest, in
+    rows do not touch each other and shapes, dtypes and NaN are right, for inputs that are not NaN
+    themselves: those are not compared. `error` is the largest, in
     multiples of what is allowed. `wide_loss` is that of values larger than usual, where the range
     of an input is not known."""
 
