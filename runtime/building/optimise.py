@@ -139,7 +139,9 @@ def _exclude(course: Course, receipt: BuildReceipt, others: Sequence[Candidate])
     """Those that need not be made to know their fate."""
     for each in others:
         if receipt.verdict == "unproved":
-            each.drop("unavailable", "Nothing could be proved of the program itself: see its notes.")
+            each.drop(
+                "unavailable", "Nothing could be proved of the program itself: see its notes."
+            )
         elif (why := unavailable(each.form, course.device)) is not None:
             each.drop("unavailable", why)
         elif each.form.is_lossy and not course.accepts_loss:
