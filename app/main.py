@@ -37,6 +37,7 @@ from app.api import (
 )
 from app.api.relay import Relay
 from app.billing.accounts import AccountWriter, open_account
+from app.billing.clerk import Clerk
 from app.billing.prices import PriceTable
 from app.core.broadcast import Broadcast
 from app.core.claim import DatabaseClaim, DatabaseInUse
@@ -122,6 +123,7 @@ async def start(
     state.uploads = UploadStore(database, storage, settings)
     await start_money(state, settings, stack)
     await start_serving(state, settings, stack)
+    start_clerk(state, settings, stack)
     stack.push_async_callback(stop_task, asyncio.create_task(expire_uploads(state.uploads)))
 
     stack.callback(state.broadcast.close)
@@ -199,6 +201,13 @@ async def start_serving(state: State, settings: Settings, stack: AsyncExitStack)
     state.optimiser = optimiser = Optimiser(*parts, fleet)
     await optimiser.start()
     stack.push_async_callback(optimiser.close)
+
+
+def start_clerk(state: State, settings: Settings, stack: AsyncExitStack) -> None:
+    """What is done about money beside the requests."""
+    state.clerk = clerk = Clerk()
+    clerk.start()
+    stack.push_async_callback(clerk.close)
 
 
 def migrate(settings: Settings) -> None:

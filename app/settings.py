@@ -47,6 +47,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     drain_seconds: int = 30
     session_days: int = 14
     currency: str = "usd"
+    usage_detail_days: int = 62
+    stripe_api_key: str = ""
+    stripe_webhook_secrets: tuple[str, ...] = ()
+    stripe_api_base: str = ""
     log_level: str = "INFO"
 
     @property
@@ -144,6 +148,13 @@ def _admin_key(text: str) -> str:
     return text
 
 
+def _secrets(text: str) -> tuple[str, ...]:
+    secrets = tuple(part.strip() for part in text.split(",") if part.strip())
+    if not secrets:
+        raise ValueError("is empty")
+    return secrets
+
+
 def _log_level(text: str) -> str:
     if text.upper() not in {"DEBUG", "INFO", "WARNING", "ERROR"}:
         raise ValueError("one of DEBUG, INFO, WARNING, ERROR")
@@ -180,6 +191,18 @@ FIELDS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "DRAIN_SECONDS": ("drain_seconds", _positive, "how long SIGTERM lets requests finish"),
     "SESSION_DAYS": ("session_days", _positive, "how long a sign-in lasts"),
     "CURRENCY": ("currency", str, "currency of the price book"),
+    "USAGE_DETAIL_DAYS": (
+        "usage_detail_days",
+        _positive,
+        "days until settled requests move from the database to compressed archives",
+    ),
+    "STRIPE_API_KEY": ("stripe_api_key", str, "secret key; without it nothing is paid by Stripe"),
+    "STRIPE_WEBHOOK_SECRET": (
+        "stripe_webhook_secrets",
+        _secrets,
+        "signing secret of the webhook; two with a comma between while they rotate",
+    ),
+    "STRIPE_API_BASE": ("stripe_api_base", str, "another address of Stripe's API, for tests"),
     "LOG_LEVEL": ("log_level", _log_level, "how much is logged"),
 }
 

@@ -3,6 +3,7 @@
 from alembic import context
 from sqlalchemy import create_engine
 
+import app.billing.payments.tables
 import app.billing.tables
 import app.deployments.tables
 import app.metering.tables

@@ -2,7 +2,7 @@
 
 from datetime import datetime
 
-from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index, String
+from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index, String, UniqueConstraint
 from sqlalchemy.orm import Mapped, mapped_column
 
 from app.core.database import Base, one_of
@@ -36,8 +36,11 @@ class UsageEvent(Base):
 
     id: Mapped[str] = mapped_column(String(48), primary_key=True)  # <request id>:<attempt>
     request_id: Mapped[str] = mapped_column(String(40), index=True)
+    ledger_transaction_id: Mapped[str] = mapped_column(
+        String(40), index=True, server_default="", default=""
+    )
     organization_id: Mapped[str] = mapped_column(String(40))
-    api_key_id: Mapped[str] = mapped_column(String(40), index=True)
+    api_key_id: Mapped[str] = mapped_column(String(40))
     api_key_name: Mapped[str] = mapped_column(String(80))
     endpoint_name: Mapped[str] = mapped_column(String(64))
     version_number: Mapped[int]
@@ -70,3 +73,54 @@ class UsageLine(Base):
     unit_scale: Mapped[int] = mapped_column(BigInteger)
     amount_nano: Mapped[int] = mapped_column(BigInteger)
     disposition: Mapped[str] = mapped_column(String(8))
+
+
+class UsageSeries(Base):
+    """One combination of who used what at which price, so that the rows which add it up by the
+    hour are small."""
+
+    __tablename__ = "usage_series"
+    __table_args__ = (
+        UniqueConstraint(
+            "organization_id",
+            "api_key_id",
+            "endpoint_name",
+            "version_number",
+            "service_class",
+            "dimension",
+            "disposition",
+            "price_book_id",
+            "price_nano",
+            "unit_scale",
+            name="uq_usage_series",
+        ),
+        CheckConstraint(one_of("dimension", DIMENSIONS), name="dimension"),
+        CheckConstraint(one_of("disposition", DISPOSITIONS), name="disposition"),
+    )
+
+    id: Mapped[str] = mapped_column(String(32), primary_key=True)  # see `series.py`
+    organization_id: Mapped[str] = mapped_column(String(40))
+    api_key_id: Mapped[str] = mapped_column(String(40))
+    api_key_name: Mapped[str] = mapped_column(String(80))
+    endpoint_name: Mapped[str] = mapped_column(String(64))
+    version_number: Mapped[int]
+    service_class: Mapped[str] = mapped_column(String(16))
+    dimension: Mapped[str] = mapped_column(String(16))
+    disposition: Mapped[str] = mapped_column(String(8))
+    price_book_id: Mapped[str] = mapped_column(String(40))
+    price_nano: Mapped[int] = mapped_column(BigInteger)
+    unit_scale: Mapped[int] = mapped_column(BigInteger)
+
+
+class UsageHour(Base):
+    """What one series added up to in one hour, written in the transaction that settles. The hour
+    is that of the posting to the ledger, so both agree on every period to the last nano-unit.
+    `saved_nano`: what cached tokens would have cost more at the input price."""
+
+    __tablename__ = "usage_hour"
+
+    series_id: Mapped[str] = mapped_column(String(32), primary_key=True)
+    hour: Mapped[int] = mapped_column(primary_key=True)  # since 1970, UTC
+    quantity: Mapped[int] = mapped_column(BigInteger)
+    amount_nano: Mapped[int] = mapped_column(BigInteger)
+    saved_nano: Mapped[int] = mapped_column(BigInteger, default=0)

@@ -1,0 +1,644 @@
+"""money"""
+
+import hashlib
+import json
+
+import sqlalchemy as sa
+from alembic import op
+from sqlalchemy.dialects import postgresql
+
+from app.core.database import UtcDateTime
+
+revision = "0004"
+down_revision = "0003"
+branch_labels = None
+depends_on = None
+
+APPEND_ONLY = ("ledger_transaction", "ledger_entry", "seal", "sealed_transaction", "lot_use")
+SERIES_COLUMNS = (
+    "e.organization_id",
+    "e.api_key_id",
+    "e.endpoint_name",
+    "e.version_number",
+    "e.service_class",
+    "l.dimension",
+    "l.disposition",
+    "e.price_book_id",
+    "l.price_nano",
+    "l.unit_scale",
+)
+
+
+def upgrade() -> None:
+    op.create_table(
+        "billing_profile",
+        sa.Column("organization_id", sa.String(length=40), nullable=False),
+        sa.Column("email", sa.String(length=254), nullable=False),
+        sa.Column("stripe_customer_id", sa.String(length=255), nullable=True),
+        sa.Column("payment_method_id", sa.String(length=255), nullable=True),
+        sa.Column("card_label", sa.String(length=80), nullable=False),
+        sa.Column("recharge_below_nano", sa.BigInteger(), nullable=True),
+        sa.Column("recharge_cents", sa.BigInteger(), nullable=True),
+        sa.Column("recharge_paused", sa.String(length=200), nullable=False),
+        sa.Column("low_balance_nano", sa.BigInteger(), nullable=True),
+        sa.Column("notify_url", sa.String(length=500), nullable=False),
+        sa.Column("notify_secret", sa.String(length=80), nullable=False),
+        sa.Column("updated_at", UtcDateTime(), nullable=False),
+        sa.PrimaryKeyConstraint("organization_id", name=op.f("pk_billing_profile")),
+        sa.UniqueConstraint(
+            "stripe_customer_id", name=op.f("uq_billing_profile_stripe_customer_id")
+        ),
+    )
+    op.create_table(
+        "budget",
+        sa.Column("id", sa.String(length=40), nullable=False),
+        sa.Column("organization_id", sa.String(length=40), nullable=False),
+        sa.Column("scope", sa.String(length=16), nullable=False),
+        sa.Column("subject", sa.String(length=64), nullable=False),
+        sa.Column("subject_name", sa.String(length=80), nullable=False),
+        sa.Column("period", sa.String(length=8), nullable=False),
+        sa.Column("limit_nano", sa.BigInteger(), nullable=False),
+        sa.Column("created_at", UtcDateTime(), nullable=False),
+        sa.CheckConstraint("period IN ('day', 'month')", name=op.f("ck_budget_period")),
+        sa.CheckConstraint(
+            "scope IN ('organization', 'key', 'model')", name=op.f("ck_budget_scope")
+        ),
+        sa.CheckConstraint(
+            "limit_nano BETWEEN 0 AND 4000000000000000000", name=op.f("ck_budget_limit")
+        ),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_budget")),
+        sa.UniqueConstraint(
+            "organization_id",
+            "scope",
+            "subject",
+            "period",
+            name=op.f("uq_budget_organization_id_scope_subject_period"),
+        ),
+    )
+    op.create_table(
+        "budget_window",
+        sa.Column("budget_id", sa.String(length=40), nullable=False),
+        sa.Column("starts_on", sa.String(length=10), nullable=False),
+        sa.Column("organization_id", sa.String(length=40), nullable=False),
+        sa.Column("limit_nano", sa.BigInteger(), nullable=False),
+        sa.Column("posted_nano", sa.BigInteger(), nullable=False),
+        sa.Column("held_nano", sa.BigInteger(), nullable=False),
+        sa.CheckConstraint(
+            "held_nano = 0 OR posted_nano + held_nano <= limit_nano",
+            name=op.f("ck_budget_window_limit"),
+        ),
+        sa.CheckConstraint(
+            "held_nano BETWEEN 0 AND 4000000000000000000", name=op.f("ck_budget_window_held")
+        ),
+        sa.CheckConstraint(
+            "posted_nano BETWEEN 0 AND 4000000000000000000", name=op.f("ck_budget_window_posted")
+        ),
+        sa.PrimaryKeyConstraint("budget_id", "starts_on", name=op.f("pk_budget_window")),
+    )
+    op.create_table(
+        "credit_lot",
+        sa.Column("id", sa.String(length=40), nullable=False),
+        sa.Column("organization_id", sa.String(length=40), nullable=False),
+        sa.Column("kind", sa.String(length=16), nullable=False),
+        sa.Column("amount_nano", sa.BigInteger(), nullable=False),
+        sa.Column("remaining_nano", sa.BigInteger(), nullable=False),
+        sa.Column("priority", sa.Integer(), nullable=False),
+        sa.Column("source", sa.String(length=120), nullable=False),
+        sa.Column("note", sa.String(length=200), nullable=False),
+        sa.Column("expires_at", UtcDateTime(), nullable=True),
+        sa.Column("created_at", UtcDateTime(), nullable=False),
+        sa.CheckConstraint("kind IN ('paid', 'promotional')", name=op.f("ck_credit_lot_kind")),
+        sa.CheckConstraint(
+            "amount_nano BETWEEN 0 AND 4000000000000000000", name=op.f("ck_credit_lot_amount")
+        ),
+        sa.CheckConstraint(
+            "remaining_nano BETWEEN 0 AND amount_nano", name=op.f("ck_credit_lot_remaining")
+        ),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_credit_lot")),
+        sa.UniqueConstraint("source", name=op.f("uq_credit_lot_source")),
+    )
+    with op.batch_alter_table("credit_lot", schema=None) as batch_op:
+        batch_op.create_index(
+            "ix_credit_lot_organization_id_remaining_nano",
+            ["organization_id", "remaining_nano"],
+            unique=False,
+        )
+
+    op.create_table(
+        "device_cost",
+        sa.Column("device", sa.String(length=80), nullable=False),
+        sa.Column("hour_nano", sa.BigInteger(), nullable=False),
+        sa.Column("updated_at", UtcDateTime(), nullable=False),
+        sa.PrimaryKeyConstraint("device", name=op.f("pk_device_cost")),
+    )
+    op.create_table(
+        "hold_window",
+        sa.Column("request_id", sa.String(length=40), nullable=False),
+        sa.Column("budget_id", sa.String(length=40), nullable=False),
+        sa.Column("starts_on", sa.String(length=10), nullable=False),
+        sa.Column("amount_nano", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("request_id", "budget_id", name=op.f("pk_hold_window")),
+    )
+    op.create_table(
+        "invoice",
+        sa.Column("id", sa.String(length=40), nullable=False),
+        sa.Column("number", sa.Integer(), nullable=False),
+        sa.Column("organization_id", sa.String(length=40), nullable=False),
+        sa.Column("organization_name", sa.String(length=80), nullable=False),
+        sa.Column("period", sa.String(length=7), nullable=False),
+        sa.Column("state", sa.String(length=16), nullable=False),
+        sa.Column("currency", sa.String(length=3), nullable=False),
+        sa.Column("usage_nano", sa.BigInteger(), nullable=False),
+        sa.Column("credit_nano", sa.BigInteger(), nullable=False),
+        sa.Column("carry_in_nano", sa.BigInteger(), nullable=False),
+        sa.Column("due_cents", sa.BigInteger(), nullable=False),
+        sa.Column("carry_out_nano", sa.BigInteger(), nullable=False),
+        sa.Column("stripe_invoice_id", sa.String(length=255), nullable=True),
+        sa.Column("hosted_url", sa.Text(), nullable=True),
+        sa.Column("error", sa.String(length=300), nullable=False),
+        sa.Column("created_at", UtcDateTime(), nullable=False),
+        sa.Column("paid_at", UtcDateTime(), nullable=True),
+        sa.CheckConstraint(
+            "state IN ('frozen', 'pushed', 'finalised', 'paid', 'past_due', 'uncollectible', 'void', 'differs', 'settled')",
+            name=op.f("ck_invoice_state"),
+        ),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_invoice")),
+        sa.UniqueConstraint("number", name=op.f("uq_invoice_number")),
+        sa.UniqueConstraint("stripe_invoice_id", name=op.f("uq_invoice_stripe_invoice_id")),
+    )
+    with op.batch_alter_table("invoice", schema=None) as batch_op:
+        batch_op.create_index(
+            "uq_invoice_organization_id_period", ["organization_id", "period"], unique=True
+        )
+
+    op.create_table(
+        "invoice_line",
+        sa.Column("invoice_id", sa.String(length=40), nullable=False),
+        sa.Column("position", sa.Integer(), nullable=False),
+        sa.Column("endpoint_name", sa.String(length=64), nullable=False),
+        sa.Column("dimension", sa.String(length=16), nullable=False),
+        sa.Column("service_class", sa.String(length=16), nullable=False),
+        sa.Column("price_nano", sa.BigInteger(), nullable=False),
+        sa.Column("unit_scale", sa.BigInteger(), nullable=False),
+        sa.Column("quantity", sa.BigInteger(), nullable=False),
+        sa.Column("amount_nano", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("invoice_id", "position", name=op.f("pk_invoice_line")),
+    )
+    op.create_table(
+        "lot_use",
+        sa.Column("ledger_transaction_id", sa.String(length=40), nullable=False),
+        sa.Column("lot_id", sa.String(length=40), nullable=False),
+        sa.Column("amount_nano", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("ledger_transaction_id", "lot_id", name=op.f("pk_lot_use")),
+    )
+    op.create_table(
+        "notice",
+        sa.Column("id", sa.String(length=40), nullable=False),
+        sa.Column("organization_id", sa.String(length=40), nullable=False),
+        sa.Column("kind", sa.String(length=32), nullable=False),
+        sa.Column("message", sa.String(length=400), nullable=False),
+        sa.Column("data", sa.JSON().with_variant(postgresql.JSONB(), "postgresql"), nullable=False),
+        sa.Column("created_at", UtcDateTime(), nullable=False),
+        sa.Column("ended_at", UtcDateTime(), nullable=True),
+        sa.Column("dismissed_at", UtcDateTime(), nullable=True),
+        sa.Column("num_attempts", sa.Integer(), nullable=False),
+        sa.Column("next_at", UtcDateTime(), nullable=True),
+        sa.Column("delivered_at", UtcDateTime(), nullable=True),
+        sa.Column("delivery_error", sa.String(length=300), nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_notice")),
+    )
+    with op.batch_alter_table("notice", schema=None) as batch_op:
+        batch_op.create_index(batch_op.f("ix_notice_next_at"), ["next_at"], unique=False)
+        batch_op.create_index(
+            "ix_notice_organization_id_created_at", ["organization_id", "created_at"], unique=False
+        )
+
+    op.create_table(
+        "reconciliation_run",
+        sa.Column("id", sa.String(length=40), nullable=False),
+        sa.Column("started_at", UtcDateTime(), nullable=False),
+        sa.Column("finished_at", UtcDateTime(), nullable=False),
+        sa.Column("num_differences", sa.Integer(), nullable=False),
+        sa.Column(
+            "checks", sa.JSON().with_variant(postgresql.JSONB(), "postgresql"), nullable=False
+        ),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_reconciliation_run")),
+    )
+    with op.batch_alter_table("reconciliation_run", schema=None) as batch_op:
+        batch_op.create_index(
+            batch_op.f("ix_reconciliation_run_started_at"), ["started_at"], unique=False
+        )
+
+    op.create_table(
+        "seal",
+        sa.Column("number", sa.BigInteger(), autoincrement=False, nullable=False),
+        sa.Column("previous_sha256", sa.String(length=64), nullable=False),
+        sa.Column("root_sha256", sa.String(length=64), nullable=False),
+        sa.Column("sha256", sa.String(length=64), nullable=False),
+        sa.Column("signature", sa.String(length=128), nullable=False),
+        sa.Column("num_transactions", sa.Integer(), nullable=False),
+        sa.Column("created_at", UtcDateTime(), nullable=False),
+        sa.PrimaryKeyConstraint("number", name=op.f("pk_seal")),
+        sa.UniqueConstraint("sha256", name=op.f("uq_seal_sha256")),
+    )
+    op.create_table(
+        "sealed_transaction",
+        sa.Column("ledger_transaction_id", sa.String(length=40), nullable=False),
+        sa.Column("seal_number", sa.BigInteger(), nullable=False),
+        sa.Column("position", sa.Integer(), nullable=False),
+        sa.PrimaryKeyConstraint("ledger_transaction_id", name=op.f("pk_sealed_transaction")),
+        sa.UniqueConstraint(
+            "seal_number", "position", name=op.f("uq_sealed_transaction_seal_number_position")
+        ),
+    )
+    op.create_table(
+        "stripe_event",
+        sa.Column("id", sa.String(length=255), nullable=False),
+        sa.Column("type", sa.String(length=80), nullable=False),
+        sa.Column("object_id", sa.String(length=255), nullable=False),
+        sa.Column("raw", sa.LargeBinary(), nullable=False),
+        sa.Column("state", sa.String(length=16), nullable=False),
+        sa.Column("num_attempts", sa.Integer(), nullable=False),
+        sa.Column("next_at", UtcDateTime(), nullable=False),
+        sa.Column("error", sa.String(length=300), nullable=False),
+        sa.Column("received_at", UtcDateTime(), nullable=False),
+        sa.CheckConstraint(
+            "state IN ('received', 'done', 'parked', 'dead')", name=op.f("ck_stripe_event_state")
+        ),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_stripe_event")),
+    )
+    with op.batch_alter_table("stripe_event", schema=None) as batch_op:
+        batch_op.create_index("ix_stripe_event_state_next_at", ["state", "next_at"], unique=False)
+
+    op.create_table(
+        "stripe_mirror",
+        sa.Column("id", sa.String(length=255), nullable=False),
+        sa.Column("kind", sa.String(length=40), nullable=False),
+        sa.Column("data", sa.JSON().with_variant(postgresql.JSONB(), "postgresql"), nullable=False),
+        sa.Column("read_at", UtcDateTime(), nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_stripe_mirror")),
+    )
+    op.create_table(
+        "stripe_operation",
+        sa.Column("id", sa.String(length=120), nullable=False),
+        sa.Column("kind", sa.String(length=32), nullable=False),
+        sa.Column("organization_id", sa.String(length=40), nullable=False),
+        sa.Column("subject_id", sa.String(length=40), nullable=False),
+        sa.Column(
+            "params", sa.JSON().with_variant(postgresql.JSONB(), "postgresql"), nullable=False
+        ),
+        sa.Column("state", sa.String(length=16), nullable=False),
+        sa.Column("num_attempts", sa.Integer(), nullable=False),
+        sa.Column("first_sent_at", UtcDateTime(), nullable=True),
+        sa.Column("next_at", UtcDateTime(), nullable=False),
+        sa.Column("stripe_id", sa.String(length=255), nullable=True),
+        sa.Column("error", sa.String(length=300), nullable=False),
+        sa.Column("created_at", UtcDateTime(), nullable=False),
+        sa.CheckConstraint(
+            "state IN ('planned', 'sent', 'unknown', 'confirmed', 'rejected', 'quarantined')",
+            name=op.f("ck_stripe_operation_state"),
+        ),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_stripe_operation")),
+    )
+    with op.batch_alter_table("stripe_operation", schema=None) as batch_op:
+        batch_op.create_index(
+            "ix_stripe_operation_state_next_at", ["state", "next_at"], unique=False
+        )
+
+    op.create_table(
+        "top_up",
+        sa.Column("id", sa.String(length=40), nullable=False),
+        sa.Column("organization_id", sa.String(length=40), nullable=False),
+        sa.Column("kind", sa.String(length=16), nullable=False),
+        sa.Column("state", sa.String(length=16), nullable=False),
+        sa.Column("amount_cents", sa.BigInteger(), nullable=False),
+        sa.Column("currency", sa.String(length=3), nullable=False),
+        sa.Column("refunded_cents", sa.BigInteger(), nullable=False),
+        sa.Column("disputed_cents", sa.BigInteger(), nullable=False),
+        sa.Column("checkout_session_id", sa.String(length=255), nullable=True),
+        sa.Column("checkout_url", sa.Text(), nullable=True),
+        sa.Column("payment_intent_id", sa.String(length=255), nullable=True),
+        sa.Column("error", sa.String(length=300), nullable=False),
+        sa.Column("created_at", UtcDateTime(), nullable=False),
+        sa.Column("paid_at", UtcDateTime(), nullable=True),
+        sa.CheckConstraint("kind IN ('checkout', 'recharge')", name=op.f("ck_top_up_kind")),
+        sa.CheckConstraint(
+            "state IN ('created', 'pending', 'paid', 'failed', 'expired', 'refunded', 'disputed')",
+            name=op.f("ck_top_up_state"),
+        ),
+        sa.CheckConstraint(
+            "amount_cents > 0 AND refunded_cents >= 0", name=op.f("ck_top_up_amount")
+        ),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_top_up")),
+        sa.UniqueConstraint("checkout_session_id", name=op.f("uq_top_up_checkout_session_id")),
+        sa.UniqueConstraint("payment_intent_id", name=op.f("uq_top_up_payment_intent_id")),
+    )
+    with op.batch_alter_table("top_up", schema=None) as batch_op:
+        batch_op.create_index(
+            batch_op.f("ix_top_up_organization_id"), ["organization_id"], unique=False
+        )
+
+    op.create_table(
+        "unsealed_transaction",
+        sa.Column("ledger_transaction_id", sa.String(length=40), nullable=False),
+        sa.PrimaryKeyConstraint("ledger_transaction_id", name=op.f("pk_unsealed_transaction")),
+    )
+    op.create_table(
+        "usage_hour",
+        sa.Column("series_id", sa.String(length=32), nullable=False),
+        sa.Column("hour", sa.Integer(), nullable=False),
+        sa.Column("quantity", sa.BigInteger(), nullable=False),
+        sa.Column("amount_nano", sa.BigInteger(), nullable=False),
+        sa.Column("saved_nano", sa.BigInteger(), nullable=False),
+        sa.PrimaryKeyConstraint("series_id", "hour", name=op.f("pk_usage_hour")),
+    )
+    op.create_table(
+        "usage_series",
+        sa.Column("id", sa.String(length=32), nullable=False),
+        sa.Column("organization_id", sa.String(length=40), nullable=False),
+        sa.Column("api_key_id", sa.String(length=40), nullable=False),
+        sa.Column("api_key_name", sa.String(length=80), nullable=False),
+        sa.Column("endpoint_name", sa.String(length=64), nullable=False),
+        sa.Column("version_number", sa.Integer(), nullable=False),
+        sa.Column("service_class", sa.String(length=16), nullable=False),
+        sa.Column("dimension", sa.String(length=16), nullable=False),
+        sa.Column("disposition", sa.String(length=8), nullable=False),
+        sa.Column("price_book_id", sa.String(length=40), nullable=False),
+        sa.Column("price_nano", sa.BigInteger(), nullable=False),
+        sa.Column("unit_scale", sa.BigInteger(), nullable=False),
+        sa.CheckConstraint(
+            "dimension IN ('input', 'cached_input', 'cache_write', 'kv_device', 'kv_host', 'kv_disk', 'output', 'request', 'device_ms')",
+            name=op.f("ck_usage_series_dimension"),
+        ),
+        sa.CheckConstraint(
+            "disposition IN ('billed', 'waived', 'free')", name=op.f("ck_usage_series_disposition")
+        ),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_usage_series")),
+        sa.UniqueConstraint(
+            "organization_id",
+            "api_key_id",
+            "endpoint_name",
+            "version_number",
+            "service_class",
+            "dimension",
+            "disposition",
+            "price_book_id",
+            "price_nano",
+            "unit_scale",
+            name="uq_usage_series",
+        ),
+    )
+    with op.batch_alter_table("account_balance", schema=None) as batch_op:
+        batch_op.add_column(
+            sa.Column("forced_nano", sa.BigInteger(), server_default="0", nullable=False)
+        )
+        batch_op.add_column(sa.Column("closed_until", UtcDateTime(), nullable=True))
+        batch_op.drop_constraint(batch_op.f("ck_account_balance_limit"), type_="check")
+        batch_op.create_check_constraint(
+            batch_op.f("ck_account_balance_limit"),
+            "credit_limit_nano IS NULL OR held_nano = 0"
+            " OR posted_nano - held_nano + forced_nano >= -credit_limit_nano",
+        )
+        batch_op.create_check_constraint(
+            batch_op.f("ck_account_balance_forced"),
+            "forced_nano BETWEEN 0 AND 4000000000000000000",
+        )
+
+    with op.batch_alter_table("ledger_transaction", schema=None) as batch_op:
+        batch_op.add_column(
+            sa.Column("organization_id", sa.String(length=40), server_default="", nullable=False)
+        )
+        batch_op.add_column(
+            sa.Column("content_sha256", sa.String(length=64), server_default="", nullable=False)
+        )
+
+    with op.batch_alter_table("price_book", schema=None) as batch_op:
+        batch_op.add_column(
+            sa.Column(
+                "policy",
+                sa.JSON().with_variant(postgresql.JSONB(), "postgresql"),
+                server_default="{}",
+                nullable=False,
+            )
+        )
+
+    with op.batch_alter_table("price_item", schema=None) as batch_op:
+        batch_op.add_column(
+            sa.Column("above_tokens", sa.BigInteger(), server_default="0", nullable=False)
+        )
+        batch_op.add_column(
+            sa.Column("from_minute", sa.Integer(), server_default="0", nullable=False)
+        )
+        batch_op.add_column(
+            sa.Column("until_minute", sa.Integer(), server_default="1440", nullable=False)
+        )
+        batch_op.create_check_constraint(
+            batch_op.f("ck_price_item_above_tokens"), "above_tokens >= 0"
+        )
+        batch_op.create_check_constraint(
+            batch_op.f("ck_price_item_window"),
+            "from_minute BETWEEN 0 AND 1439 AND until_minute BETWEEN 1 AND 1440",
+        )
+        batch_op.drop_constraint(
+            batch_op.f("uq_price_item_price_book_id_endpoint_name_dimension_service_class"),
+            type_="unique",
+        )
+        batch_op.create_unique_constraint(
+            "uq_price_item",
+            [
+                "price_book_id",
+                "endpoint_name",
+                "dimension",
+                "service_class",
+                "above_tokens",
+                "from_minute",
+                "until_minute",
+            ],
+        )
+
+    with op.batch_alter_table("usage_event", schema=None) as batch_op:
+        batch_op.add_column(
+            sa.Column(
+                "ledger_transaction_id", sa.String(length=40), server_default="", nullable=False
+            )
+        )
+        batch_op.drop_index(batch_op.f("ix_usage_event_api_key_id"))
+        batch_op.create_index(
+            batch_op.f("ix_usage_event_ledger_transaction_id"),
+            ["ledger_transaction_id"],
+            unique=False,
+        )
+
+    refuse_changes()
+    add_up_usage()
+    queue_for_sealing()
+
+
+def refuse_changes() -> None:
+    """The ledger is only ever added to, whoever asks for something else."""
+    if op.get_bind().dialect.name == "sqlite":
+        for table in APPEND_ONLY:
+            for action in ("UPDATE", "DELETE"):
+                op.execute(
+                    f"CREATE TRIGGER {table}_no_{action.lower()} BEFORE {action} ON {table} "
+                    f"BEGIN SELECT RAISE(ABORT, '{table} is append-only'); END"
+                )
+        return
+    op.execute(
+        "CREATE FUNCTION refuse_change() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+        "RAISE EXCEPTION '% is append-only', TG_TABLE_NAME "
+        "USING ERRCODE = 'integrity_constraint_violation'; END $$"
+    )
+    for table in APPEND_ONLY:
+        op.execute(
+            f"CREATE TRIGGER {table}_append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON {table} "
+            "FOR EACH STATEMENT EXECUTE FUNCTION refuse_change()"
+        )
+
+
+def allow_changes() -> None:
+    if op.get_bind().dialect.name == "sqlite":
+        for table in APPEND_ONLY:
+            for action in ("update", "delete"):
+                op.execute(f"DROP TRIGGER {table}_no_{action}")
+        return
+    for table in APPEND_ONLY:
+        op.execute(f"DROP TRIGGER {table}_append_only ON {table}")
+    op.execute("DROP FUNCTION refuse_change()")
+
+
+def add_up_usage() -> None:
+    """Hours of the requests that are settled already, and the transactions they belong to."""
+    connection = op.get_bind()
+    is_sqlite = connection.dialect.name == "sqlite"
+    connection.exec_driver_sql(
+        "UPDATE usage_event SET ledger_transaction_id = t.id FROM ledger_transaction t"
+        " WHERE t.idempotency_key = 'usage:' || usage_event.id"
+    )
+    at = "t.created_at" if is_sqlite else "timezone('UTC', t.created_at)"
+    hour = (
+        f"CAST(strftime('%s', {at}) AS INTEGER) / 3600"
+        if is_sqlite
+        else f"CAST(floor(extract(epoch FROM {at}) / 3600) AS integer)"
+    )
+    ended = hour.replace("t.created_at", "e.finished_at")
+    columns = ", ".join(f"{name}" for name in SERIES_COLUMNS)
+    rows = connection.exec_driver_sql(
+        f"SELECT {columns}, max(e.api_key_name), coalesce({hour}, {ended}) AS hour,"
+        " sum(l.quantity), sum(l.amount_nano)"
+        " FROM usage_event e JOIN usage_line l ON l.event_id = e.id"
+        " LEFT JOIN ledger_transaction t ON t.id = e.ledger_transaction_id"
+        f" GROUP BY {columns}, coalesce({hour}, {ended})"
+    ).all()
+    names = [name.partition(".")[2] for name in SERIES_COLUMNS]
+    series: dict[str, dict[str, object]] = {}
+    hours = []
+    for *key, api_key_name, in_hour, quantity, amount_nano in rows:
+        text = json.dumps(key, separators=(",", ":"), ensure_ascii=False)
+        series_id = hashlib.sha256(text.encode()).hexdigest()[:32]
+        series[series_id] = {
+            "id": series_id,
+            "api_key_name": api_key_name,
+            **dict(zip(names, key, strict=True)),
+        }
+        hours.append(
+            {
+                "series_id": series_id,
+                "hour": in_hour,
+                "quantity": int(quantity),
+                "amount_nano": int(amount_nano),
+                "saved_nano": 0,
+            }
+        )
+    if series:
+        op.bulk_insert(table_of("usage_series", ["id", "api_key_name", *names]), [*series.values()])
+        op.bulk_insert(table_of("usage_hour", list(hours[0])), hours)
+
+
+def table_of(name: str, columns: list[str]) -> sa.TableClause:
+    return sa.table(name, *(sa.column(column) for column in columns))
+
+
+def queue_for_sealing() -> None:
+    op.execute("INSERT INTO unsealed_transaction SELECT id FROM ledger_transaction")
+
+
+def downgrade() -> None:
+    allow_changes()
+    with op.batch_alter_table("usage_event", schema=None) as batch_op:
+        batch_op.drop_index(batch_op.f("ix_usage_event_ledger_transaction_id"))
+        batch_op.create_index(batch_op.f("ix_usage_event_api_key_id"), ["api_key_id"], unique=False)
+        batch_op.drop_column("ledger_transaction_id")
+
+    with op.batch_alter_table("price_item", schema=None) as batch_op:
+        batch_op.drop_constraint(batch_op.f("ck_price_item_window"), type_="check")
+        batch_op.drop_constraint(batch_op.f("ck_price_item_above_tokens"), type_="check")
+        batch_op.drop_constraint("uq_price_item", type_="unique")
+        batch_op.create_unique_constraint(
+            batch_op.f("uq_price_item_price_book_id_endpoint_name_dimension_service_class"),
+            ["price_book_id", "endpoint_name", "dimension", "service_class"],
+        )
+        batch_op.drop_column("until_minute")
+        batch_op.drop_column("from_minute")
+        batch_op.drop_column("above_tokens")
+
+    with op.batch_alter_table("price_book", schema=None) as batch_op:
+        batch_op.drop_column("policy")
+
+    with op.batch_alter_table("ledger_transaction", schema=None) as batch_op:
+        batch_op.drop_column("content_sha256")
+        batch_op.drop_column("organization_id")
+
+    with op.batch_alter_table("account_balance", schema=None) as batch_op:
+        batch_op.drop_constraint(batch_op.f("ck_account_balance_forced"), type_="check")
+        batch_op.drop_constraint(batch_op.f("ck_account_balance_limit"), type_="check")
+        batch_op.create_check_constraint(
+            batch_op.f("ck_account_balance_limit"),
+            "credit_limit_nano IS NULL OR held_nano = 0"
+            " OR posted_nano - held_nano >= -credit_limit_nano",
+        )
+        batch_op.drop_column("closed_until")
+        batch_op.drop_column("forced_nano")
+
+    op.drop_table("usage_series")
+    op.drop_table("usage_hour")
+    op.drop_table("unsealed_transaction")
+    with op.batch_alter_table("top_up", schema=None) as batch_op:
+        batch_op.drop_index(batch_op.f("ix_top_up_organization_id"))
+
+    op.drop_table("top_up")
+    with op.batch_alter_table("stripe_operation", schema=None) as batch_op:
+        batch_op.drop_index("ix_stripe_operation_state_next_at")
+
+    op.drop_table("stripe_operation")
+    op.drop_table("stripe_mirror")
+    with op.batch_alter_table("stripe_event", schema=None) as batch_op:
+        batch_op.drop_index("ix_stripe_event_state_next_at")
+
+    op.drop_table("stripe_event")
+    op.drop_table("sealed_transaction")
+    op.drop_table("seal")
+    with op.batch_alter_table("reconciliation_run", schema=None) as batch_op:
+        batch_op.drop_index(batch_op.f("ix_reconciliation_run_started_at"))
+
+    op.drop_table("reconciliation_run")
+    with op.batch_alter_table("notice", schema=None) as batch_op:
+        batch_op.drop_index("ix_notice_organization_id_created_at")
+        batch_op.drop_index(batch_op.f("ix_notice_next_at"))
+
+    op.drop_table("notice")
+    op.drop_table("lot_use")
+    op.drop_table("invoice_line")
+    with op.batch_alter_table("invoice", schema=None) as batch_op:
+        batch_op.drop_index("uq_invoice_organization_id_period")
+
+    op.drop_table("invoice")
+    op.drop_table("hold_window")
+    op.drop_table("device_cost")
+    with op.batch_alter_table("credit_lot", schema=None) as batch_op:
+        batch_op.drop_index("ix_credit_lot_organization_id_remaining_nano")
+
+    op.drop_table("credit_lot")
+    op.drop_table("budget_window")
+    op.drop_table("budget")
+    op.drop_table("billing_profile")
