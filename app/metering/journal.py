@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from app.core.errors import Conflict, Unavailable
+from app.core.failpoints import failpoint
 from app.core.ids import new_id
 from app.metering.records import (
     AdmitRecord,
@@ -116,6 +117,7 @@ class Journal:
         self._lock_descriptor = _lock(self.directory)
         self.id = _directory_id(self.directory)
         recovery = await asyncio.to_thread(read_unsettled, self.directory)
+        failpoint("journal.after_recovery")
         self._loop = asyncio.get_running_loop()
         writer = _Writer(self.directory, self._segment_bytes, recovery.open_segments)
         self._thread = threading.Thread(
@@ -269,6 +271,7 @@ class _Writer:
             segment.sync()
             self._segment = None
             segment.close()
+            failpoint("journal.after_rotation")
         if self._oldest_number < segment.number:
             self._delete_settled(segment.number)
 
@@ -277,7 +280,9 @@ class _Writer:
         open admission is done with."""
         oldest = min(self._open_segments.values(), default=newest)
         for number in range(self._oldest_number, min(oldest, newest)):
+            failpoint("journal.before_delete")
             segment_path(self._directory, number).unlink(missing_ok=True)
+            failpoint("journal.after_delete")
         self._oldest_number = max(self._oldest_number, min(oldest, newest))
 
 
@@ -363,5 +368,7 @@ def _directory_id(directory: Path) -> str:
     if not path.exists():
         fresh = path.with_suffix(".new")
         fresh.write_text(new_id("jnl"))
+        failpoint("journal.before_identity")
         fresh.rename(path)
+        failpoint("journal.after_identity")
     return path.read_text()

@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 from app.core.errors import Conflict
+from app.core.failpoints import failpoint
 from app.core.storage import fsync_directory
 from app.metering.records import AnyRecord
 
@@ -46,21 +47,29 @@ class Segment:
         self.number = number
         self.size_bytes = len(MAGIC)
         path = segment_path(directory, number)
+        failpoint("segments.before_create")
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        failpoint("segments.after_create")
         try:
             _write_all(self._descriptor, MAGIC)
+            failpoint("segments.before_directory_sync")
             fsync_directory(directory)
+            failpoint("segments.after_directory_sync")
         except OSError:
             os.close(self._descriptor)
             raise
 
     def append(self, payloads: Iterable[bytes]) -> None:
         data = b"".join(payloads)
+        failpoint("segments.before_append")
         _write_all(self._descriptor, data)
+        failpoint("segments.after_append")
         self.size_bytes += len(data)
 
     def sync(self) -> None:
+        failpoint("segments.before_sync")
         os.fdatasync(self._descriptor)
+        failpoint("segments.after_sync")
 
     def close(self) -> None:
         os.close(self._descriptor)
