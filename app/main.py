@@ -36,8 +36,9 @@ from app.api import (
     usage,
 )
 from app.api.relay import Relay
-from app.billing.accounts import AccountWriter, open_account
+from app.billing.accounts import AccountWriter
 from app.billing.clerk import Clerk
+from app.billing.ledger import open_account
 from app.billing.prices import PriceTable
 from app.core.broadcast import Broadcast
 from app.core.claim import DatabaseClaim, DatabaseInUse

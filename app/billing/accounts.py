@@ -15,13 +15,11 @@ from typing import NamedTuple
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
-from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.billing import posting
-from app.billing.posting import HoldRequest, Standing
+from app.billing import holds, posting
+from app.billing.holds import HoldRequest, Refusal
 from app.billing.rating import Settlement
-from app.billing.refusals import accounts_unavailable, payment_required, request_too_dear
-from app.billing.statements import open_statement
+from app.billing.refusals import accounts_unavailable, refusal_of, request_too_dear
 from app.billing.tables import MAX_HOLD_NANO
 from app.core.database import create_writer_engine
 from app.core.errors import AppError
@@ -116,15 +114,25 @@ class AccountWriter:
         """Whether money still moves."""
         return self._thread is not None and not self._operations.is_ended
 
-    async def hold(self, request_id: str, organization_id: str, amount_nano: int) -> None:
-        """Sets money aside. Raises `PaymentRequired` naming the limit and the shortfall."""
+    async def hold(
+        self,
+        request_id: str,
+        organization_id: str,
+        amount_nano: int,
+        *,
+        api_key_id: str = "",
+        endpoint_name: str = "",
+    ) -> None:
+        """Sets money aside, in the account and in the budgets of the organization, the key and
+        the endpoint. Raises `PaymentRequired` naming the limit and the shortfall."""
         assert self._writer is not None, "start() has not run"
         if self._writer.num_unsettled + self._operations.qsize() > MAX_UNSETTLED:
             raise accounts_unavailable()
         if amount_nano > MAX_HOLD_NANO:
             raise request_too_dear(amount_nano, self._currency)
         waiter: Waiter = self._loop.create_future()
-        await self._ask(_Hold(HoldRequest(request_id, organization_id, amount_nano), waiter))
+        request = HoldRequest(request_id, organization_id, amount_nano, api_key_id, endpoint_name)
+        await self._ask(_Hold(request, waiter))
 
     def void(self, request_id: str) -> None:
         """Gives back the hold of a request that did not run, whether or not it was taken yet."""
@@ -185,7 +193,7 @@ class _Writer:
 
     def orphans(self) -> list[str]:
         with self._durable.engine.begin() as connection:  # called from another thread
-            return posting.orphaned_holds(connection, self._journal_id)
+            return holds.orphaned_holds(connection, self._journal_id)
 
     def run(self, operations: _Operations) -> None:
         """One turn after another. What goes wrong in a turn is told to those who wait for it and
@@ -209,7 +217,7 @@ class _Writer:
                 connection.engine.dispose()
 
     def _turn(self, batch: list[_Operation], *, is_closing: bool) -> None:
-        holds = [item for item in batch if isinstance(item, _Hold)]
+        asked = [item for item in batch if isinstance(item, _Hold)]
         flushes = [item.waiter for item in batch if isinstance(item, _Flush)]
         self._voids += [item.request_id for item in batch if isinstance(item, _Void)]
         fresh = [item for item in batch if isinstance(item, Settlement)]
@@ -218,8 +226,8 @@ class _Writer:
                 self._settle_seconds, time.monotonic() + SETTLE_DELAY_SECONDS
             )
         self._settlements += fresh
-        if holds:
-            self._take(holds)
+        if asked:
+            self._take(asked)
         if flushes or is_closing or self._is_due():
             self._settle_all()
         if flushes:
@@ -250,30 +258,30 @@ class _Writer:
     def _is_due(self) -> bool:
         return bool(self._settlements or self._voids) and time.monotonic() >= self._settle_seconds
 
-    def _take(self, holds: list[_Hold]) -> None:
+    def _take(self, asked: list[_Hold]) -> None:
         """Answers every hold. Where money is short, pending settlements may free some: a client
         that asks again right after an answer must not be refused for its own last request."""
         answers: dict[Waiter, AppError | None] = {}
         try:
-            refused = self._attempt(holds, answers)
+            refused = self._attempt(asked, answers)
             if refused and (self._settlements or self._voids):
                 self._settle_all()
                 refused = self._attempt([hold for hold, _ in refused], answers)
-            for hold, standing in refused:
-                answers[hold.waiter] = payment_required(hold.request, standing)
+            for hold, refusal in refused:
+                answers[hold.waiter] = refusal_of(hold.request, refusal)
         except Exception:
             log.exception("holds could not be taken")
-            unanswered = [hold for hold in holds if hold.waiter not in answers]
+            unanswered = [hold for hold in asked if hold.waiter not in answers]
             # Some may have been: a connection can be lost after its commit has taken effect.
             self._voids += [hold.request.request_id for hold in unanswered]
             answers.update({hold.waiter: accounts_unavailable() for hold in unanswered})
         self._loop.call_soon_threadsafe(_resolve, answers)
 
     def _attempt(
-        self, holds: list[_Hold], answers: dict[Waiter, AppError | None]
-    ) -> list[tuple[_Hold, Standing]]:
+        self, asked: list[_Hold], answers: dict[Waiter, AppError | None]
+    ) -> list[tuple[_Hold, Refusal]]:
         """Answers those whose money is set aside, and returns the others."""
-        requests = [hold.request for hold in holds]
+        requests = [hold.request for hold in asked]
         try:
             refused = self._take_holds(requests)
         except DBAPIError as error:
@@ -281,24 +289,24 @@ class _Writer:
                 raise
             refused = self._take_holds(requests)  # on a new connection
         answers.update(
-            {hold.waiter: None for hold in holds if hold.request.request_id not in refused}
+            {hold.waiter: None for hold in asked if hold.request.request_id not in refused}
         )
         return [
             (hold, refused[hold.request.request_id])
-            for hold in holds
+            for hold in asked
             if hold.request.request_id in refused
         ]
 
-    def _take_holds(self, requests: list[HoldRequest]) -> dict[str, Standing]:
+    def _take_holds(self, requests: list[HoldRequest]) -> dict[str, Refusal]:
         with _transaction(self._atomic) as connection:
-            return posting.take_holds(connection, requests, self._journal_id, self._currency)
+            return holds.take_holds(connection, requests, self._journal_id, self._currency)
 
     def _settle_all(self) -> None:
         """Everything pending, a batch at a time. When the database fails, the rest is put off."""
         try:
             if self._voids:
                 with _transaction(self._durable) as connection:
-                    posting.void_holds(connection, self._voids)
+                    holds.void_holds(connection, self._voids)
                 self._voids = []
             while self._settlements:
                 batch = self._settlements[:MAX_BATCH]
@@ -360,9 +368,3 @@ def _resolve(answers: dict[Waiter, AppError | None]) -> None:
             waiter.set_result(None)
         else:
             waiter.set_exception(error)
-
-
-async def open_account(session: AsyncSession, organization_id: str, currency: str) -> None:
-    """An account without limit and with nothing on it, unless there is one."""
-    connection = await session.connection()
-    await connection.execute(open_statement(connection.dialect.name, organization_id, currency))

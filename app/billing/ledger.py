@@ -10,7 +10,7 @@ from datetime import datetime
 from sqlalchemy import insert, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.billing.accounts import open_account
+from app.billing.statements import open_statement
 from app.billing.tables import (
     AccountBalance,
     LedgerEntry,
@@ -37,6 +37,12 @@ def on_account(organization_id: str) -> str:
 def credit_account(organization_id: str, kind: str) -> str:
     """What is left of its credit of one kind: `paid` or `promotional`."""
     return f"customer:{organization_id}:{kind}"
+
+
+async def open_account(session: AsyncSession, organization_id: str, currency: str) -> None:
+    """An account without limit and with nothing on it, unless there is one."""
+    connection = await session.connection()
+    await connection.execute(open_statement(connection.dialect.name, organization_id, currency))
 
 
 async def lock_account(

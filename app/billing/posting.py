@@ -1,9 +1,10 @@
-"""The two transactions of money: taking holds and settling requests, both many at a time.
+"""The settlement of requests: one transaction for many, idempotent by request.
 
-Owns their order and the postings to the ledger; the SQL is in `statements.py`. Runs on a
+Owns what a settlement writes and in which order; the SQL is in `statements.py`. Runs on a
 connection of the account writer's thread, in a transaction that the caller begins and commits.
 """
 
+from calendar import timegm
 from collections import defaultdict
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -11,154 +12,42 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection
 
+from app.billing.budget_holds import release_windows
+from app.billing.credits import Draw, LotState, draw
+from app.billing.digests import ReceiptRecord, instant_text, merkle_root
+from app.billing.holds import move_balances, release_holds
+from app.billing.ledger import REVENUE, credit_account, on_account, posting_time
 from app.billing.rating import Settlement
-from app.billing.statements import (
-    RECORDED,
-    STANDING,
-    Statements,
-    open_statement,
-    orphans_statement,
-    statements_of,
-)
-from app.billing.tables import MAX_BALANCE_NANO
-from app.core import clock
-
-
-class HoldRequest(NamedTuple):
-    """Money to set aside for one request."""
-
-    request_id: str
-    organization_id: str
-    amount_nano: int
-
-
-class Standing(NamedTuple):
-    """An account as it was when it could not give what was asked."""
-
-    posted_nano: int
-    held_nano: int
-    credit_limit_nano: int | None
-    currency: str
-
-    @property
-    def available_nano(self) -> int:
-        return max(0, self.posted_nano - self.held_nano + (self.credit_limit_nano or 0))
-
-    @property
-    def room_nano(self) -> int:
-        """How much more can be held before the account could not be counted in 64 bits."""
-        return MAX_BALANCE_NANO + self.posted_nano - self.held_nano
-
-
-def take_holds(
-    connection: Connection, holds: Sequence[HoldRequest], journal_id: str, currency: str
-) -> dict[str, Standing]:
-    """Takes what each account can give, in order; returns those refused, by request id."""
-    refused: dict[str, Standing] = {}
-    taken: list[HoldRequest] = []
-    by_organization: dict[str, list[HoldRequest]] = defaultdict(list)
-    for hold in holds:
-        by_organization[hold.organization_id].append(hold)
-    for organization_id in sorted(by_organization):  # one order, so that no two writers deadlock
-        wanted = by_organization[organization_id]
-        if _take(connection, organization_id, sum(hold.amount_nano for hold in wanted)):
-            taken += wanted
-            continue
-        standing = _open_and_read(connection, organization_id, currency)
-        for hold in wanted:
-            if _take(connection, organization_id, hold.amount_nano):
-                taken.append(hold)
-            else:
-                refused[hold.request_id] = standing
-        if refused:
-            standing = _open_and_read(connection, organization_id, currency)
-            refused |= {h.request_id: standing for h in wanted if h.request_id in refused}
-    if taken:
-        sql = statements_of(connection)
-        now = sql.instant(clock.now())
-        rows = [
-            {
-                "request_id": hold.request_id,
-                "organization_id": hold.organization_id,
-                "journal_id": journal_id,
-                "amount_nano": hold.amount_nano,
-                "created_at": now,
-            }
-            for hold in taken
-        ]
-        connection.exec_driver_sql(sql.insert_hold, rows)
-    return refused
-
-
-def _take(connection: Connection, organization_id: str, amount_nano: int) -> bool:
-    if amount_nano > MAX_BALANCE_NANO:  # of many holds at once
-        return False
-    row = {"organization": organization_id, "amount": amount_nano}
-    return connection.exec_driver_sql(statements_of(connection).take, row).rowcount == 1
-
-
-def _open_and_read(connection: Connection, organization_id: str, currency: str) -> Standing:
-    """The account, opened without limit if this is the organization's first request."""
-    connection.execute(open_statement(connection.dialect.name, organization_id, currency))
-    row = connection.execute(STANDING, {"organization": organization_id}).one()
-    return Standing(*row)
+from app.billing.statements import RECORDED, Statements, open_statement, statements_of
+from app.core.money import price_of
+from app.metering.series import SeriesKey
 
 
 def post_settlements(connection: Connection, settlements: Sequence[Settlement]) -> None:
-    """Writes events, lines and ledger, frees the holds and moves the balances.
+    """Writes events, lines, ledger and hourly sums, uses credit up, frees the holds and moves
+    balances and budgets.
 
     Raises `IntegrityError` when one of them is recorded already: see `unrecorded`.
     """
-    sql = statements_of(connection)
-    now = sql.instant(clock.now())
-    events: list[dict[str, Any]] = []
-    lines: list[dict[str, Any]] = []
-    transactions: list[dict[str, Any]] = []
-    entries: list[dict[str, Any]] = []
-    spent: dict[str, int] = defaultdict(int)
+    if not settlements:
+        return
+    by_organization: dict[str, list[Settlement]] = defaultdict(list)
     for settlement in settlements:
-        events.append(_event_row(settlement, sql))
-        lines += _line_rows(settlement)
-        spent[settlement.usage.admitted.organization_id] += settlement.amount_nano
-        if settlement.amount_nano:
-            transaction, posted = _posting(settlement, now)
-            transactions.append(transaction)
-            entries += posted
-    for statement, rows in (
-        (sql.insert_event, events),
-        (sql.insert_line, lines),
-        (sql.insert_transaction, transactions),
-        (sql.insert_entry, entries),
-    ):
-        if rows:
-            connection.exec_driver_sql(statement, rows)
-    released = release_holds(connection, [s.request_id for s in settlements])
-    for organization_id, currency in {
-        s.usage.admitted.organization_id: s.currency for s in settlements
-    }.items():
-        if organization_id not in released:  # held nothing, so may have no account either
-            connection.execute(open_statement(connection.dialect.name, organization_id, currency))
-    _move(connection, spent, released)
-
-
-def release_holds(connection: Connection, request_ids: list[str]) -> dict[str, int]:
-    """Removes holds and returns what they held, by organization. The balances still have it."""
-    released: dict[str, int] = defaultdict(int)
-    sql = statements_of(connection)
-    removed = connection.exec_driver_sql(sql.remove_holds, sql.ids(request_ids))
-    for organization_id, amount in removed:
-        released[organization_id] += amount
-    return released
-
-
-def void_holds(connection: Connection, request_ids: list[str]) -> None:
-    """Gives back what was held for requests that never ran."""
-    _move(connection, {}, release_holds(connection, request_ids))
-
-
-def orphaned_holds(connection: Connection, journal_id: str) -> list[str]:
-    """Requests for which an earlier process of this journal still holds money."""
-    return list(connection.scalars(orphans_statement(journal_id)))
+        by_organization[_organization_id(settlement)].append(settlement)
+    accounts = _lock_accounts(connection, by_organization)
+    lots = _open_lots(connection, list(by_organization))
+    rows = _Rows(statements_of(connection))
+    for organization_id, own in sorted(by_organization.items()):
+        rows.add(own, posting_time(accounts[organization_id]), lots[organization_id])
+    rows.write(connection)
+    request_ids = [settlement.request_id for settlement in settlements]
+    spent = {s.request_id: s.amount_nano for s in settlements}
+    move_balances(
+        connection,
+        {name: sum(s.amount_nano for s in own) for name, own in by_organization.items()},
+        release_holds(connection, request_ids),
+    )
+    release_windows(connection, request_ids, spent)
 
 
 def unrecorded(connection: Connection, settlements: Sequence[Settlement]) -> list[Settlement]:
@@ -169,25 +58,214 @@ def unrecorded(connection: Connection, settlements: Sequence[Settlement]) -> lis
     return list(fresh.values())
 
 
-def _move(connection: Connection, spent: dict[str, int], released: dict[str, int]) -> None:
-    rows = [
-        {
-            "organization": organization_id,
-            "spent": spent.get(organization_id, 0),
-            "released": released.get(organization_id, 0),
+def _lock_accounts(
+    connection: Connection, by_organization: dict[str, list[Settlement]]
+) -> dict[str, datetime | None]:
+    """Until when each organization's books are closed. Accounts of those that have none, as they
+    held nothing, are opened."""
+    sql = statements_of(connection)
+    ids = sql.ids(list(by_organization))
+    rows = connection.exec_driver_sql(sql.lock_accounts, ids).all()
+    missing = by_organization.keys() - {row[0] for row in rows}
+    if missing:
+        for name in sorted(missing):
+            currency = by_organization[name][0].currency
+            connection.execute(open_statement(connection.dialect.name, name, currency))
+        rows = connection.exec_driver_sql(sql.lock_accounts, ids).all()
+    return {row[0]: _closed_until(row[1]) for row in rows}
+
+
+def _closed_until(stored: Any) -> datetime | None:
+    """SQLite keeps instants as text."""
+    if isinstance(stored, str):
+        stored = datetime.fromisoformat(stored)
+    if stored is None or stored.tzinfo is not None:
+        return stored
+    return stored.replace(tzinfo=UTC)
+
+
+def _open_lots(connection: Connection, organization_ids: list[str]) -> dict[str, list[LotState]]:
+    sql = statements_of(connection)
+    lots: dict[str, list[LotState]] = defaultdict(list)
+    for name, *lot in connection.exec_driver_sql(sql.open_lots, sql.ids(organization_ids)):
+        lots[name].append(LotState(*lot))
+    return lots
+
+
+class _Hour(NamedTuple):
+    """What is added to one series in one hour."""
+
+    series_id: str
+    hour: int
+
+
+class _Rows:
+    """Everything that one transaction inserts."""
+
+    def __init__(self, sql: Statements) -> None:
+        self._sql = sql
+        self._inserted: dict[str, list[dict[str, Any]]] = {
+            name: [] for name in ("transaction", "event", "line", "entry", "unsealed", "lot_use")
         }
-        for organization_id in sorted(spent.keys() | released.keys())
-    ]
-    for row in rows:
-        connection.exec_driver_sql(statements_of(connection).move, row)
+        self._draws: list[Draw] = []
+        self._series: dict[str, dict[str, Any]] = {}
+        self._hours: dict[_Hour, list[int]] = defaultdict(lambda: [0, 0, 0])
+
+    def add(self, settlements: list[Settlement], at: datetime, lots: list[LotState]) -> None:
+        """All of one organization in one ledger transaction, posted at `at`."""
+        settlements = sorted(settlements, key=lambda settlement: settlement.event_id)
+        root = merkle_root([receipt_of(settlement).canonical for settlement in settlements])
+        # Its id follows from its content, so that posting twice is impossible twice over.
+        transaction_id = f"lt_{root.hex()[:32]}"
+        first, stored_at = settlements[0], self._sql.instant(at)
+        self._inserted["transaction"].append(
+            {
+                "id": transaction_id,
+                "idempotency_key": f"usage:{root.hex()}",
+                "kind": "usage",
+                "organization_id": _organization_id(first),
+                "currency": first.currency,
+                "content_sha256": root.hex(),
+                "created_at": stored_at,
+            }
+        )
+        self._inserted["unsealed"].append({"ledger_transaction_id": transaction_id})
+        for settlement in settlements:
+            self._inserted["event"].append(_event_row(settlement, transaction_id, self._sql))
+            self._inserted["line"] += _line_rows(settlement)
+            self._add_to_hours(settlement, timegm(at.utctimetuple()) // 3600)
+        draws = draw(lots, sum(settlement.amount_nano for settlement in settlements))
+        self._draws += draws
+        self._inserted["lot_use"] += [
+            {"ledger_transaction_id": transaction_id, "lot_id": lot_id, "amount_nano": nano}
+            for lot_id, _, nano in draws
+        ]
+        self._inserted["entry"] += [
+            {
+                "transaction_id": transaction_id,
+                "account": account,
+                "amount_nano": amount_nano,
+                "created_at": stored_at,
+            }
+            for account, amount_nano in _entries(settlements, draws).items()
+        ]
+
+    def _add_to_hours(self, settlement: Settlement, hour: int) -> None:
+        admitted = settlement.usage.admitted
+        for line in settlement.lines:
+            key = SeriesKey(
+                admitted.organization_id,
+                admitted.api_key_id,
+                admitted.endpoint_name,
+                admitted.version_number,
+                admitted.service_class,
+                line.dimension,
+                line.disposition,
+                admitted.price_book_id,
+                line.price_nano,
+                line.unit_scale,
+            )
+            series_id = key.id
+            if series_id not in self._series:
+                names = type(key).__struct_fields__
+                values = {name: getattr(key, name) for name in names}
+                self._series[series_id] = {
+                    "id": series_id,
+                    "api_key_name": admitted.api_key_name,
+                    **values,
+                }
+            sums = self._hours[_Hour(series_id, hour)]
+            sums[0] += line.quantity
+            sums[1] += line.amount_nano
+            sums[2] += saved_nano(settlement) if line.dimension == "cached_input" else 0
+
+    def write(self, connection: Connection) -> None:
+        sql = self._sql
+        for name, rows in self._inserted.items():
+            if rows:
+                connection.exec_driver_sql(sql.insert[name], rows)
+        for lot_id, _, amount_nano in self._draws:
+            connection.exec_driver_sql(sql.draw, {"lot": lot_id, "amount": amount_nano})
+        connection.exec_driver_sql(sql.name_series, list(self._series.values()))
+        hours = [
+            {
+                "series_id": at.series_id,
+                "hour": at.hour,
+                "quantity": quantity,
+                "amount_nano": amount_nano,
+                "saved_nano": saved,
+            }
+            for at, (quantity, amount_nano, saved) in sorted(self._hours.items())
+        ]
+        connection.exec_driver_sql(sql.add_hour, hours)
 
 
-def _event_row(settlement: Settlement, sql: Statements) -> dict[str, Any]:
+def _entries(settlements: list[Settlement], draws: list[Draw]) -> dict[str, int]:
+    """Usage takes from credit, and where there is none from the account, what it adds to
+    revenue."""
+    name = _organization_id(settlements[0])
+    amount_nano = sum(settlement.amount_nano for settlement in settlements)
+    entries = {on_account(name): -amount_nano, REVENUE: amount_nano}
+    for _, kind, drawn_nano in draws:
+        account = credit_account(name, kind)
+        entries[account] = entries.get(account, 0) - drawn_nano
+        entries[on_account(name)] += drawn_nano
+    return entries
+
+
+def saved_nano(settlement: Settlement) -> int:
+    """How much more the cached tokens would have cost at the input price of the same request.
+    Waived requests saved nothing, because they cost nothing."""
+    lines = {line.dimension: line for line in settlement.lines}
+    cached, fresh = lines.get("cached_input"), lines.get("input")
+    if cached is None or fresh is None or cached.disposition != "billed":
+        return 0
+    return price_of(cached.quantity, fresh.price_nano, fresh.unit_scale) - cached.amount_nano
+
+
+def receipt_of(settlement: Settlement) -> ReceiptRecord:
+    """The receipt as it is hashed; the stored event gives the same, see `sealing.py`."""
+    usage = settlement.usage
+    admitted = usage.admitted
+    return ReceiptRecord(
+        event_id=settlement.event_id,
+        organization_id=admitted.organization_id,
+        api_key_id=admitted.api_key_id,
+        api_key_name=admitted.api_key_name,
+        endpoint_name=admitted.endpoint_name,
+        version_number=admitted.version_number,
+        route=admitted.route,
+        service_class=admitted.service_class,
+        outcome=usage.outcome,
+        finish_reason=usage.finish_reason,
+        price_book_id=admitted.price_book_id,
+        currency=settlement.currency,
+        amount_nano=settlement.amount_nano,
+        started_at=instant_text(_instant(admitted.started_at_ns)),
+        finished_at=instant_text(_instant(usage.finished_at_ns)),
+        duration_ns=usage.finished_at_ns - admitted.started_at_ns,
+        first_token_ns=usage.first_token_ns,
+        lines=sorted(
+            (
+                line.dimension,
+                line.quantity,
+                line.price_nano,
+                line.unit_scale,
+                line.amount_nano,
+                line.disposition,
+            )
+            for line in settlement.lines
+        ),
+    )
+
+
+def _event_row(settlement: Settlement, transaction_id: str, sql: Statements) -> dict[str, Any]:
     usage = settlement.usage
     admitted = usage.admitted
     return {
         "id": settlement.event_id,
         "request_id": admitted.request_id,
+        "ledger_transaction_id": transaction_id,
         "organization_id": admitted.organization_id,
         "api_key_id": admitted.api_key_id,
         "api_key_name": admitted.api_key_name,
@@ -222,31 +300,8 @@ def _line_rows(settlement: Settlement) -> list[dict[str, Any]]:
     ]
 
 
-def _posting(settlement: Settlement, now: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Usage takes from the customer what it adds to revenue. The transaction's id follows from
-    the event's, so that posting twice is impossible twice over."""
-    transaction_id = f"lt_{settlement.request_id.removeprefix('req_')}_{settlement.attempt}"
-    organization_id = settlement.usage.admitted.organization_id
-    transaction = {
-        "id": transaction_id,
-        "idempotency_key": f"usage:{settlement.event_id}",
-        "kind": "usage",
-        "currency": settlement.currency,
-        "created_at": now,
-    }
-    amounts = {
-        f"customer:{organization_id}": -settlement.amount_nano,
-        "revenue": settlement.amount_nano,
-    }
-    return transaction, [
-        {
-            "transaction_id": transaction_id,
-            "account": account,
-            "amount_nano": amount,
-            "created_at": now,
-        }
-        for account, amount in amounts.items()
-    ]
+def _organization_id(settlement: Settlement) -> str:
+    return settlement.usage.admitted.organization_id
 
 
 def _instant(at_ns: int) -> datetime:

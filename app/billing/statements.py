@@ -24,19 +24,25 @@ from sqlalchemy.dialects import postgresql, sqlite
 from app.billing.tables import (
     MAX_BALANCE_NANO,
     AccountBalance,
+    BudgetWindow,
+    CreditLot,
     Hold,
+    HoldWindow,
     LedgerEntry,
     LedgerTransaction,
+    LotUse,
+    UnsealedTransaction,
 )
 from app.core.database import Base
-from app.metering.tables import UsageEvent, UsageLine
+from app.metering.tables import UsageEvent, UsageHour, UsageLine, UsageSeries
 
-_balance = Base.metadata.tables[AccountBalance.__tablename__]
-_hold = Base.metadata.tables[Hold.__tablename__]
-_event = Base.metadata.tables[UsageEvent.__tablename__]
-_line = Base.metadata.tables[UsageLine.__tablename__]
-_transaction = Base.metadata.tables[LedgerTransaction.__tablename__]
-_entry = Base.metadata.tables[LedgerEntry.__tablename__]
+
+def _table(entity: type[Base]) -> Any:
+    return Base.metadata.tables[entity.__tablename__]
+
+
+_balance, _hold, _event = _table(AccountBalance), _table(Hold), _table(UsageEvent)
+_window, _lot = _table(BudgetWindow), _table(CreditLot)
 
 # One statement decides and takes: whatever runs beside it, nobody gets past the limit, nor past
 # what can be counted. No side of a comparison leaves 64 bits.
@@ -62,33 +68,86 @@ _MOVE = (
         held_nano=_balance.c.held_nano - bindparam("released"),
     )
 )
+_MOVE_WINDOW = (
+    update(_window)
+    .where(
+        _window.c.budget_id == bindparam("budget"), _window.c.starts_on == bindparam("starts_on")
+    )
+    .values(
+        posted_nano=_window.c.posted_nano + bindparam("spent"),
+        held_nano=_window.c.held_nano - bindparam("released"),
+    )
+)
+_DRAW = (
+    update(_lot)
+    .where(_lot.c.id == bindparam("lot"))
+    .values(remaining_nano=_lot.c.remaining_nano - bindparam("amount"))
+)
 STANDING = select(
     _balance.c.posted_nano, _balance.c.held_nano, _balance.c.credit_limit_nano, _balance.c.currency
 ).where(_balance.c.organization_id == bindparam("organization"))
 RECORDED: Select[str] = select(_event.c.id).where(
     _event.c.id.in_(bindparam("event_ids", expanding=True))
 )
+# What rows are inserted into by the thousand, by the names used below.
+_INSERTED = {
+    "hold": Hold,
+    "hold_window": HoldWindow,
+    "event": UsageEvent,
+    "line": UsageLine,
+    "transaction": LedgerTransaction,
+    "entry": LedgerEntry,
+    "unsealed": UnsealedTransaction,
+    "lot_use": LotUse,
+}
 
 
 class Statements:
     """The hot statements as one dialect's SQL, to be executed without SQLAlchemy's own work per
-    statement and row, which costs several times what the database's does."""
+    statement and row."""
 
     def __init__(self, dialect: Dialect) -> None:
         self.is_sqlite = dialect.name == "sqlite"
         # Both drivers take named parameters, so rows are dictionaries for either.
         naming = sqlite.dialect(paramstyle="named") if self.is_sqlite else dialect
-        self.take = str(_TAKE.compile(dialect=naming))
-        self.move = str(_MOVE.compile(dialect=naming))
-        self.insert_hold = str(insert(_hold).compile(dialect=naming))
-        self.insert_event = str(insert(_event).compile(dialect=naming))
-        self.insert_line = str(insert(_line).compile(dialect=naming))
-        self.insert_transaction = str(insert(_transaction).compile(dialect=naming))
-        self.insert_entry = str(insert(_entry).compile(dialect=naming))
+        upsert = sqlite.insert if self.is_sqlite else postgresql.insert
+
+        def text(statement: Any) -> str:
+            return str(statement.compile(dialect=naming))
+
+        self.take, self.move = text(_TAKE), text(_MOVE)
+        self.move_window, self.draw = text(_MOVE_WINDOW), text(_DRAW)
+        self.insert = {name: text(insert(_table(entity))) for name, entity in _INSERTED.items()}
+        self.name_series = text(upsert(_table(UsageSeries)).on_conflict_do_nothing())
+        self.add_hour = text(_added_to_hour(upsert(_table(UsageHour))))
+        self.hold_in_window = text(_held_in_window(upsert(_window)))
         one_of = "IN (SELECT value FROM json_each(:ids))" if self.is_sqlite else "= ANY(%(ids)s)"
         self.remove_holds = (
             f"DELETE FROM hold WHERE request_id {one_of} "  # noqa: S608 - nothing of a caller's
             "RETURNING organization_id, amount_nano"
+        )
+        self.remove_hold_windows = (
+            f"DELETE FROM hold_window WHERE request_id {one_of} "  # noqa: S608
+            "RETURNING request_id, budget_id, starts_on, amount_nano"
+        )
+        # SQLite's transactions are alone from their start.
+        lock = "" if self.is_sqlite else " FOR UPDATE"
+        self.lock_accounts = (
+            "SELECT organization_id, closed_until FROM account_balance"  # noqa: S608
+            f" WHERE organization_id {one_of} ORDER BY organization_id{lock}"
+        )
+        self.open_lots = (
+            "SELECT organization_id, id, kind, remaining_nano FROM credit_lot"  # noqa: S608
+            f" WHERE organization_id {one_of} AND remaining_nano > 0 ORDER BY"
+            " organization_id, priority, expires_at IS NULL, expires_at, created_at, id"
+        )
+        day, month = (":day", ":month") if self.is_sqlite else ("%(day)s", "%(month)s")
+        self.budgets = (
+            "SELECT b.organization_id, b.id, b.scope, b.subject, b.subject_name, b.period,"  # noqa: S608
+            " b.limit_nano, coalesce(w.posted_nano, 0), coalesce(w.held_nano, 0) FROM budget b"
+            " LEFT JOIN budget_window w ON w.budget_id = b.id AND w.starts_on ="
+            f" CASE b.period WHEN 'day' THEN {day} ELSE {month} END"
+            f" WHERE b.organization_id {one_of} ORDER BY b.id"
         )
 
     def ids(self, ids: list[str]) -> dict[str, Any]:
@@ -97,6 +156,27 @@ class Statements:
     def instant(self, at: datetime) -> Any:
         """As `UtcDateTime` stores it."""
         return at.strftime("%Y-%m-%d %H:%M:%S.%f") if self.is_sqlite else at
+
+
+def _added_to_hour(statement: Any) -> Any:
+    table, new = _table(UsageHour), statement.excluded
+    return statement.on_conflict_do_update(
+        index_elements=["series_id", "hour"],
+        set_={
+            name: table.c[name] + new[name] for name in ("quantity", "amount_nano", "saved_nano")
+        },
+    )
+
+
+def _held_in_window(statement: Any) -> Any:
+    """A window's first hold makes its row. All that is held fits under the budget's limit."""
+    return statement.on_conflict_do_update(
+        index_elements=["budget_id", "starts_on"],
+        set_={
+            "held_nano": _window.c.held_nano + statement.excluded.held_nano,
+            "limit_nano": statement.excluded.limit_nano,
+        },
+    )
 
 
 _compiled: dict[str, Statements] = {}
@@ -115,7 +195,13 @@ def open_statement(dialect_name: str, organization_id: str, currency: str) -> An
     dialect = sqlite if dialect_name == "sqlite" else postgresql
     return (
         dialect.insert(_balance)
-        .values(organization_id=organization_id, currency=currency, posted_nano=0, held_nano=0)
+        .values(
+            organization_id=organization_id,
+            currency=currency,
+            posted_nano=0,
+            held_nano=0,
+            forced_nano=0,
+        )
         .on_conflict_do_nothing()
     )
 

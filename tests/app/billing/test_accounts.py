@@ -14,6 +14,7 @@ from sqlalchemy import Connection, func, literal_column, select, text, update
 from sqlalchemy.exc import DataError, IntegrityError, OperationalError
 
 from app.billing import accounts as accounts_module
+from app.billing import holds as holding
 from app.billing import posting
 from app.billing.accounts import AccountWriter
 from app.billing.rating import Settlement
@@ -325,15 +326,15 @@ async def test_a_request_beyond_all_measure_is_refused_and_harms_nobody(
 async def test_a_hold_whose_commit_went_unheard_is_given_back(
     accounts: AccountWriter, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    take_holds = posting.take_holds
+    take_holds = holding.take_holds
 
-    def take_and_lose(connection: Connection, *arguments: Any) -> dict[str, posting.Standing]:
+    def take_and_lose(connection: Connection, *arguments: Any) -> dict[str, holding.Refusal]:
         take_holds(connection, *arguments)
         connection.get_transaction().commit()  # type: ignore[union-attr]
         raise OperationalError("COMMIT", {}, OSError("the connection is gone"))
 
     with monkeypatch.context() as patch:
-        patch.setattr(posting, "take_holds", take_and_lose)
+        patch.setattr(holding, "take_holds", take_and_lose)
         with pytest.raises(Unavailable):
             await accounts.hold("req_1", ORGANIZATION, 7)
     await accounts.flush()
@@ -351,7 +352,7 @@ async def test_an_unforeseen_error_is_told_and_ends_nothing(
 
     await accounts.hold("req_0", ORGANIZATION, 10_000_000)
     with monkeypatch.context() as patch:
-        patch.setattr(posting, "take_holds", fail)
+        patch.setattr(holding, "take_holds", fail)
         patch.setattr(posting, "post_settlements", fail)
         with pytest.raises(Unavailable):
             await accounts.hold("req_1", ORGANIZATION, 7)
