@@ -8,8 +8,8 @@ from litestar import Request, Response, Router, get, post
 
 from app.api.auth import bearer_principal
 from app.api.bodies import decode
+from app.billing.price_changes import change_prices
 from app.billing.prices import ANY_ENDPOINT, Book, Item, PriceTable
-from app.billing.service import change_prices
 from app.core import clock
 from app.core.database import Database
 from app.core.errors import InvalidRequest

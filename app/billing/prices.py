@@ -7,6 +7,7 @@ in `service.py`.
 import asyncio
 import hashlib
 import logging
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from datetime import datetime
 
@@ -15,13 +16,18 @@ from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.billing.tables import PriceBook, PriceItem
+from app.billing.policy import Policy, without_defaults
+from app.billing.tables import MINUTES_PER_DAY, PriceBook, PriceItem
 from app.core import clock
 from app.core.database import Database
 from app.core.ids import new_id
+from app.metering.records import AdmitRecord
 
 ANY_ENDPOINT = "*"
 REFRESH_SECONDS = 5.0
+NS_PER_MINUTE = 60_000_000_000
+
+Instant = datetime | int  # aware, or nanoseconds since 1970
 
 log = logging.getLogger(__name__)
 
@@ -34,21 +40,38 @@ class Price(msgspec.Struct, frozen=True):
 
 
 class Item(msgspec.Struct, frozen=True, kw_only=True, order=True):
-    """One price of a book, by value."""
+    """One price of a book, by value. It holds for prompts of more than `above_tokens` and for
+    requests admitted from `from_minute` until before `until_minute` of the day (UTC)."""
 
     endpoint_name: str
     dimension: str
     service_class: str
     price_nano: int
     unit_scale: int
+    above_tokens: int = 0
+    from_minute: int = 0
+    until_minute: int = MINUTES_PER_DAY
+
+    @property
+    def is_all_day(self) -> bool:
+        return self.from_minute == 0 and self.until_minute == MINUTES_PER_DAY
+
+    def holds_at(self, minute: int) -> bool:
+        if self.from_minute < self.until_minute:
+            return self.from_minute <= minute < self.until_minute
+        return minute >= self.from_minute or minute < self.until_minute  # over midnight
+
+
+LATER_FIELDS = {"above_tokens": 0, "from_minute": 0, "until_minute": MINUTES_PER_DAY}
 
 
 class Rates(msgspec.Struct, frozen=True):
-    """What one book charges for one endpoint and class, by dimension."""
+    """What one book charges for one request, by dimension, and for which outcomes."""
 
     book_id: str
     currency: str
     prices: dict[str, Price]
+    policy: Policy = {}
 
 
 # Nano-units per unit scale of the first book: $0.10 and $0.40 per million tokens, a tenth of the
@@ -79,39 +102,86 @@ def first_items() -> list[Item]:
 
 
 class Book:
-    """One price book with its items. A price is looked up by endpoint and class, then for any
-    endpoint in that class, then the same two in class `standard`."""
+    """One price book with its items. Per dimension the most specific item counts that applies:
+    of this class rather than of `standard`, of this endpoint rather than of any, then with the
+    highest threshold that the prompt passes, then within a window rather than all day."""
 
     def __init__(self, row: PriceBook, items: Iterable[Item]) -> None:
         self.id = row.id
         self.number = row.number
         self.currency = row.currency
         self.sha256 = row.sha256
+        self.policy: dict[str, str] = dict(row.policy or {})
         self.effective_at = row.effective_at
         self.items = sorted(items)
-        self._rates: dict[tuple[str, str], Rates] = {}
+        self._rates: dict[tuple[str, str, int, int], Rates] = {}
         self._endpoint_names = {item.endpoint_name for item in self.items}
+        self._by_key: dict[tuple[str, str], list[Item]] = {}
+        for item in self.items:
+            self._by_key.setdefault((item.endpoint_name, item.service_class), []).append(item)
+        # Between two neighbours of these nothing changes: prompts and minutes fall into few slots.
+        self._thresholds = sorted({item.above_tokens for item in self.items} - {0})
+        windows = [item for item in self.items if not item.is_all_day]
+        self._boundaries = sorted({m for w in windows for m in (w.from_minute, w.until_minute)})
 
-    def rates(self, endpoint_name: str, service_class: str) -> Rates:
+    def rates(
+        self,
+        endpoint_name: str,
+        service_class: str,
+        num_prompt_tokens: int = 0,
+        at: Instant | None = None,
+    ) -> Rates:
+        """`num_prompt_tokens` counts cached ones too. `at` is when the request was admitted: now
+        unless given. Dear only the first time."""
         name = endpoint_name if endpoint_name in self._endpoint_names else ANY_ENDPOINT
-        found = self._rates.get((name, service_class))
+        tier = bisect_left(self._thresholds, num_prompt_tokens) if self._thresholds else 0
+        slot = bisect_right(self._boundaries, _minute(at)) if self._boundaries else 0
+        key = (name, service_class, tier, slot)
+        found = self._rates.get(key)
         if found is None:
-            found = Rates(self.id, self.currency, self._prices(name, service_class))
-            self._rates[name, service_class] = found
+            prices = self._prices(name, service_class, tier, slot)
+            found = self._rates[key] = Rates(self.id, self.currency, prices, self.policy)
         return found
 
-    def _prices(self, endpoint_name: str, service_class: str) -> dict[str, Price]:
+    def rates_of(self, admitted: AdmitRecord) -> Rates:
+        """What a request was admitted under, found again from its record."""
+        return self.rates(
+            admitted.endpoint_name,
+            admitted.service_class,
+            admitted.num_prompt_tokens,
+            admitted.started_at_ns,
+        )
+
+    def _prices(
+        self, endpoint_name: str, service_class: str, tier: int, slot: int
+    ) -> dict[str, Price]:
+        above = self._thresholds[tier - 1] if tier else 0
+        minute = self._boundaries[slot - 1] if slot else 0
         prices: dict[str, Price] = {}
-        for wanted in (
+        for key in (
             (ANY_ENDPOINT, "standard"),
             (endpoint_name, "standard"),
             (ANY_ENDPOINT, service_class),
             (endpoint_name, service_class),
         ):
-            for item in self.items:
-                if (item.endpoint_name, item.service_class) == wanted:
-                    prices[item.dimension] = Price(item.price_nano, item.unit_scale)
+            holding = [
+                item
+                for item in self._by_key.get(key, ())
+                if item.above_tokens <= above and item.holds_at(minute)
+            ]
+            for item in sorted(holding, key=lambda item: (item.above_tokens, not item.is_all_day)):
+                prices[item.dimension] = Price(item.price_nano, item.unit_scale)
         return prices
+
+
+def _minute(at: Instant | None) -> int:
+    """Of the day, UTC."""
+    if at is None:
+        at = clock.now()
+    if isinstance(at, int):
+        return at // NS_PER_MINUTE % MINUTES_PER_DAY
+    at = clock.in_utc(at)
+    return at.hour * 60 + at.minute
 
 
 class PriceTable:
@@ -142,12 +212,15 @@ class PriceTable:
             await asyncio.wait([self._refreshing])
 
     async def refresh(self) -> None:
-        """Loads books that are not in memory yet. Call it after adding one."""
+        """Loads books that are not in memory yet and forgets those that were cancelled. Call it
+        after adding or cancelling one."""
         async with self._database.read() as session:
             rows = (await session.scalars(select(PriceBook))).all()
             for row in rows:
                 if row.id not in self._books:
                     self._books[row.id] = Book(row, await _items(session, row.id))
+        for cancelled in self._books.keys() - {row.id for row in rows}:
+            del self._books[cancelled]
         self._by_time = sorted(
             self._books.values(), key=lambda book: (book.effective_at, book.number), reverse=True
         )
@@ -159,9 +232,16 @@ class PriceTable:
         now = clock.now()
         return next((b for b in self._by_time if b.effective_at <= now), self._by_time[-1])
 
-    def rates(self, endpoint_name: str, service_class: str) -> Rates:
-        """What the book in force charges. The answer stays valid for a request's whole life."""
-        return self.active.rates(endpoint_name, service_class)
+    def rates(
+        self,
+        endpoint_name: str,
+        service_class: str,
+        num_prompt_tokens: int = 0,
+        at: Instant | None = None,
+    ) -> Rates:
+        """What the book in force charges. The answer stays valid for a request's whole life.
+        Give the start of the request's record as `at`, so that `Book.rates_of` agrees."""
+        return self.active.rates(endpoint_name, service_class, num_prompt_tokens, at)
 
     def book(self, book_id: str) -> Book | None:
         return self._books.get(book_id)
@@ -175,20 +255,37 @@ class PriceTable:
                 log.exception("price books could not be read; the known ones stay in force")
 
 
-def items_sha256(currency: str, items: Iterable[Item]) -> str:
-    """A book's fingerprint: SHA-256 of its currency and its sorted items as JSON."""
-    return hashlib.sha256(msgspec.json.encode([currency, sorted(items)])).hexdigest()
+def items_sha256(currency: str, items: Iterable[Item], policy: Policy | None = None) -> str:
+    """A book's fingerprint: SHA-256 of its currency, its sorted items and what its policy sets
+    apart from the defaults, if anything, as JSON. Fields that came later are left out at their
+    defaults, so that a book which does not use them keeps its fingerprint."""
+    content: list[object] = [currency, [_encoded(item) for item in sorted(items)]]
+    if own := without_defaults(policy or {}):
+        content.append(own)
+    return hashlib.sha256(msgspec.json.encode(content)).hexdigest()
+
+
+def _encoded(item: Item) -> dict[str, str | int]:
+    # Not by msgspec's `omit_defaults`, which compares identities: 1440 has many.
+    fields: dict[str, str | int] = msgspec.structs.asdict(item)
+    return {name: value for name, value in fields.items() if value != LATER_FIELDS.get(name)}
 
 
 async def add_book(
-    session: AsyncSession, number: int, currency: str, items: list[Item], effective_at: datetime
+    session: AsyncSession,
+    number: int,
+    currency: str,
+    items: list[Item],
+    effective_at: datetime,
+    policy: Policy | None = None,
 ) -> PriceBook:
     """Adds rows; the caller's transaction decides."""
     book = PriceBook(
         id=new_id("pb"),
         number=number,
         currency=currency,
-        sha256=items_sha256(currency, items),
+        sha256=items_sha256(currency, items, policy),
+        policy=without_defaults(policy or {}),
         effective_at=effective_at,
         created_at=clock.now(),
     )
@@ -210,6 +307,9 @@ async def _items(session: AsyncSession, book_id: str) -> list[Item]:
             service_class=row.service_class,
             price_nano=row.price_nano,
             unit_scale=row.unit_scale,
+            above_tokens=row.above_tokens,
+            from_minute=row.from_minute,
+            until_minute=row.until_minute,
         )
         for row in rows
     ]

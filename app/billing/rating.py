@@ -4,19 +4,23 @@ Owns the bound that a hold needs and the lines of a finished request. Looks noth
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import msgspec
 
+from app.billing.policy import WAIVED, Policy, disposition
 from app.billing.prices import Price, Rates
 from app.core.money import price_of
 from app.metering.records import Usage
+from app.metering.tables import DIMENSIONS
 from runtime.protocol import Kind
 
+# The prompt is divided among these: what one of them counts, the others do not.
+PROMPT_DIMENSIONS = ("input", "cached_input", "cache_write")
 # What a kind of program is charged for. The rest of what is counted is recorded free of charge:
 # a decoder's device time is already in the price of its tokens.
 BILLED: dict[Kind, frozenset[str]] = {
-    "decoder": frozenset({"input", "cached_input", "output", "request"}),
+    "decoder": frozenset(DIMENSIONS) - {"device_ms"},
     "embedder": frozenset({"input", "cached_input", "request"}),
     "tensor": frozenset({"request", "device_ms"}),
 }
@@ -55,36 +59,44 @@ class Settlement(msgspec.Struct, frozen=True):
         return f"{self.request_id}:{self.attempt}"
 
 
+def worst_case(rates: Rates, kind: Kind, num_prompt_tokens: int, limits: Mapping[str, int]) -> int:
+    """Nano-units that no outcome can exceed: the whole prompt at the dearest of its prices, and of
+    every other dimension as much as `limits` allows. What `limits` leaves out must not be used.
+    No policy is taken into account: waiving only makes it less."""
+    billed = BILLED[kind]
+    prompt = [
+        rates.prices[name] for name in PROMPT_DIMENSIONS if name in billed and name in rates.prices
+    ]
+    # Each line of the prompt may round up by half a nano-unit, and the bound itself down by half.
+    slack = (len(prompt) + 1) // 2 if len(prompt) > 1 else 0
+    dearest = max((_charge(num_prompt_tokens, price) for price in prompt), default=0)
+    return (
+        dearest
+        + slack
+        + sum(
+            _charge(limit, rates.prices.get(name, NO_PRICE))
+            for name, limit in limits.items()
+            if name in billed
+        )
+    )
+
+
 def decoder_worst_case(
     rates: Rates, num_prompt_tokens: int, max_tokens: int, num_choices: int
 ) -> int:
     """Nano-units of a request of which nothing is cached and every choice runs to its limit."""
-    input_rate = max(
-        (rates.prices.get(name, NO_PRICE) for name in ("input", "cached_input")),
-        key=lambda price: price_of(num_prompt_tokens, price.price_nano, price.unit_scale),
-    )
-    return (
-        _charge(num_prompt_tokens, input_rate)
-        # Each of the two input lines may round up by half a nano-unit.
-        + 1
-        + _charge(max_tokens * num_choices, rates.prices.get("output", NO_PRICE))
-        + _charge(1, rates.prices.get("request", NO_PRICE))
-    )
+    limits = {"output": max_tokens * num_choices, "request": 1}
+    return worst_case(rates, "decoder", num_prompt_tokens, limits)
 
 
 def embedder_worst_case(rates: Rates, num_prompt_tokens: int) -> int:
-    """Nano-units of a request for embeddings: its tokens are counted before it runs, and none is
-    found in a cache."""
-    return _charge(num_prompt_tokens, rates.prices.get("input", NO_PRICE)) + _charge(
-        1, rates.prices.get("request", NO_PRICE)
-    )
+    """Nano-units of a request for embeddings: its tokens are counted before it runs."""
+    return worst_case(rates, "embedder", num_prompt_tokens, {"request": 1})
 
 
 def tensor_worst_case(rates: Rates, max_device_ms: int) -> int:
     """Nano-units of a prediction that takes as much device time as is held for it."""
-    return _charge(max_device_ms, rates.prices.get("device_ms", NO_PRICE)) + _charge(
-        1, rates.prices.get("request", NO_PRICE)
-    )
+    return worst_case(rates, "tensor", 0, {"request": 1, "device_ms": max_device_ms})
 
 
 def held_device_ms(measured_max_ms: float) -> int:
@@ -112,24 +124,31 @@ def rate(usage: Usage, rates: Rates) -> Settlement:
         "request": 1,
         "device_ms": usage.device_ms,
     }
-    billed = BILLED[usage.admitted.kind]
-    lines = [
-        _line(dimension, quantity, rates, usage, is_billed=dimension in billed)
-        for dimension, quantity in quantities.items()
-        if quantity
-    ]
+    lines = lines_of(quantities, usage.outcome, BILLED[usage.admitted.kind], rates)
     amount_nano = sum(line.amount_nano for line in lines)
     return Settlement(usage, rates.currency, lines, amount_nano)
 
 
-def _line(dimension: str, quantity: int, rates: Rates, usage: Usage, *, is_billed: bool) -> Line:
-    price = rates.prices.get(dimension) if is_billed else None
+def lines_of(
+    quantities: Mapping[str, int], outcome: str, billed: Container[str], rates: Rates
+) -> list[Line]:
+    """One line per dimension of which anything was used. What is not in `billed`, or has no
+    price, is free."""
+    return [
+        _line(dimension, quantity, outcome, rates.prices.get(dimension), rates.policy)
+        if dimension in billed
+        else _line(dimension, quantity, outcome, None, rates.policy)
+        for dimension, quantity in quantities.items()
+        if quantity
+    ]
+
+
+def _line(dimension: str, quantity: int, outcome: str, price: Price | None, policy: Policy) -> Line:
     if price is None:
         return Line(dimension, quantity, 0, 1, 0, "free")
-    if usage.is_waived:
-        return Line(dimension, quantity, price.price_nano, price.unit_scale, 0, "waived")
-    amount = _charge(quantity, price)
-    return Line(dimension, quantity, price.price_nano, price.unit_scale, amount, "billed")
+    how = disposition(policy, outcome, dimension)
+    amount = 0 if how == WAIVED else _charge(quantity, price)
+    return Line(dimension, quantity, price.price_nano, price.unit_scale, amount, how)
 
 
 def _charge(quantity: int, price: Price) -> int:
