@@ -23,6 +23,7 @@ from app.billing.refusals import accounts_unavailable, refusal_of, request_too_d
 from app.billing.tables import MAX_HOLD_NANO
 from app.core.database import create_writer_engine
 from app.core.errors import AppError
+from app.core.failpoints import failpoint
 
 MAX_BATCH = 512  # settlements in one transaction
 MAX_UNSETTLED = 100_000  # beyond this the database is too far behind to admit more
@@ -298,8 +299,12 @@ class _Writer:
         ]
 
     def _take_holds(self, requests: list[HoldRequest]) -> dict[str, Refusal]:
+        failpoint("accounts.before_hold")
         with _transaction(self._atomic) as connection:
-            return holds.take_holds(connection, requests, self._journal_id, self._currency)
+            refused = holds.take_holds(connection, requests, self._journal_id, self._currency)
+            failpoint("accounts.before_hold_commit")
+        failpoint("accounts.after_hold_commit")
+        return refused
 
     def _settle_all(self) -> None:
         """Everything pending, a batch at a time. When the database fails, the rest is put off."""
@@ -307,6 +312,8 @@ class _Writer:
             if self._voids:
                 with _transaction(self._durable) as connection:
                     holds.void_holds(connection, self._voids)
+                    failpoint("accounts.before_void_commit")
+                failpoint("accounts.after_void_commit")
                 self._voids = []
             while self._settlements:
                 batch = self._settlements[:MAX_BATCH]
@@ -327,14 +334,17 @@ class _Writer:
         try:
             with _transaction(self._durable) as connection:
                 posting.post_settlements(connection, batch)
+                failpoint("accounts.before_settle_commit")
         except (IntegrityError, DataError, OverflowError):
             return [settlement for settlement in batch if self._is_posted(settlement)]
+        failpoint("accounts.after_settle_commit")
         return batch
 
     def _is_posted(self, settlement: Settlement) -> bool:
         try:
             with _transaction(self._durable) as connection:
                 posting.post_settlements(connection, posting.unrecorded(connection, [settlement]))
+                failpoint("accounts.before_lone_settle_commit")
         except (IntegrityError, DataError, OverflowError):
             log.exception("%s cannot be settled and stays in the journal", settlement.event_id)
             return False

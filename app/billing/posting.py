@@ -19,6 +19,7 @@ from app.billing.holds import move_balances, release_holds
 from app.billing.ledger import REVENUE, credit_account, on_account, posting_time
 from app.billing.rating import Settlement
 from app.billing.statements import RECORDED, Statements, open_statement, statements_of
+from app.core.failpoints import failpoint
 from app.core.money import price_of
 from app.metering.series import SeriesKey
 
@@ -39,7 +40,9 @@ def post_settlements(connection: Connection, settlements: Sequence[Settlement]) 
     rows = _Rows(statements_of(connection))
     for organization_id, own in sorted(by_organization.items()):
         rows.add(own, posting_time(accounts[organization_id]), lots[organization_id])
+    failpoint("posting.before_rows")
     rows.write(connection)
+    failpoint("posting.after_rows")
     request_ids = [settlement.request_id for settlement in settlements]
     spent = {s.request_id: s.amount_nano for s in settlements}
     move_balances(
@@ -47,6 +50,7 @@ def post_settlements(connection: Connection, settlements: Sequence[Settlement]) 
         {name: sum(s.amount_nano for s in own) for name, own in by_organization.items()},
         release_holds(connection, request_ids),
     )
+    failpoint("posting.after_balances")
     release_windows(connection, request_ids, spent)
 
 

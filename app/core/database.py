@@ -23,6 +23,8 @@ from sqlalchemy.exc import DataError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase
 
+from app.core.failpoints import failpoint
+
 
 class UtcDateTime(TypeDecorator[datetime]):
     """An aware UTC datetime. SQLite would silently drop the zone and keep the wrong instant."""
@@ -122,6 +124,8 @@ class Database:
     async def write(self) -> AsyncGenerator[AsyncSession]:
         async with self._writing.begin() as session:
             yield session
+            failpoint("database.before_commit")
+        failpoint("database.after_commit")
 
     async def close(self) -> None:
         await self.engine.dispose()
