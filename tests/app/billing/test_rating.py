@@ -1,18 +1,30 @@
 """Golden bills, rounding, and that a hold always covers what is charged."""
 
-from hypothesis import given
-from hypothesis import strategies as st
+from typing import Any
 
-from app.billing.prices import FIRST_PRICES, Price, Rates
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec.structs import astuple
+
+from app.billing.policy import OUTCOMES, check_policy
+from app.billing.price_changes import TIERED_DIMENSIONS, check_items
+from app.billing.prices import FIRST_PRICES, Book, Price, Rates
 from app.billing.rating import (
+    BILLED,
+    PROMPT_DIMENSIONS,
     Line,
     decoder_worst_case,
+    embedder_worst_case,
     held_device_ms,
+    lines_of,
     rate,
     tensor_worst_case,
+    worst_case,
 )
 from app.metering.records import AdmitRecord, Outcome, Usage
+from app.metering.tables import DIMENSIONS
 from runtime.protocol import Kind
+from tests.app.billing.test_prices import book_of, item
 
 RATES = Rates("pb_1", "usd", FIRST_PRICES)
 
@@ -25,10 +37,13 @@ def usage(
     cached_tokens: int = 0,
     output_tokens: int = 0,
     device_ms: int = 0,
+    num_prompt_tokens: int = 0,
+    started_at_ns: int = 0,
 ) -> Usage:
     admitted = AdmitRecord(
-        "req_1", "org_1", "key_1", "test", "tiny", 1, "/v1/completions", kind, "standard", "pb_1", 0
-    )
+        "req_1", "org_1", "key_1", "test", "tiny", 1, "/v1/completions", kind, "standard", "pb_1",
+        started_at_ns, num_prompt_tokens,
+    )  # fmt: skip
     return Usage(
         admitted=admitted,
         outcome=outcome,
@@ -88,50 +103,144 @@ def test_a_dimension_without_a_price_is_free() -> None:
 
 
 prices = st.builds(Price, st.integers(0, 10**12), st.integers(1, 10**9))
+thresholds = st.sampled_from((0, 1_000, 100_000))
+windows = st.sampled_from(((0, 1440), (600, 900), (1380, 120)))
+
+
+@st.composite
+def books(draw: st.DrawFn) -> Book:
+    """Any mixture of models, classes, thresholds, windows and rules that is a valid book."""
+    keys = st.tuples(
+        st.sampled_from(("*", "tiny")),
+        st.sampled_from(DIMENSIONS),
+        st.sampled_from(("standard", "batch")),
+        thresholds,
+        windows,
+    )
+    found = draw(st.lists(keys, min_size=1, max_size=30, unique=True))
+    items = [
+        item(
+            *(name, dimension, service_class, price.price_nano, price.unit_scale),
+            *(above if dimension in TIERED_DIMENSIONS else 0, *window),
+        )
+        for name, dimension, service_class, above, window in found
+        for price in [draw(prices)]
+    ]
+    unique = {(*astuple(each)[:3], *astuple(each)[5:]): each for each in items}
+    policy = draw(
+        st.dictionaries(
+            st.one_of(
+                st.sampled_from(OUTCOMES),
+                st.builds("{}.{}".format, st.sampled_from(OUTCOMES), st.sampled_from(DIMENSIONS)),
+            ),
+            st.sampled_from(("billed", "waived")),
+            max_size=6,
+        )
+    )
+    if policy.get("completed") == "waived":
+        del policy["completed"]
+    check_items(list(unique.values()))
+    check_policy(policy)
+    return book_of(*unique.values(), policy=policy)
+
+
+minutes = st.integers(0, 1439).map(lambda minute: minute * 60 * 10**9)
+outcomes = st.sampled_from(OUTCOMES)
+shares = st.integers(0, 100)
 
 
 @given(
-    input_price=prices,
-    cached_price=prices,
-    output_price=prices,
-    request_price=prices,
-    prompt=st.integers(0, 200_000),
-    cached_share=st.integers(0, 100),
+    book=books(),
+    started_at_ns=minutes,
+    outcome=outcomes,
+    prompt=st.one_of(st.integers(0, 30), st.integers(0, 200_000)),
+    cached_share=shares,
     max_tokens=st.integers(1, 100_000),
-    output_share=st.integers(0, 100),
+    output_share=shares,
     choices=st.integers(1, 8),
 )
+@settings(max_examples=300)
 def test_a_hold_covers_whatever_happens(
-    input_price: Price,
-    cached_price: Price,
-    output_price: Price,
-    request_price: Price,
+    book: Book,
+    started_at_ns: int,
+    outcome: Outcome,
     prompt: int,
     cached_share: int,
     max_tokens: int,
     output_share: int,
     choices: int,
 ) -> None:
-    rates = Rates(
-        "pb",
-        "usd",
-        {
-            "input": input_price,
-            "cached_input": cached_price,
-            "output": output_price,
-            "request": request_price,
-        },
-    )
+    """Under any book, at any time of day, for any outcome and however much was cached."""
     cached = prompt * cached_share // 100
-    settlement = rate(
-        usage(
-            input_tokens=prompt - cached,
-            cached_tokens=cached,
-            output_tokens=max_tokens * choices * output_share // 100,
-        ),
-        rates,
+    used = usage(
+        outcome=outcome,
+        input_tokens=prompt - cached,
+        cached_tokens=cached,
+        output_tokens=max_tokens * choices * output_share // 100,
+        device_ms=7,
+        num_prompt_tokens=prompt,
+        started_at_ns=started_at_ns,
     )
+    rates = book.rates("tiny", "standard", prompt, started_at_ns)
+    settlement = rate(used, book.rates_of(used.admitted))
     assert settlement.amount_nano <= decoder_worst_case(rates, prompt, max_tokens, choices)
+    assert all(line.amount_nano == 0 for line in settlement.lines if line.disposition != "billed")
+
+
+@given(
+    book=books(),
+    started_at_ns=minutes,
+    outcome=outcomes,
+    num_tokens=st.integers(0, 100_000),
+    share=shares,
+    device_ms=st.integers(1, 10**6),
+)
+def test_the_holds_of_other_kinds_cover_it_too(
+    book: Book,
+    started_at_ns: int,
+    outcome: Outcome,
+    num_tokens: int,
+    share: int,
+    device_ms: int,
+) -> None:
+    used = num_tokens * share // 100
+    facts: dict[str, Any] = {"outcome": outcome, "started_at_ns": started_at_ns}
+    rates = book.rates("tiny", "standard", num_tokens, started_at_ns)
+    embedded = usage(
+        kind="embedder", input_tokens=used, num_prompt_tokens=num_tokens, device_ms=3, **facts
+    )
+    assert rate(embedded, rates).amount_nano <= embedder_worst_case(rates, num_tokens)
+    predicted = usage(kind="tensor", device_ms=device_ms * share // 100, **facts)
+    rates = book.rates_of(predicted.admitted)
+    assert rate(predicted, rates).amount_nano <= tensor_worst_case(rates, device_ms)
+
+
+@given(
+    book=books(),
+    counts=st.dictionaries(st.sampled_from(DIMENSIONS), st.integers(0, 10**9)),
+    outcome=outcomes,
+)
+def test_the_general_bound_covers_every_dimension(
+    book: Book, counts: dict[str, int], outcome: Outcome
+) -> None:
+    """Also the dimensions that no request counts yet: the prompt is parted in three, and what is
+    kept in a cache is bounded by its lease."""
+    prompt = sum(counts.get(name, 0) for name in PROMPT_DIMENSIONS)
+    limits = {name: count for name, count in counts.items() if name not in PROMPT_DIMENSIONS}
+    rates = book.rates("tiny", "batch", prompt, 0)
+    lines = lines_of(counts, outcome, BILLED["decoder"], rates)
+    amount_nano = sum(line.amount_nano for line in lines)
+    assert amount_nano <= worst_case(rates, "decoder", prompt, limits)
+
+
+def test_three_lines_of_a_prompt_that_all_round_up_are_held() -> None:
+    """1.5 each: three lines of 2. Rounded in one it would be 4.5, thus 4."""
+    half = Price(1, 2)
+    rates = Rates("pb", "usd", dict.fromkeys(PROMPT_DIMENSIONS, half))
+    counts = dict.fromkeys(PROMPT_DIMENSIONS, 3)
+    lines = lines_of(counts, "completed", BILLED["decoder"], rates)
+    assert [line.amount_nano for line in lines] == [2, 2, 2]
+    assert worst_case(rates, "decoder", 9, {}) == 6
 
 
 def test_the_hold_of_a_prediction_follows_the_build_s_measurement() -> None:
