@@ -19,6 +19,7 @@ import app.api.errors
 import app.console.errors
 from app import console
 from app.api import (
+    budgets,
     deployments,
     documentation,
     health,
@@ -92,6 +93,7 @@ def create_app(settings: Settings, announce: Callable[[str], object] = log.info)
             deployments.router,
             keys.router,
             organization.router,
+            budgets.router,
             documentation.router,
             console.router,
         ],

@@ -10,6 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.api.auth import allowed, authenticated, dependencies
 from app.billing.service import parse_spending_limit, read_account, set_spending_limit
 from app.core.database import Database
+from app.core.errors import Forbidden
 from app.core.money import write_amount
 from app.organizations.principal import Principal
 from app.settings import Settings
@@ -51,7 +52,14 @@ async def show_organization(
 async def change_organization(
     request: AnyRequest, principal: NamedDependency[Principal], data: JSONBody[OrganizationChange]
 ) -> OrganizationState:
-    """Requests that would exceed the limit are refused with 402 before they run."""
+    """How much your organization may owe, which is the operator's to say: requests that would
+    exceed the limit are refused with 402 before they run. What you allow yourselves are budgets."""
+    if not principal.is_operator:
+        raise Forbidden(
+            "How much an organization may owe is set by the operator of this box. "
+            "Limit your own spending with a budget: PUT /api/budgets.",
+            code="operator_only",
+        )
     text = data.spending_limit
     limit_nano = None if text is None else parse_spending_limit(text)
     database: Database = request.app.state.database

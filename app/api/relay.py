@@ -66,9 +66,7 @@ class Relay:
             if book is None:
                 log.error("%s: its price book is gone", usage.admitted.request_id)
                 continue
-            admitted = usage.admitted
-            rates = book.rates(admitted.endpoint_name, admitted.service_class)
-            self._accounts.settle(rate(usage, rates))
+            self._accounts.settle(rate(usage, book.rates_of(usage.admitted)))
         await self._accounts.flush()
         known = {usage.admitted.request_id for usage in usages}
         num_freed = await self._accounts.release_orphans(known)
@@ -104,8 +102,7 @@ class Relay:
         seconds = self._timeout_seconds
         expiry = loop.call_later(seconds, execution.expire, timed_out(seconds))
         try:
-            rates = self._prices.rates(call.target.endpoint_name, call.service_class)
-            tally = await self._admit(execution, call, request, rates)
+            tally, rates = await self._admit(execution, call, request)
             await self._follow(execution, tally, rates)
         except AppError as error:
             execution.fail(error)
@@ -116,12 +113,13 @@ class Relay:
             expiry.cancel()
 
     async def _admit(
-        self, execution: Execution, call: Call, request: Generate, rates: Rates
-    ) -> Tally:
+        self, execution: Execution, call: Call, request: Generate
+    ) -> tuple[Tally, Rates]:
         """Prepares, holds the worst case, records, starts."""
         link = call.target.link
         prepared = await link.prepare(request)
         num_prompt_tokens = prepared.num_prompt_tokens
+        rates = self._rates(call, num_prompt_tokens)
         worst = decoder_worst_case(
             rates, num_prompt_tokens, prepared.max_tokens, request.num_choices
         )
@@ -140,13 +138,25 @@ class Relay:
         link.start(call.request_id)
         tally = Tally(record)
         execution.start(tally)
-        return tally
+        return tally, rates
+
+    def _rates(self, call: Call, num_prompt_tokens: int = 0) -> Rates:
+        """Of the book in force; its prices may depend on the prompt's length and the hour."""
+        return self._prices.rates(
+            call.target.endpoint_name, call.service_class, num_prompt_tokens, call.started_at_ns
+        )
 
     async def _hold(self, call: Call, amount_nano: int) -> None:
         organization_id = call.principal.organization_id
         try:
             async with asyncio.timeout(HOLD_SECONDS):
-                await self._accounts.hold(call.request_id, organization_id, amount_nano)
+                await self._accounts.hold(
+                    call.request_id,
+                    organization_id,
+                    amount_nano,
+                    api_key_id=call.principal.api_key_id,
+                    endpoint_name=call.target.endpoint_name,
+                )
         except TimeoutError:
             self._accounts.void(call.request_id)  # it may still be taken
             raise Unavailable(
@@ -209,7 +219,7 @@ class Relay:
         return prediction
 
     async def _predict(self, prediction: Prediction, call: Call, request: Predict) -> Answer:
-        rates = self._prices.rates(call.target.endpoint_name, call.service_class)
+        rates = self._rates(call)
         held_ms = max_device_ms(call.target, request, self._timeout_seconds)
         await self._hold(call, tensor_worst_case(rates, held_ms))
         try:
@@ -284,8 +294,8 @@ class Relay:
         return embedding
 
     async def _embed(self, embedding: Embedding, call: Call, request: Embed) -> EmbeddingAnswer:
-        rates = self._prices.rates(call.target.endpoint_name, call.service_class)
         num_tokens = (await embedding.link.prepare(request)).num_prompt_tokens
+        rates = self._rates(call, num_tokens)
         try:
             await self._hold(call, embedder_worst_case(rates, num_tokens))
             if embedding.is_cancelled:

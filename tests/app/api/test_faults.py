@@ -322,10 +322,10 @@ async def test_a_client_that_leaves_during_its_hold_costs_nothing(
 ) -> None:
     asked, gate, hold = asyncio.Event(), asyncio.Event(), box.accounts.hold
 
-    async def slow_hold(*args: Any) -> None:
+    async def slow_hold(*args: Any, **options: Any) -> None:
         asked.set()
         await gate.wait()
-        await hold(*args)
+        await hold(*args, **options)
 
     monkeypatch.setattr(box.accounts, "hold", slow_hold)
     await leave(box, path, body, once=asked.is_set)
@@ -424,7 +424,7 @@ async def test_kill_9_loses_nothing_delivered_and_charges_nothing_twice(
 async def test_a_database_that_does_not_answer_ends_in_503(
     box: Box, client: openai.AsyncOpenAI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def never(*_: Any) -> None:
+    async def never(*_: Any, **options: Any) -> None:
         await asyncio.Event().wait()
 
     voided: list[str] = []
