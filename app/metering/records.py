@@ -104,11 +104,6 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
     finished_at_ns: int
     first_token_ns: int | None  # after the start
 
-    @property
-    def is_waived(self) -> bool:
-        """The policy on faults: ours and unknown ones cost nothing, but are recorded."""
-        return self.outcome in ("failed", "lost")
-
 
 class Tally:
     """The running count of one request."""
