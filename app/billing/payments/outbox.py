@@ -1,0 +1,295 @@
+"""The outbox: does at Stripe what was planned, each once, whatever fails in between.
+
+Every attempt is on record before it is made, under one idempotency key. While it is unclear
+whether it happened, it is looked for and repeated under the same key, but only while Stripe is sure
+to know the key; after that it is only looked for. What an operation means is its kind's.
+"""
+
+import asyncio
+import logging
+from collections.abc import Iterable
+from datetime import timedelta
+
+import msgspec
+from sqlalchemy import update
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.billing.ledger import lock_account
+from app.billing.payments import mirror
+from app.billing.payments.calls import Calls
+from app.billing.payments.notices import notify
+from app.billing.payments.operations import (
+    MAX_ERROR_CHARS,
+    OPEN_STATES,
+    Answer,
+    Kind,
+    NotNeeded,
+    Operation,
+    Refusal,
+    after_seconds,
+    backoff_seconds,
+    due_ids,
+    locked,
+    operation_of,
+    plan,
+)
+from app.billing.payments.tables import StripeOperation
+from app.billing.stripe import Stripe
+from app.billing.stripe_errors import (
+    StripeBusy,
+    StripeKeyReused,
+    StripeRejected,
+    StripeUnknown,
+)
+from app.core import clock
+from app.core.database import Database
+from app.core.failpoints import failpoint
+from app.organizations.service import default_organization_id
+
+MAX_DUE = 200  # taken up at once
+LEASE_SECONDS = 300  # longer than any call with its own retries
+LONGEST_WAIT_SECONDS = 300
+SEARCH_AGAIN_SECONDS = 3600
+WAIT_SECONDS = 5  # for what an operation needs first
+# Stripe forgets keys after 24 hours. Its lists are current by then, so that what is not in them
+# did not happen.
+RESEND_WITHIN = timedelta(hours=23)
+ABSENT_AFTER = timedelta(hours=25)
+
+log = logging.getLogger(__name__)
+
+
+class Claim(msgspec.Struct, frozen=True):
+    """One attempt. `is_first`: no earlier one may have reached Stripe."""
+
+    operation: Operation
+    num_attempts: int
+    is_first: bool
+    may_send: bool
+    is_absence_final: bool
+
+
+class Outbox:
+    """One per process; several may run on one database."""
+
+    def __init__(
+        self,
+        database: Database,
+        stripe: Stripe,
+        calls: Calls,
+        kinds: Iterable[Kind],
+        currency: str,
+    ) -> None:
+        self._database = database
+        self._stripe = stripe
+        self._calls = calls
+        self._kinds = {kind.name: kind for kind in kinds}
+        self._currency = currency
+
+    async def resume(self) -> None:
+        """At the start: what an earlier process was at is taken up at once."""
+        async with self._database.write() as session:
+            await session.execute(
+                update(StripeOperation)
+                .where(StripeOperation.state.in_(("sent", "unknown")))
+                .values(next_at=clock.now())
+            )
+
+    async def turn(self, organization_id: str | None = None) -> None:
+        """Does what is due, of one organization or of all; one organization's in order."""
+        tried: set[str] = set()
+        while True:
+            async with self._database.read() as session:
+                due = await due_ids(session, clock.now(), organization_id, MAX_DUE)
+            chains: dict[str, list[str]] = {}
+            for owner_id, operation_id in due:
+                if operation_id not in tried:
+                    chains.setdefault(owner_id, []).append(operation_id)
+            if not chains:
+                return
+            tried.update(*chains.values())
+            await asyncio.gather(*(self._work_through(*chain) for chain in chains.items()))
+
+    async def _work_through(self, organization_id: str, operation_ids: list[str]) -> None:
+        for operation_id in operation_ids:
+            try:
+                await self._work(organization_id, operation_id)
+            except Exception:
+                log.exception("operation %s could not be worked on", operation_id)
+
+    async def _work(self, organization_id: str, operation_id: str) -> None:
+        claim = await self._claim(organization_id, operation_id)
+        failpoint("outbox.after_claim_commit")
+        if claim is None:
+            return
+        try:
+            answer = await self._ask(claim)
+        except StripeBusy as error:
+            await self._postpone(claim, error)
+        except StripeUnknown as error:
+            # The answer under this key is saved, it was looked for, and is not there.
+            if error.is_saved and self._is_harmless_twice(claim) and not claim.is_first:
+                await self._give_up(claim)
+            else:
+                await self._doubt(claim, str(error), _wait(claim))
+        except StripeRejected as error:
+            await self._refuse(claim, error)
+        except StripeKeyReused as error:
+            await self._quarantine(claim, str(error))
+        else:
+            failpoint("outbox.after_call")
+            if answer is not None:
+                await self._confirm(claim, answer)
+            elif claim.is_absence_final:
+                await self._give_up(claim)
+            else:
+                await self._doubt(claim, "Stripe does not list it so far", SEARCH_AGAIN_SECONDS)
+        failpoint("outbox.after_result_commit")
+
+    async def _claim(self, organization_id: str, operation_id: str) -> Claim | None:
+        """Takes the operation if it is still due, and records the attempt."""
+        now = clock.now()
+        async with self._database.write() as session:
+            await lock_account(session, organization_id, self._currency)
+            row = await locked(session, operation_id)
+            if row.state not in OPEN_STATES or row.next_at > now:
+                return None
+            is_first = row.first_sent_at is None
+            if is_first and not await self._is_prepared(session, row):
+                return None
+            since_first = now - (row.first_sent_at or now)
+            may_send = since_first < RESEND_WITHIN
+            row.first_sent_at = row.first_sent_at or now
+            row.num_attempts += 1
+            row.state = "sent" if may_send else "unknown"
+            row.next_at = after_seconds(LEASE_SECONDS)
+            failpoint("outbox.before_claim_commit")
+            return Claim(
+                operation_of(row), row.num_attempts, is_first, may_send, since_first >= ABSENT_AFTER
+            )
+
+    async def _is_prepared(self, session: AsyncSession, row: StripeOperation) -> bool:
+        kind, operation = self._kinds[row.kind], operation_of(row)
+        try:
+            params = await kind.prepare(session, operation)
+        except NotNeeded as reason:
+            row.state, row.error = "rejected", str(reason)[:MAX_ERROR_CHARS]
+            return False
+        if params is None:
+            row.next_at = after_seconds(WAIT_SECONDS)
+            return False
+        row.params = params
+        return True
+
+    async def _ask(self, claim: Claim) -> Answer | None:
+        operation = claim.operation
+        kind = self._kinds[operation.kind]
+        failpoint("outbox.before_call")
+        if not claim.is_first:
+            try:
+                found = await self._calls(kind.find, self._stripe, operation)
+            except StripeRejected as error:
+                raise StripeUnknown(f"It could not be looked for: {error}") from error
+            if found is not None or not claim.may_send:
+                return found
+        return await self._calls(kind.send, self._stripe, operation)
+
+    async def _confirm(self, claim: Claim, answer: Answer) -> None:
+        operation = claim.operation
+        async with self._database.write() as session:
+            row = await self._still_open(session, operation)
+            if row is None:
+                return
+            row.state, row.stripe_id, row.error = "confirmed", answer.id, ""
+            await mirror.store(session, answer)
+            await self._kinds[operation.kind].confirmed(session, operation, answer)
+            failpoint("outbox.before_result_commit")
+
+    async def _refuse(self, claim: Claim, error: StripeRejected) -> None:
+        operation = claim.operation
+        log.warning("Stripe refused %s: %s", operation.id, error.message)
+        why = Refusal(error.message, error.code, error.decline_code, error.payment_id)
+        async with self._database.write() as session:
+            row = await self._still_open(session, operation)
+            if row is None:
+                return
+            row.state, row.error = "rejected", error.message[:MAX_ERROR_CHARS]
+            await self._kinds[operation.kind].refused(session, operation, why)
+            failpoint("outbox.before_refusal_commit")
+
+    async def _postpone(self, claim: Claim, error: StripeBusy) -> None:
+        """This attempt came to nothing. If it was the first, it never began."""
+        operation = claim.operation
+        async with self._database.write() as session:
+            row = await self._still_open(session, operation)
+            if row is None:
+                return
+            if claim.is_first:
+                row.state, row.first_sent_at = "planned", None
+            else:
+                row.state = "unknown"
+            row.error = str(error)[:MAX_ERROR_CHARS]
+            row.next_at = after_seconds(max(_wait(claim), error.retry_after_seconds))
+
+    async def _doubt(self, claim: Claim, reason: str, seconds: int) -> None:
+        async with self._database.write() as session:
+            row = await self._still_open(session, claim.operation)
+            if row is not None:
+                row.state, row.error = "unknown", reason[:MAX_ERROR_CHARS]
+                row.next_at = after_seconds(seconds)
+
+    async def _give_up(self, claim: Claim) -> None:
+        """It did not happen, as far as Stripe's lists tell, and its key is of no more use."""
+        operation = claim.operation
+        if not self._is_harmless_twice(claim):
+            await self._quarantine(claim, "Stripe forgot its key and does not list it")
+            return
+        base, _, number = operation.id.partition("~")
+        key = f"{base}~{int(number or 1) + 1}"
+        async with self._database.write() as session:
+            row = await self._still_open(session, operation)
+            if row is None:
+                return
+            row.state, row.error = "rejected", f"It never happened, and is planned again as {key}"
+            await plan(
+                session,
+                operation.kind,
+                key,
+                operation.organization_id,
+                operation.subject_id,
+                operation.params,
+            )
+
+    async def _quarantine(self, claim: Claim, reason: str) -> None:
+        operation = claim.operation
+        log.error("a person must look at Stripe operation %s: %s", operation.id, reason)
+        async with self._database.write() as session:
+            row = await self._still_open(session, operation)
+            if row is None:
+                return
+            row.state, row.error = "quarantined", reason[:MAX_ERROR_CHARS]
+            await self._kinds[operation.kind].doubted(session, operation, reason)
+            await notify(
+                session,
+                await default_organization_id(session),
+                "payment_in_doubt",
+                f"It is not known whether Stripe did {operation.id} ({operation.kind}): {reason}. "
+                "Look for it at Stripe; it is not tried again.",
+                {"operation_id": operation.id, "kind": operation.kind},
+                subject=operation.id,
+            )
+
+    def _is_harmless_twice(self, claim: Claim) -> bool:
+        return self._kinds[claim.operation.kind].is_harmless_twice
+
+    async def _still_open(
+        self, session: AsyncSession, operation: Operation
+    ) -> StripeOperation | None:
+        """The locked row, unless another process, or a person, has brought it to its end."""
+        await lock_account(session, operation.organization_id, self._currency)
+        row = await locked(session, operation.id)
+        return row if row.state in OPEN_STATES else None
+
+
+def _wait(claim: Claim) -> int:
+    return backoff_seconds(claim.num_attempts, LONGEST_WAIT_SECONDS)
