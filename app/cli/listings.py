@@ -89,15 +89,20 @@ def logs(name: str, is_build: bool, follow: bool) -> None:
     "group_by",
     default="model",
     show_default=True,
-    type=click.Choice(["model", "key", "day", "dimension"]),
+    type=click.Choice(["model", "key", "class", "dimension", "day", "hour"]),
 )
-def usage(days: int, group_by: str) -> None:
+@click.option("--csv", "is_csv", is_flag=True, help="As a file for spreadsheets.")
+def usage(days: int, group_by: str, is_csv: bool) -> None:
     """Show what was used and what is owed."""
-    start = datetime.now(UTC) - timedelta(days=days)
-    answer = Box().json(
-        "GET", "/api/usage", params={"from": start.isoformat(), "group_by": group_by}
-    )
-    print_usage(answer)
+    # At the hour, from which on the box keeps sums.
+    start = datetime.now(UTC).replace(minute=0, second=0, microsecond=0) - timedelta(days=days)
+    asked = {"from": start.isoformat(), "group_by": group_by}
+    box = Box()
+    if is_csv:
+        response = box.checked(box.request("GET", "/api/usage.csv", params=asked))
+        click.echo(response.content, nl=False)
+        return
+    print_usage(box.json("GET", "/api/usage", params=asked))
 
 
 def print_usage(answer: dict[str, Any]) -> None:

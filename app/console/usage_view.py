@@ -11,8 +11,8 @@ from app.billing.service import Account, read_account
 from app.console.charts import Bar, stacked_bars
 from app.core import clock
 from app.core.money import format_nano
-from app.metering.activity import recent_events, saved_by_caching_nano, spend_by_day
-from app.metering.service import UsageRow, usage_by
+from app.metering.activity import recent_events
+from app.metering.service import UsageRow, read_usage_days
 from app.metering.tables import UsageEvent
 
 NUM_RECENT = 25
@@ -94,28 +94,26 @@ async def read_usage(
     """Usage of the last `num_days` days, today included; days begin at midnight UTC."""
     today = clock.now().replace(hour=0, minute=0, second=0, microsecond=0)
     start, end = today - timedelta(days=num_days - 1), today + timedelta(days=1)
-    period = (session, organization_id)
-    dimensions = await usage_by(*period, "dimension", start, end)
+    cells = await read_usage_days(session, organization_id, start, end)
+    quantities = cells.quantities()
     return UsageView(
         start=start,
         end=today,
         num_days=num_days,
         account=await read_account(session, organization_id, currency),
-        by_day=await usage_by(*period, "day", start, end),
-        by_model=await usage_by(*period, "model", start, end),
-        by_key=await usage_by(*period, "key", start, end),
-        by_dimension=[_dimension_row(row) for row in dimensions],
-        daily_spend=await spend_by_day(*period, start, end),
-        recent=await recent_events(*period, start, end, NUM_RECENT),
-        saved_nano=await saved_by_caching_nano(*period, start, end),
+        by_day=cells.rows("day"),
+        by_model=cells.rows("model"),
+        by_key=cells.rows("key"),
+        by_dimension=[
+            DimensionRow(
+                DIMENSION_NAMES.get(row.group, row.group), quantities[row.group], row.amount_nano
+            )
+            for row in cells.rows("dimension")
+        ],
+        daily_spend=cells.spend_by_day(),
+        recent=await recent_events(session, organization_id, start, end, NUM_RECENT),
+        saved_nano=cells.saved_nano,
     )
-
-
-def _dimension_row(row: UsageRow) -> DimensionRow:
-    """In a dimension's group only its own count is not zero; requests are counted apart."""
-    quantity = row.input + row.cached_input + row.output + row.device_ms
-    name = DIMENSION_NAMES.get(row.group, row.group)
-    return DimensionRow(name, quantity or row.requests, row.amount_nano)
 
 
 def spend_chart(view: UsageView) -> Markup:

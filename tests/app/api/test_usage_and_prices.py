@@ -1,10 +1,14 @@
 """`/api/usage` and `/api/prices` over HTTP."""
 
+import csv
+import io
 from datetime import UTC, datetime, timedelta
 
 import openai
 
-from tests.app.api.conftest import OTHER, Box
+from app.organizations.keys import create_key
+from app.organizations.principal import SCOPES
+from tests.app.api.conftest import ORGANIZATION, OTHER, Box
 
 
 async def test_usage_by_every_group(box: Box, client: openai.AsyncOpenAI) -> None:
@@ -14,8 +18,11 @@ async def test_usage_by_every_group(box: Box, client: openai.AsyncOpenAI) -> Non
         await http.post("/models/doubler/predict", json={"inputs": {"x": [[1, 2]], "k": [1]}})
         by = {
             name: (await http.get("/api/usage", params={"group_by": name})).json()
-            for name in ("model", "key", "day", "dimension")
+            for name in ("model", "key", "class", "day", "hour", "dimension")
         }
+        quantity = {row["group"]: row for row in by["dimension"]["rows"]}
+        assert quantity["output"]["output"] == 16
+        assert quantity["request"]["requests"] == 3
     today = datetime.now(UTC).date().isoformat()
     # The first prompt is new; of the second, two of three tokens are cached.
     first, second, prediction = 300 + 3_200 + 100, 100 + 20 + 3_200 + 100, 556 + 100
@@ -50,6 +57,30 @@ async def test_usage_by_every_group(box: Box, client: openai.AsyncOpenAI) -> Non
     async with box.http(OTHER) as http:
         other = (await http.get("/api/usage")).json()
     assert (other["rows"], other["owed_nano"]) == ([], 0)
+
+
+async def test_usage_for_spreadsheets(box: Box, client: openai.AsyncOpenAI) -> None:
+    async with box.database.write() as session:
+        _, secret = await create_key(session, ORGANIZATION, '=1+1,"x"', SCOPES)
+    async with box.client() as client:
+        client.api_key = secret
+        await client.completions.create(model="tiny", prompt="a b c")
+    async with box.http() as http:
+        params = {"group_by": "key"}
+        response = await http.get("/api/usage.csv", params=params)
+        same = await http.get("/api/usage", params=params | {"format": "csv"})
+        refused = await http.get("/api/usage", params=params | {"format": "xml"})
+    assert response.status_code == 200, response.text
+    assert response.headers["content-type"] == "text/csv; charset=utf-8"
+    assert response.headers["content-disposition"].endswith('-by-key.csv"')
+    assert list(csv.reader(io.StringIO(response.text))) == [
+        ["key", "requests", "input", "cached_input", "output", "device_ms", "amount", "currency"],
+        ['\'=1+1,"x"', "1", "3", "0", "8", "1", "0.0000036", "usd"],
+    ]
+    assert same.text == response.text
+    assert refused.json()["error"]["param"] == "format"
+    async with box.http(OTHER) as http:
+        assert len((await http.get("/api/usage.csv")).text.splitlines()) == 1
 
 
 async def test_the_range_of_usage(box: Box, client: openai.AsyncOpenAI) -> None:
