@@ -52,7 +52,7 @@ async def model_parts(
     calls = []
     if view.manifest is not None and view.endpoint is not None:
         calls = snippets(box_url, view.endpoint.name, view.manifest)
-    is_tried_here = bool(calls) and view.manifest is not None and view.manifest.kind == "tensor"
+    is_tried_here = bool(calls) and view.manifest is not None and view.manifest.kind != "embedder"
     playground = f"/console/models/{view.name}/playground" if is_tried_here else ""
     parts["use"] = _part("models/_use.html", snippets=calls, playground=playground)
     parts["log"] = await _log_tail(storage, build_log_name(view.shown.id))

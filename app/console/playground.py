@@ -1,4 +1,5 @@
-"""The playground of a tensor program: its form, a run of it, and what came out.
+"""The playground: of a tensor program its form, a run of it, and what came out. Of decoders it is
+`decoder_playground.py`.
 
 A run is a request like any other: held, metered and billed to the person's organization.
 """
@@ -13,13 +14,14 @@ from app.api.bodies import receive_form
 from app.api.labels import labels_of
 from app.api.predict import run_prediction, schema_of, target_for
 from app.api.tensors import array_of
+from app.console.decoder_playground import run_decoder, show_decoder
+from app.console.meter import Reading, settled_reading
 from app.console.playground_form import Field, fields_of, read_form
 from app.console.sessions import signed_in
 from app.console.templating import PageRequest, page, render
 from app.core.errors import AppError
 from app.core.ids import new_id
-from app.deployments.fleet import Fleet, Target
-from app.metering.records import Usage
+from app.deployments.fleet import Fleet
 from runtime.protocol import Manifest, Predicted, Tensor
 
 MAX_FORM_BYTES = 16 * 1024**2
@@ -43,9 +45,8 @@ class Shown(msgspec.Struct, frozen=True, kw_only=True):
 class Result(msgspec.Struct, frozen=True, kw_only=True):
     """What a run gave, and what it took."""
 
-    request_id: str
+    reading: Reading
     outputs: list[Shown]
-    device_ms: int
     batch_rows: int
     queue_ms: float
 
@@ -53,8 +54,13 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
 @get("/models/{name:str}/playground")
 async def show_playground(request: PageRequest, name: FromPath[str]) -> Response[str]:
     """The form, with an example in it."""
-    signed_in(request).principal.require("inference")
-    target = _target(request, name)
+    principal = signed_in(request).principal
+    principal.require("inference")
+    fleet: Fleet = request.app.state.fleet
+    target = fleet.resolve(principal, name)
+    if target.manifest.decoder is not None:
+        return show_decoder(request, target, name)
+    schema_of(target, name)
     return _page(request, name, fields_of(target.manifest))
 
 
@@ -63,11 +69,14 @@ async def run_playground(request: PageRequest, name: FromPath[str]) -> Response[
     """Runs what the form holds, and shows the answer below it; to htmx, the answer alone."""
     principal = signed_in(request).principal
     principal.require("inference")
+    fleet: Fleet = request.app.state.fleet
+    if fleet.resolve(principal, name).manifest.decoder is not None:
+        return await run_decoder(request, name)
     target, form = await target_for(request, principal, name, receive_form)
     request_id = new_id("req")
     try:
         given = await read_form(form, target.manifest)
-        predicted, usage = await run_prediction(
+        predicted, _ = await run_prediction(
             request,
             principal,
             target,
@@ -82,21 +91,13 @@ async def run_playground(request: PageRequest, name: FromPath[str]) -> Response[
         sent = {key: value for key, value in form.multi_items() if isinstance(value, str)}
         fields = fields_of(target.manifest, sent)
         return _page(request, name, fields, error=error.message, status_code=error.status)
-    result = _result(predicted, usage, target.manifest)
+    reading = await settled_reading(request, principal.organization_id, request_id)
+    result = _result(predicted, reading, target.manifest)
     if request.headers.get("hx-request"):
         html = render("playground/_result.html", result=result)
         return Response(html, media_type="text/html; charset=utf-8")
     sent = {key: value for key, value in form.multi_items() if isinstance(value, str)}
     return _page(request, name, fields_of(target.manifest, sent), result=result)
-
-
-def _target(request: PageRequest, name: str) -> Target:
-    """The replica that answers. Raises what keeps it from that, and `InvalidRequest` for what is
-    no tensor program."""
-    fleet: Fleet = request.app.state.fleet
-    target = fleet.resolve(signed_in(request).principal, name)
-    schema_of(target, name)
-    return target
 
 
 def _page(
@@ -119,16 +120,15 @@ def _page(
     )
 
 
-def _result(predicted: Predicted, usage: Usage, manifest: Manifest) -> Result:
+def _result(predicted: Predicted, reading: Reading, manifest: Manifest) -> Result:
     labels = labels_of(predicted, manifest)
     outputs = [shown(tensor) for tensor in predicted.outputs]
     if labels:
         bars = [(best.label, f"{best.score:.1%}", int(best.score * 1000)) for best in labels[0]]
         outputs[0] = msgspec.structs.replace(outputs[0], bars=bars)
     return Result(
-        request_id=usage.admitted.request_id,
+        reading=reading,
         outputs=outputs,
-        device_ms=usage.device_ms,
         batch_rows=predicted.batch_rows,
         queue_ms=predicted.queue_ns / 1e6,
     )

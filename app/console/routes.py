@@ -9,7 +9,17 @@ from litestar.static_files import (
     create_static_files_router,  # pyright: ignore[reportUnknownVariableType]
 )
 
-from app.console import entry, keys, models, optimisations, playground, rebuilding, uploads, usage
+from app.console import (
+    decoder_playground,
+    entry,
+    keys,
+    models,
+    optimisations,
+    playground,
+    rebuilding,
+    uploads,
+    usage,
+)
 from app.console.errors import exception_handlers
 from app.console.sessions import require_person
 from app.console.templating import HEADERS, STATIC_DIR, STATIC_PATH, PageRequest
@@ -35,6 +45,7 @@ behind_session = Router(
     route_handlers=[
         models.router,
         playground.router,
+        decoder_playground.router,
         optimisations.router,
         uploads.router,
         rebuilding.router,
