@@ -1,0 +1,325 @@
+"""Credit is added once, used up in order, taken back and ended, and the books agree throughout."""
+
+from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from sqlalchemy import func, select
+
+from app.billing import credits
+from app.billing.accounts import AccountWriter
+from app.billing.ledger import (
+    PROMOTIONAL_COST,
+    STRIPE_CLEARING,
+    credit_account,
+    lock_account,
+    on_account,
+    post,
+    posting_time,
+)
+from app.billing.rating import Settlement
+from app.billing.service import set_spending_limit
+from app.billing.tables import (
+    AccountBalance,
+    CreditLot,
+    LedgerEntry,
+    LedgerTransaction,
+    LotUse,
+    UnsealedTransaction,
+)
+from app.core import clock
+from app.core.database import Database
+from app.core.errors import PaymentRequired
+from app.metering.tables import UsageEvent, UsageHour
+
+from .conftest import ORGANIZATION
+
+MakeSettlement = Callable[..., Settlement]
+Add = Callable[..., object]
+PAID, PROMOTIONAL = (credit_account(ORGANIZATION, kind) for kind in ("paid", "promotional"))
+OWED = on_account(ORGANIZATION)
+
+
+@pytest.fixture
+async def books(database: Database) -> AsyncIterator[Database]:
+    """Afterwards every posting sums to zero, and accounts are what the ledger says."""
+    yield database
+    async with database.read() as session:
+        sums = await session.scalars(
+            select(func.sum(LedgerEntry.amount_nano)).group_by(LedgerEntry.transaction_id)
+        )
+        assert {int(total) for total in sums} <= {0}
+        balance = await session.get(AccountBalance, ORGANIZATION)
+        entries = await balances(database)
+        own = sum(nano for name, nano in entries.items() if name.startswith(OWED))
+        assert balance is None or balance.posted_nano == own
+        for kind in ("paid", "promotional"):
+            left = await session.scalar(
+                select(func.sum(CreditLot.remaining_nano)).where(CreditLot.kind == kind)
+            )
+            assert int(left or 0) == entries.get(credit_account(ORGANIZATION, kind), 0)
+
+
+async def balances(database: Database) -> dict[str, int]:
+    async with database.read() as session:
+        rows = await session.execute(
+            select(LedgerEntry.account, func.sum(LedgerEntry.amount_nano)).group_by(
+                LedgerEntry.account
+            )
+        )
+        return {name: int(nano) for name, nano in rows}
+
+
+async def add(
+    database: Database,
+    amount_nano: int,
+    source: str,
+    kind: str = "paid",
+    priority: int = 50,
+    expires_at: datetime | None = None,
+) -> str | None:
+    async with database.write() as session:
+        return await credits.add_lot(
+            session,
+            ORGANIZATION,
+            kind,
+            amount_nano,
+            source=source,
+            currency="usd",
+            from_account=STRIPE_CLEARING if kind == "paid" else PROMOTIONAL_COST,
+            priority=priority,
+            expires_at=expires_at,
+        )
+
+
+async def take_back(database: Database, amount_nano: int, key: str = "refund:1") -> str | None:
+    async with database.write() as session:
+        return await credits.take_back(
+            session,
+            source="stripe:pi_1",
+            amount_nano=amount_nano,
+            key=key,
+            kind="refund",
+            to_account=STRIPE_CLEARING,
+        )
+
+
+async def account(database: Database) -> AccountBalance:
+    async with database.read() as session:
+        row = await session.get(AccountBalance, ORGANIZATION)
+        assert row is not None
+        return row
+
+
+async def test_one_payment_gives_its_credit_once(books: Database) -> None:
+    assert await add(books, 100, "stripe:pi_1") is not None
+    assert await add(books, 100, "stripe:pi_1") is None
+    assert await balances(books) == {STRIPE_CLEARING: -100, PAID: 100}
+
+
+async def test_usage_draws_lots_in_order_and_then_the_account(
+    accounts: AccountWriter, books: Database, settlement: MakeSettlement
+) -> None:
+    settled = settlement("req_1")
+    cost = settled.amount_nano
+    soon, later = (clock.now() + timedelta(days=days) for days in (1, 9))
+    last = await add(books, cost, "stripe:pi_1")
+    second = await add(books, cost // 4, "grant:later", "promotional", 50, later)
+    first = await add(books, cost // 4, "grant:soon", "promotional", 50, soon)
+    await accounts.hold("req_1", ORGANIZATION, 10**8)
+    accounts.settle(settled)
+    await accounts.hold("req_2", ORGANIZATION, 10**8)
+    accounts.settle(settlement("req_2"))
+    await accounts.flush()
+    async with books.read() as session:
+        left = {lot.id: lot.remaining_nano for lot in await session.scalars(select(CreditLot))}
+        drawn = (await session.scalars(select(LotUse.lot_id))).all()
+    assert left == {first: 0, second: 0, last: 0}
+    assert set(drawn) == {first, second, last}
+    entries = await balances(books)
+    assert entries["revenue"] == 2 * cost
+    assert (entries[PAID], entries[PROMOTIONAL]) == (0, 0)
+    assert entries[OWED] == cost + 2 * (cost // 4) - 2 * cost
+
+
+@pytest.mark.parametrize(("priority", "is_first"), [(0, True), (100, False)])
+async def test_priority_comes_before_expiry(
+    accounts: AccountWriter,
+    books: Database,
+    settlement: MakeSettlement,
+    priority: int,
+    is_first: bool,
+) -> None:
+    mine = await add(books, 10**12, "grant:mine", "promotional", priority)
+    await add(books, 10**12, "grant:soon", "promotional", 50, clock.now() + timedelta(days=1))
+    accounts.settle(settlement("req_1"))
+    await accounts.flush()
+    async with books.read() as session:
+        [drawn] = (await session.scalars(select(LotUse.lot_id))).all()
+    assert (drawn == mine) == is_first
+
+
+async def test_requests_settled_together_share_one_posting(
+    accounts: AccountWriter, books: Database, settlement: MakeSettlement
+) -> None:
+    for number in range(5):
+        accounts.settle(settlement(f"req_{number}"))
+    accounts.settle(settlement("req_9", outcome="failed"))
+    await accounts.flush()
+    async with books.read() as session:
+        [transaction] = await session.scalars(select(LedgerTransaction))
+        queued = (await session.scalars(select(UnsealedTransaction.ledger_transaction_id))).all()
+        events = (await session.scalars(select(UsageEvent.ledger_transaction_id))).all()
+        hours = await session.scalars(select(UsageHour))
+        total = sum(hour.amount_nano for hour in hours)
+    assert queued == [transaction.id]
+    assert events == [transaction.id] * 6
+    assert len(transaction.content_sha256) == 64
+    assert (await balances(books))["revenue"] == total == 5 * settlement("x").amount_nano
+
+
+async def test_a_prepaid_account_spends_its_credit_and_no_more(
+    accounts: AccountWriter, books: Database, settlement: MakeSettlement
+) -> None:
+    async with books.write() as session:
+        await set_spending_limit(session, ORGANIZATION, 0, "usd")
+    await add(books, 1_000_000, "stripe:pi_1")
+    await accounts.hold("req_1", ORGANIZATION, 1_000_000)
+    with pytest.raises(PaymentRequired, match="prepaid balance") as caught:
+        await accounts.hold("req_2", ORGANIZATION, 1)
+    assert caught.value.code == "balance_too_low"
+
+
+async def test_a_refund_takes_what_is_left_and_the_rest_is_owed(
+    accounts: AccountWriter, books: Database, settlement: MakeSettlement
+) -> None:
+    settled = settlement("req_1")
+    cost = settled.amount_nano
+    await add(books, 2 * cost, "stripe:pi_1")
+    accounts.settle(settled)
+    await accounts.flush()
+    assert await take_back(books, 2 * cost) is not None
+    assert await take_back(books, 2 * cost) is None
+    entries = await balances(books)
+    assert (entries[PAID], entries[OWED], entries[STRIPE_CLEARING]) == (0, -cost, 0)
+
+
+async def test_a_refund_under_running_requests_keeps_their_promise(
+    accounts: AccountWriter, books: Database, settlement: MakeSettlement
+) -> None:
+    async with books.write() as session:
+        await set_spending_limit(session, ORGANIZATION, 0, "usd")
+    settled = settlement("req_1")
+    await add(books, settled.amount_nano, "stripe:pi_1")
+    await accounts.hold("req_1", ORGANIZATION, settled.amount_nano)
+    await take_back(books, settled.amount_nano)
+    row = await account(books)
+    assert (row.posted_nano, row.held_nano) == (0, settled.amount_nano)
+    assert row.forced_nano == settled.amount_nano
+    with pytest.raises(PaymentRequired):
+        await accounts.hold("req_2", ORGANIZATION, 1)
+    accounts.settle(settled)
+    await accounts.flush()
+    row = await account(books)
+    assert (row.posted_nano, row.held_nano) == (-settled.amount_nano, 0)
+
+
+async def test_the_next_payment_of_a_prepaid_account_pays_its_debt_first(
+    accounts: AccountWriter, books: Database, settlement: MakeSettlement
+) -> None:
+    async with books.write() as session:
+        await set_spending_limit(session, ORGANIZATION, 0, "usd")
+    accounts.settle(settlement("req_1"))
+    await accounts.flush()
+    owed = settlement("x").amount_nano
+    await add(books, owed + 7, "stripe:pi_1")
+    entries = await balances(books)
+    assert (entries[OWED], entries[PAID]) == (0, 7)
+    await add(books, 5, "stripe:pi_2")
+    assert (await balances(books))[PAID] == 12
+
+
+async def test_a_refund_of_a_payment_that_paid_debt_owes_it_again(
+    accounts: AccountWriter, books: Database, settlement: MakeSettlement
+) -> None:
+    async with books.write() as session:
+        await set_spending_limit(session, ORGANIZATION, 0, "usd")
+    accounts.settle(settlement("req_1"))
+    await accounts.flush()
+    owed = settlement("x").amount_nano
+    await add(books, owed + 7, "stripe:pi_1")
+    await take_back(books, owed + 7)
+    entries = await balances(books)
+    assert (entries[OWED], entries[PAID], entries[STRIPE_CLEARING]) == (-owed, 0, 0)
+
+
+async def test_credit_ends_at_its_time_but_not_under_a_running_request(
+    accounts: AccountWriter, books: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lot_id = await add(books, 1_000, "grant:1", "promotional", 50, clock.now() + timedelta(days=1))
+    assert lot_id is not None
+    await accounts.hold("req_1", ORGANIZATION, 400)
+
+    async def expire() -> str | None:
+        async with books.write() as session:
+            return await credits.expire_due(session, lot_id)
+
+    assert await expire() is None
+    over = clock.now() + timedelta(days=2)
+    monkeypatch.setattr(clock, "now", lambda: over)
+    async with books.read() as session:
+        assert list(await credits.due_lots(session, over)) == [lot_id]
+    assert await expire() is not None
+    assert (await balances(books))[PROMOTIONAL] == 400
+    assert await expire() is None
+    accounts.void("req_1")
+    await accounts.flush()
+    assert await expire() is not None
+    assert await balances(books) == {PROMOTIONAL: 0, PROMOTIONAL_COST: 0}
+
+
+async def test_nothing_is_posted_into_a_closed_month(
+    accounts: AccountWriter, books: Database, settlement: MakeSettlement
+) -> None:
+    closed_until = datetime(2100, 1, 1, tzinfo=UTC)
+    async with books.write() as session:
+        row = await lock_account(session, ORGANIZATION, "usd")
+        row.closed_until = closed_until
+    await add(books, 10, "stripe:pi_1")
+    accounts.settle(settlement("req_1"))
+    await accounts.flush()
+    async with books.read() as session:
+        times = set(await session.scalars(select(LedgerTransaction.created_at)))
+        hours = set(await session.scalars(select(UsageHour.hour)))
+    assert times == {closed_until}
+    assert hours == {int(closed_until.timestamp()) // 3600}
+    assert posting_time(None) <= clock.now()
+
+
+async def test_the_ledger_refuses_changes(books: Database) -> None:
+    from sqlalchemy import text
+    from sqlalchemy.exc import DBAPIError
+
+    await add(books, 10, "stripe:pi_1")
+    for statement in (
+        "UPDATE ledger_entry SET amount_nano = 0",
+        "DELETE FROM ledger_entry",
+        "UPDATE ledger_transaction SET kind = 'usage'",
+        "DELETE FROM ledger_transaction",
+    ):
+        with pytest.raises(DBAPIError, match="append-only"):
+            async with books.write() as session:
+                await session.execute(text(statement))
+
+
+async def test_a_posting_must_balance(books: Database) -> None:
+    async with books.write() as session:
+        with pytest.raises(AssertionError):
+            await post(
+                session,
+                key="x",
+                kind="credit",
+                organization_id=ORGANIZATION,
+                currency="usd",
+                entries={OWED: 1},
+            )
