@@ -11,7 +11,9 @@ from app.core import clock
 from app.core.ids import new_id
 from app.deployments.service import deploy_version
 from app.deployments.tables import Deployment, Replica
-from app.metering.tables import UsageEvent, UsageLine
+from app.metering.hours import hour_of
+from app.metering.series import SeriesKey
+from app.metering.tables import UsageEvent, UsageHour, UsageLine, UsageSeries
 from app.organizations.tables import Organization
 from app.registry.tables import Model, ModelVersion
 from runtime.protocol import (
@@ -269,4 +271,41 @@ async def add_usage(
                 disposition="billed",
             )
         )
+        at_input_price = quantity * 100 if dimension == "cached_input" else 0
+        await _add_to_hour(session, event, (dimension, quantity, price, scale), at_input_price)
     return request_id
+
+
+async def _add_to_hour(
+    session: AsyncSession,
+    event: UsageEvent,
+    line: tuple[str, int, int, int],
+    at_input_price: int,
+) -> None:
+    """As settling does it."""
+    dimension, quantity, price_nano, unit_scale = line
+    key = SeriesKey(
+        event.organization_id,
+        event.api_key_id,
+        event.endpoint_name,
+        event.version_number,
+        event.service_class,
+        dimension,
+        "billed",
+        event.price_book_id,
+        price_nano,
+        unit_scale,
+    )
+    names = UsageSeries(id=key.id, api_key_name=event.api_key_name)
+    for name in type(key).__struct_fields__:
+        setattr(names, name, getattr(key, name))
+    await session.merge(names)
+    hour = hour_of(event.finished_at)
+    row = await session.get(UsageHour, (key.id, hour))
+    if row is None:
+        row = UsageHour(series_id=key.id, hour=hour, quantity=0, amount_nano=0, saved_nano=0)
+        session.add(row)
+    amount_nano = quantity * price_nano // unit_scale
+    row.quantity += quantity
+    row.amount_nano += amount_nano
+    row.saved_nano += max(0, at_input_price - amount_nano)
