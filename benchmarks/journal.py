@@ -22,7 +22,9 @@ from runtime.protocol import SequenceOutput
 
 def outputs_of(num_sequences: int) -> list[SequenceOutput]:
     return [
-        SequenceOutput(request_id=f"req_{index:026d}", choice=0, token_ids=[1], device_ns=1_000_000)
+        SequenceOutput(
+            request_id=f"req_{index:026d}", choice=0, token_ids=[1], text="", device_ns=1_000_000
+        )
         for index in range(num_sequences)
     ]
 
