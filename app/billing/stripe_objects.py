@@ -156,6 +156,7 @@ class Event(msgspec.Struct, frozen=True):
     created_at: datetime
     object_id: str
     object_kind: str  # checkout.session, payment_intent, charge, refund, dispute, invoice ...
+    payment_id: str = ""  # of the payment that a charge, refund or dispute belongs to
 
 
 def read_customer(data: Data) -> Customer:
@@ -287,6 +288,7 @@ def read_event(data: Data) -> Event:
         created_at=_time(data["created"]),
         object_id=subject.get("id") or "",
         object_kind=subject.get("object") or "",
+        payment_id=_id(subject.get("payment_intent")),
     )
 
 
