@@ -23,7 +23,12 @@ from runtime.protocol import SequenceOutput
 def outputs_of(num_sequences: int) -> list[SequenceOutput]:
     return [
         SequenceOutput(
-            request_id=f"req_{index:026d}", choice=0, token_ids=[1], text="", device_ns=1_000_000
+            request_id=f"req_{index:026d}",
+            choice=0,
+            token_ids=[1],
+            text="",
+            num_cached_tokens=0,
+            device_ns=1_000_000,
         )
         for index in range(num_sequences)
     ]
