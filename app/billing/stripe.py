@@ -276,8 +276,9 @@ class _HttpClient(stripe.RequestsClient):
         self, method: str, url: str, headers: Mapping[str, str] | None, post_data: Any = None
     ) -> tuple[bytes, int, Mapping[str, str]]:
         try:
-            send = super().request  # pyright: ignore[reportUnknownMemberType]
-            answer = send(method, url, headers, post_data)
+            answer = super().request(  # pyright: ignore[reportUnknownMemberType]
+                method, url, headers, post_data
+            )
         except stripe.APIConnectionError as error:
             self._call.is_in_doubt = self.is_in_doubt or _was_connected(error)
             raise
