@@ -19,6 +19,7 @@ from typing import NamedTuple
 from app.core.errors import Conflict, Unavailable
 from app.core.failpoints import failpoint
 from app.core.ids import new_id
+from app.metering.open_requests import OpenRequests
 from app.metering.records import (
     AdmitRecord,
     FinishRecord,
@@ -103,6 +104,7 @@ class Journal:
     def __init__(self, directory: Path, *, segment_bytes: int = SEGMENT_BYTES) -> None:
         self.directory = directory
         self.id = ""
+        self.open_requests = OpenRequests()
         self._segment_bytes = segment_bytes
         self._entries = _Entries()
         self._flush: asyncio.TimerHandle | None = None
@@ -117,6 +119,7 @@ class Journal:
         self._lock_descriptor = _lock(self.directory)
         self.id = _directory_id(self.directory)
         recovery = await asyncio.to_thread(read_unsettled, self.directory)
+        self.open_requests.admit(usage.admitted.request_id for usage in recovery.usages)
         failpoint("journal.after_recovery")
         self._loop = asyncio.get_running_loop()
         writer = _Writer(self.directory, self._segment_bytes, recovery.open_segments)
@@ -146,6 +149,7 @@ class Journal:
     def admit(self, record: AdmitRecord) -> None:
         """Not awaited: the first commit of the request's own output covers it. It is written
         within `LAZY_SECONDS` even if no output comes."""
+        self.open_requests.admit((record.request_id,))
         self._defer(Entry(encode(record), admitted=record.request_id))
 
     async def commit_step(self, outputs: list[SequenceOutput]) -> None:
@@ -168,6 +172,7 @@ class Journal:
     def settled(self, request_ids: list[str]) -> None:
         """These are in the database for good. Any thread may call this; the mark only spares
         recovery work, so it is written with whatever comes next."""
+        self.open_requests.settle(request_ids)
         if not self._entries.is_ended:
             payload = encode(SettledRecord(request_ids))
             self._entries.deferred.append(Entry(payload, settled=tuple(request_ids)))
