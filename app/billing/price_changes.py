@@ -12,15 +12,16 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.billing.policy import Policy, check_policy
 from app.billing.prices import ANY_ENDPOINT, Item, add_book
+from app.billing.rating import TOKEN_DIMENSIONS
 from app.billing.tables import MINUTES_PER_DAY, PriceBook, PriceItem
 from app.core import clock
 from app.core.errors import Conflict, InvalidRequest, NotFound
 from app.metering.tables import DIMENSIONS
 
 SERVICE_CLASSES = ("standard", "priority", "batch")
-# Only what a prompt's length is known of: a request that never ran counts no tokens, and must
-# cost the same when it is rated again from its lines.
-TIERED_DIMENSIONS = ("input", "cached_input", "cache_write", "output")
+# Only of tokens: a request that never ran counts none, and must cost the same when it is rated
+# again from its lines.
+TIERED_DIMENSIONS = tuple(name for name in DIMENSIONS if name in TOKEN_DIMENSIONS)
 MAX_PRICE_NANO = 10**15  # a million of the currency per unit scale
 MAX_UNIT_SCALE = 10**15
 MAX_ABOVE_TOKENS = 10**12

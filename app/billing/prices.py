@@ -184,6 +184,23 @@ def _minute(at: Instant | None) -> int:
     return at.hour * 60 + at.minute
 
 
+def draft_book(
+    items: Iterable[Item], currency: str, effective_at: datetime, policy: Policy | None = None
+) -> Book:
+    """A book that is in no database, to see what it would do."""
+    kept = sorted(items)
+    row = PriceBook(
+        id="draft",
+        number=0,
+        currency=currency,
+        sha256=items_sha256(currency, kept, policy),
+        policy=without_defaults(policy or {}),
+        effective_at=effective_at,
+        created_at=effective_at,
+    )
+    return Book(row, kept)
+
+
 class PriceTable:
     """The books in memory; the hot path asks it and never the database."""
 

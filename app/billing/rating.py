@@ -17,6 +17,7 @@ from runtime.protocol import Kind
 
 # The prompt is divided among these: what one of them counts, the others do not.
 PROMPT_DIMENSIONS = ("input", "cached_input", "cache_write")
+TOKEN_DIMENSIONS = frozenset({*PROMPT_DIMENSIONS, "output"})
 # What a kind of program is charged for. The rest of what is counted is recorded free of charge:
 # a decoder's device time is already in the price of its tokens.
 BILLED: dict[Kind, frozenset[str]] = {

@@ -8,7 +8,14 @@ from sqlalchemy import func, select
 
 from app.billing import price_changes
 from app.billing.price_changes import cancel_prices, change_prices
-from app.billing.prices import Book, Item, PriceTable, first_items, items_sha256
+from app.billing.prices import (
+    Book,
+    Item,
+    PriceTable,
+    draft_book,
+    first_items,
+    items_sha256,
+)
 from app.billing.tables import PriceBook, PriceItem
 from app.core import clock
 from app.core.database import Database
@@ -48,17 +55,7 @@ def item(
 
 def book_of(*items: Item, policy: dict[str, str] | None = None) -> Book:
     """A book that is in no database."""
-    policy = policy or {}
-    row = PriceBook(
-        id="pb_test",
-        number=1,
-        currency="usd",
-        sha256=items_sha256("usd", items, policy),
-        policy=policy,
-        effective_at=datetime(2026, 1, 1, tzinfo=UTC),
-        created_at=datetime(2026, 1, 1, tzinfo=UTC),
-    )
-    return Book(row, items)
+    return draft_book(items, "usd", datetime(2026, 1, 1, tzinfo=UTC), policy)
 
 
 def at(hour: int, minute: int = 0) -> datetime:
