@@ -26,7 +26,7 @@ from app.api.model_view import VersionState
 from app.api.models import NewVersion
 from app.api.openai_types import ChatCompletion, ChatRequest, Completion, CompletionRequest
 from app.api.predict import PredictAnswer, PredictRequest
-from app.api.prices import BookAnswer, NewBook
+from app.api.prices import BookAnswer, NewBook, Preview
 from app.api.schema_view import Schema, read_groups
 
 TEMPLATES_DIR = Path(__file__).resolve().parents[2] / "templates" / "docs"
@@ -59,6 +59,7 @@ BODIES: dict[str, tuple[type[msgspec.Struct], type[msgspec.Struct]]] = {
     "/v2/models/{name}/versions/{version}/infer": (InferRequest, Inferred),
     "/api/models/{name}/versions": (NewVersion, VersionState),
     "/api/prices": (NewBook, BookAnswer),
+    "/api/prices/preview": (NewBook, Preview),
 }
 
 

@@ -249,6 +249,11 @@ class PriceTable:
         now = clock.now()
         return next((b for b in self._by_time if b.effective_at <= now), self._by_time[-1])
 
+    @property
+    def books(self) -> list[Book]:
+        """All of them, the latest to take effect first."""
+        return list(self._by_time)
+
     def rates(
         self,
         endpoint_name: str,

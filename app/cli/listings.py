@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from app.cli.client import Box
-from app.core.money import format_nano
+from app.core.money import format_exact, format_nano
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:
@@ -162,17 +162,33 @@ def revoke(key_id: str) -> None:
 
 
 @click.command()
-def prices() -> None:
+@click.option("--history", "is_history", is_flag=True, help="All books, also those to come.")
+@click.option("--book", "book_id", help="The book with this id instead of the one in force.")
+def prices(is_history: bool, book_id: str | None) -> None:
     """Show the price book in force."""
-    book = Box().json("GET", "/api/prices")
-    rows = [
-        [
-            item["endpoint_name"],
-            item["dimension"],
-            item["service_class"],
-            format_nano(item["price_nano"], book["currency"]),
-            f"per {item['unit_scale']:,}",
-        ]
-        for item in book["items"]
+    if is_history:
+        books = Box().json("GET", "/api/prices/history")["books"]
+        columns = ("number", "status", "effective_at", "num_items", "id")
+        rows = [[str(book[column]) for column in columns] for book in books]
+        print_table(["BOOK", "STATUS", "FROM", "PRICES", "ID"], rows)
+        return
+    book = Box().json("GET", f"/api/prices/{book_id}" if book_id else "/api/prices")
+    rows = [price_row(item, book["currency"]) for item in book["items"]]
+    print_table(["ENDPOINT", "DIMENSION", "CLASS", "PRICE", "UNIT", "ABOVE", "UTC"], rows)
+    for key, disposition in book["policy"].items():
+        click.echo(f"{key}: {disposition}")
+
+
+def price_row(item: dict[str, Any], currency: str) -> list[str]:
+    """One line of the list of prices."""
+    times = (item["from_minute"], item["until_minute"])
+    above = item["above_tokens"]
+    return [
+        item["endpoint_name"],
+        item["dimension"],
+        item["service_class"],
+        format_exact(item["price_nano"], currency),
+        f"per {item['unit_scale']:,}",
+        f"{above:,} tokens" if above else "",
+        "" if times == (0, 1440) else "-".join(f"{m // 60:02d}:{m % 60:02d}" for m in times),
     ]
-    print_table(["ENDPOINT", "DIMENSION", "CLASS", "PRICE", "UNIT"], rows)

@@ -34,6 +34,15 @@ def format_nano(nano: int, currency: str = "usd", places: int = 6) -> str:
     return f"{sign}{symbol}{amount}" if symbol else f"{sign}{amount} {currency.upper()}"
 
 
+def format_exact(nano: int, currency: str = "usd") -> str:
+    """`$0.10`, `$0.0000025`: all there is of an amount, with at least two decimals."""
+    sign, amount = "-" if nano < 0 else "", write_amount(abs(nano))
+    units, _, decimals = amount.partition(".")
+    amount = f"{int(units):,}.{decimals}"
+    symbol = SYMBOLS.get(currency)
+    return f"{sign}{symbol}{amount}" if symbol else f"{sign}{amount} {currency.upper()}"
+
+
 def parse_amount(text: str) -> int:
     """Nano-units from `12.50`. Raises `ValueError` saying what is accepted."""
     amount = _AMOUNT.fullmatch(text.strip().lstrip("$€£"))

@@ -46,7 +46,15 @@ ROUTES: dict[tuple[str, str], tuple[str, Any]] = {
     ("GET", "/api/deployments/{endpoint}/log"): ("read", None),
     ("PATCH", "/api/endpoints/{endpoint}"): ("write", {"is_public": True}),
 }
-TESTED_WITH_MONEY = {("GET", "/api/usage"), ("GET", "/api/prices"), ("POST", "/api/prices")}
+TESTED_WITH_MONEY = {
+    ("GET", "/api/usage"),
+    ("GET", "/api/prices"),
+    ("POST", "/api/prices"),
+    ("GET", "/api/prices/history"),
+    ("POST", "/api/prices/preview"),
+    ("GET", "/api/prices/{book_id}"),
+    ("DELETE", "/api/prices/{book_id}"),
+}
 
 
 async def call(
