@@ -11,11 +11,12 @@ RESERVE_BYTES = 256 * 1024**2  # kept free so that journal and database can alwa
 
 
 class Storage:
-    """The data directory: uploads, artifacts, builds under way, sockets, journal and logs."""
+    """The data directory: uploads, artifacts, builds under way, sockets, journal, logs, the key
+    that signs receipts, and usage that is no longer in the database."""
 
     def __init__(self, data_dir: Path) -> None:
         self.data_dir = data_dir
-        for name in ("uploads", "artifacts", "builds", "run", "journal", "logs"):
+        for name in ("uploads", "artifacts", "builds", "run", "journal", "logs", "keys", "archive"):
             (data_dir / name).mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def upload(self, upload_id: str) -> Path:
@@ -37,6 +38,14 @@ class Storage:
     @property
     def journal_dir(self) -> Path:
         return self.data_dir / "journal"
+
+    @property
+    def receipt_key(self) -> Path:
+        return self.data_dir / "keys" / "receipts.key"
+
+    @property
+    def usage_archive(self) -> Path:
+        return self.data_dir / "archive" / "usage"
 
     def free_bytes(self) -> int:
         return shutil.disk_usage(self.data_dir).free
