@@ -55,6 +55,25 @@ def worker_failure(message: str, code: str, status: int = 503) -> RuntimeFailure
     return failure
 
 
+def lost_worker(reason: str, *, is_false: bool) -> RuntimeFailure:
+    """What requests fail with whose worker is gone: `reason` follows `The model's worker`."""
+    if is_false:
+        return worker_failure(
+            "The model's worker reported something impossible and was stopped. "
+            "This request costs nothing; try again.",
+            "worker_untrusted",
+        )
+    return worker_failure(f"The model's worker {reason}. Try again.", "worker_lost")
+
+
+def slow_worker() -> RuntimeFailure:
+    return worker_failure("The model did not prepare the request.", "worker_slow")
+
+
+def cancelled() -> RuntimeFailure:
+    return worker_failure("The request was cancelled.", "cancelled", 499)
+
+
 def failure_of(error: WireError) -> RuntimeFailure:
     """What a caller is told of a worker's error, made harmless and kept to known statuses."""
     status = error.status if error.status in _STATUSES else 500

@@ -10,6 +10,8 @@ from collections.abc import Awaitable, Callable
 
 from app.core.errors import AppError
 from app.deployments.claims import failure_of
+from app.deployments.generation import Generation
+from app.deployments.metered import Metered
 from app.deployments.outstanding import Outstanding
 from app.deployments.stream import FrameStream
 from runtime.protocol import Cancel, Failed, FromWorker, SequenceOutput, Step
@@ -29,11 +31,16 @@ class Delivery:
     """
 
     def __init__(
-        self, commit: Commit, outstanding: Outstanding, stream: FrameStream[FromWorker]
+        self,
+        commit: Commit,
+        outstanding: Outstanding,
+        stream: FrameStream[FromWorker],
+        metered: Metered,
     ) -> None:
         self._commit = commit
         self._outstanding = outstanding
         self._stream = stream
+        self._metered = metered
         self._queue: asyncio.Queue[Step | Failed | None] = asyncio.Queue()
 
     @property
@@ -79,10 +86,13 @@ class Delivery:
         try:
             await self._commit([o for step in wanted for added in step.values() for o in added])
         except AppError as error:  # not durable: these outputs never leave the box
+            self._count(wanted, self._metered.drop)
             for request_id in dict.fromkeys(itertools.chain(*wanted)):
                 self._stream.send(Cancel(request_id=request_id))
+                self._metered.fail(has_begun=True)
                 self._outstanding.fail(request_id, error)
             return
+        self._count(wanted, self._metered.deliver)
         for step in wanted:
             self._hand_out(step)
 
@@ -92,7 +102,21 @@ class Delivery:
         for output in step.outputs:
             if output.request_id in self._outstanding.generations:
                 by_request.setdefault(output.request_id, []).append(output)
+            else:
+                self._metered.drop(output, None)
         return by_request
+
+    def _count(  # before they are handed out, which forgets those that end
+        self, steps: list[ByRequest], count: Callable[[SequenceOutput, Generation], None]
+    ) -> None:
+        for step in steps:
+            for request_id, added in step.items():
+                generation = self._outstanding.generations.get(request_id)
+                for output in added:
+                    if generation is not None:
+                        count(output, generation)
+                    else:  # it was forgotten while its outputs were written
+                        self._metered.drop(output, None)
 
     def _hand_out(self, step: ByRequest) -> None:
         for request_id, added in step.items():

@@ -30,6 +30,7 @@ class Generation:
         "_unfinished",
         "_waiter",
         "is_failed",
+        "is_metered",
         "prepared",
         "preparing",
         "request",
@@ -41,6 +42,7 @@ class Generation:
         self.preparing = preparing
         self.prepared: Prepared | None = None
         self.started_ns: int | None = None
+        self.is_metered = False  # its prompt is counted: see `metered.py`
         self.is_failed = False  # reported so; outputs before the failure may still be on their way
         self._unfinished = set(range(request.num_choices))
         self._choice_tokens = [0] * request.num_choices

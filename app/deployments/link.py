@@ -15,17 +15,20 @@ from app.core.clock import monotonic_ns
 from app.core.errors import AppError, RateLimited, TooLarge, Unavailable
 from app.deployments.claims import (
     FalseClaim,
+    cancelled,
     check_device_time,
     check_predicted,
     failure_of,
     is_form_of,
-    worker_failure,
+    lost_worker,
+    slow_worker,
 )
 from app.deployments.delivery import Commit, Delivery
 from app.deployments.embedding import Embedding
 from app.deployments.failed_runs import failure_of_run
 from app.deployments.generation import Generation, Outputs, lost_generation
 from app.deployments.launchers.base import LaunchError
+from app.deployments.metered import Metered
 from app.deployments.outstanding import Call, Outstanding
 from app.deployments.stream import FrameStream
 from runtime.protocol import (
@@ -82,15 +85,13 @@ class ReplicaLink:
         self.stream: FrameStream[FromWorker] = FrameStream(decoder, self._receive, self._on_lost)
         self.stats = Stats()
         self._outstanding = Outstanding()
-        self._delivery = Delivery(commit, self._outstanding, self.stream)
+        self.metered = Metered()
+        self._delivery = Delivery(commit, self._outstanding, self.stream, self.metered)
         self._ready: asyncio.Future[Ready] = self._loop.create_future()
-        self._ready_ns = 0
-        self._device_ns = 0
+        self._ready_ns = self._device_ns = 0
         self._vocab_size = 0
         self._closed: asyncio.Future[str] = self._loop.create_future()
-        self._num_received = 0
-        self.is_draining = False
-        self._is_false = False
+        self.is_draining = self._is_false = False
         self._fatal = ""
         self._delivering = self._loop.create_task(self._deliver())
 
@@ -159,7 +160,7 @@ class ReplicaLink:
                 return await preparing
         except TimeoutError:
             self.cancel(request.request_id)
-            raise worker_failure("The model did not prepare the request.", "worker_slow") from None
+            raise slow_worker() from None
         except asyncio.CancelledError:
             self.cancel(request.request_id)
             raise
@@ -185,8 +186,9 @@ class ReplicaLink:
             request.is_cancelled = True
         self._send(Cancel(request_id=request_id))
         if request is None or request.started_ns is None:
-            self._outstanding.fail(request_id, _cancelled())
-        self._loop.call_later(CANCEL_SECONDS, self._expect_end, request_id, self._num_received)
+            self._outstanding.fail(request_id, cancelled())
+        received_ns = self.metered.received_ns
+        self._loop.call_later(CANCEL_SECONDS, self._expect_end, request_id, received_ns)
 
     def withdraw(self, request_id: str) -> None:
         """Has a tensor request dropped, unless it is running or done: what the worker answers,
@@ -195,7 +197,7 @@ class ReplicaLink:
         if call is not None and call.is_sent:
             self._send(Cancel(request_id=request_id))
         elif call is not None:
-            self._outstanding.fail(request_id, _cancelled())
+            self._outstanding.fail(request_id, cancelled())
 
     def outputs(self, request_id: str) -> AsyncIterator[list[SequenceOutput]]:
         """What each step added, until every choice is finished. Raises `RuntimeFailure` when the
@@ -251,16 +253,16 @@ class ReplicaLink:
     def _send(self, message: Message) -> None:
         self.stream.send_frame(encode_frame(message))
 
-    def _expect_end(self, request_id: str, num_received: int) -> None:
+    def _expect_end(self, request_id: str, received_ns: int) -> None:
         """A worker answers a cancel, whatever else it does. One that has not sent a thing since
         hangs."""
-        if request_id in self._outstanding or self._num_received == num_received:
+        if request_id in self._outstanding or self.metered.received_ns == received_ns:
             self.stream.close(f"did not stop a cancelled request within {CANCEL_SECONDS:.0f} s")
 
     # --- what the worker sends ------------------------------------------------------------
 
     def _receive(self, message: FromWorker) -> None:
-        self._num_received += 1
+        self.metered.received_ns = monotonic_ns()
         try:
             if not self._ready.done() and not isinstance(message, Ready | Fatal | Stats):
                 raise FalseClaim("answered before it was ready")
@@ -327,24 +329,30 @@ class ReplicaLink:
     def _on_embedded(self, embedded: Embedded) -> None:
         embedding = self._outstanding.embeddings.get(embedded.request_id)
         if embedding is None:
-            return self._outstanding.expect_ended(embedded.request_id)
+            return self._expect_late(embedded)
         embedding.check(embedded, self._num_devices)
         self._count_device_time(embedded.device_ns)
+        self.metered.embedded(embedded)
         self._outstanding.forget(embedded.request_id)
         embedding.finish(embedded)
 
+    def _expect_late(self, answer: Predicted | Embedded) -> None:
+        """To a request that ended here before it did there."""
+        self._outstanding.expect_ended(answer.request_id)
+        self.metered.fail(answer.device_ns, has_begun=True)
+
     def _count_device_time(self, device_ns: int) -> None:
         self._device_ns += device_ns
-        elapsed_ns = monotonic_ns() - self._ready_ns
-        check_device_time(self._device_ns, elapsed_ns, self._num_devices)
+        check_device_time(self._device_ns, monotonic_ns() - self._ready_ns, self._num_devices)
 
     def _on_predicted(self, predicted: Predicted) -> None:
         call = self._outstanding.calls.get(predicted.request_id)
         if call is None:
-            return self._outstanding.expect_ended(predicted.request_id)
+            return self._expect_late(predicted)
         assert self._manifest is not None
         check_predicted(predicted, self._manifest)
         self._count_device_time(call.check(predicted.device_ns, self._num_devices))
+        self.metered.predicted(predicted)
         self._outstanding.forget(predicted.request_id)
         if not call.answer.done():
             call.answer.set_result(predicted)
@@ -352,9 +360,11 @@ class ReplicaLink:
     def _on_failed(self, failed: Failed) -> None:
         if (call := self._outstanding.calls.get(failed.request_id)) is not None:
             self._count_device_time(call.check(failed.device_ns, self._num_devices))
-        generation = self._outstanding.generations.get(failed.request_id)
-        if generation is not None and generation.started_ns is not None:
-            generation.is_failed = True
+        request = self._outstanding.prepared(failed.request_id)
+        has_begun = request is not None and request.started_ns is not None
+        self.metered.fail(failed.device_ns, has_begun=has_begun)
+        if isinstance(request, Generation) and has_begun:
+            request.is_failed = True
             self._delivery.add(failed)  # behind the outputs that came before it
         elif failed.request_id in self._outstanding:
             self._outstanding.fail(failed.request_id, failure_of_run(failed))
@@ -386,15 +396,5 @@ class ReplicaLink:
         self._delivery.end()
 
     def _lost(self) -> AppError:
-        if self._is_false:
-            return worker_failure(
-                "The model's worker reported something impossible and was stopped. "
-                "This request costs nothing; try again.",
-                "worker_untrusted",
-            )
         reason = self._closed.result() if self._closed.done() else "went away"
-        return worker_failure(f"The model's worker {reason}. Try again.", "worker_lost")
-
-
-def _cancelled() -> AppError:
-    return worker_failure("The request was cancelled.", "cancelled", 499)
+        return lost_worker(reason, is_false=self._is_false)

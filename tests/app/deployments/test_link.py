@@ -14,6 +14,7 @@ from app.deployments import link as link_module
 from app.deployments.delivery import MAX_UNDELIVERED
 from app.deployments.launchers.base import LaunchError
 from app.deployments.link import ReplicaLink
+from app.deployments.metered import Counts
 from runtime.protocol import (
     LENGTH,
     MAX_FRAME_BYTES,
@@ -737,3 +738,48 @@ async def test_a_large_answer_arrives_in_pieces(tensor_pair: Pair) -> None:
     tensor_pair.worker.writer.write(frames[7:])
     assert await predicting == answer
     await until(lambda: tensor_pair.link.stats == Stats(rows=2))
+
+
+# --- what is metered --------------------------------------------------------------------
+
+
+async def test_what_is_delivered_is_metered_once(pair: Pair) -> None:
+    outputs = await pair.started(generate(num_choices=2))
+    pair.worker.send(
+        Step(outputs=[output(num_cached_tokens=2, device_ns=5), output(choice=1, device_ns=4)]),
+        Step(outputs=[output(num_cached_tokens=2, finish_reason="stop")]),
+        Step(outputs=[output(choice=1, finish_reason="stop")]),
+    )
+    await collect(outputs)
+    assert pair.link.metered.delivered == Counts(1, 3, 2, 4, 11)
+    assert (pair.link.metered.undelivered, pair.link.metered.num_failed) == (Counts(), 0)
+
+
+async def test_what_is_not_durable_is_metered_as_undelivered(pair: Pair, ledger: Ledger) -> None:
+    outputs = await pair.started(generate())
+    ledger.error = Unavailable("the disk is full", code="journal_unavailable")
+    pair.worker.send(Step(outputs=[output(device_ns=5)]))
+    with pytest.raises(RuntimeFailure, match="disk is full"):
+        await collect(outputs)
+    pair.worker.send(Step(outputs=[output(device_ns=6, finish_reason="abort")]))
+    metered = pair.link.metered
+    await until(lambda: metered.undelivered.device_ns == 11)
+    assert metered.undelivered == Counts(1, 3, 0, 2, 11)
+    assert (metered.delivered, metered.num_failed) == (Counts(), 1)
+
+
+async def test_predictions_and_what_failed_in_vain_are_metered(tensor_pair: Pair) -> None:
+    tasks = [asyncio.create_task(tensor_pair.link.predict(predict(f"p{n}"))) for n in range(3)]
+    await asyncio.sleep(0.01)
+    error = WireError("invalid_request_error", "It is too large.", "too_large", status=413)
+    tensor_pair.worker.send(
+        predicted("p0", device_ns=100),
+        Failed(request_id="p1", error=error, device_ns=30),
+        Failed(request_id="p2", error=error),
+    )
+    await asyncio.wait(tasks)
+    metered = tensor_pair.link.metered
+    assert metered.delivered == Counts(requests=1, device_ns=100)
+    assert metered.undelivered == Counts(device_ns=30)
+    assert metered.num_failed == 1
+    assert [task.exception() is None for task in tasks] == [True, False, False]
