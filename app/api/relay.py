@@ -27,6 +27,7 @@ from app.billing.rating import (
     tensor_worst_case,
 )
 from app.core.errors import AppError, Unavailable
+from app.core.failpoints import failpoint
 from app.deployments.failed_runs import device_ns_of
 from app.metering.journal import Journal
 from app.metering.records import FinishRecord, Outcome, Tally, Usage, use_of
@@ -68,6 +69,7 @@ class Relay:
                 continue
             self._accounts.settle(rate(usage, book.rates_of(usage.admitted)))
         await self._accounts.flush()
+        failpoint("relay.after_recovered_settled")
         known = {usage.admitted.request_id for usage in usages}
         num_freed = await self._accounts.release_orphans(known)
         if usages or num_freed:
@@ -134,8 +136,10 @@ class Relay:
         record = call.admit_record(
             rates, num_prompt_tokens=num_prompt_tokens, num_choices=request.num_choices
         )
+        failpoint("relay.before_admit")
         self._journal.admit(record)
         link.start(call.request_id)
+        failpoint("relay.after_start")
         tally = Tally(record)
         execution.start(tally)
         return tally, rates
@@ -175,6 +179,7 @@ class Relay:
                     tally.add(use_of(output), at_ns)
                 if tally.is_finished:
                     error = self._settle_generation(execution, tally, rates)
+                    failpoint("relay.before_last_output")
                     execution.push(outputs)
                     execution.end(error)
                     return
@@ -244,7 +249,9 @@ class Relay:
             record = FinishRecord(
                 call.request_id, time.time_ns(), "completed", "stop", predicted.device_ns
             )
+            failpoint("relay.before_finish")
             await self._journal.finish(record)
+            failpoint("relay.after_finish")
         except AppError as error:
             tally.device_ns = 0
             if prediction.is_cancelled and error.code == "cancelled":
