@@ -1,0 +1,134 @@
+"""What an event of Stripe's means: which object to read again, and whose books it changes.
+
+Owns that choice alone. The event says only where to look: the object, read again, says what is so.
+Whatever the order and number of events, the books end the same.
+"""
+
+import msgspec
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.billing.ledger import lock_account
+from app.billing.payments import mirror
+from app.billing.payments.profile import (
+    follow_customer,
+    forget_card,
+    organization_of_customer,
+)
+from app.billing.payments.settling import Seen, look_up, settle
+from app.billing.payments.tables import TopUp
+from app.billing.payments.top_ups import follow_checkout
+from app.billing.stripe import Stripe
+from app.billing.stripe_errors import StripeRejected
+from app.billing.stripe_objects import Checkout, Customer, Event
+
+# What the webhook is to be subscribed to; in parts of what Stripe lists at once.
+EVENT_TYPES = (
+    (
+        "checkout.session.completed",
+        "checkout.session.expired",
+        "checkout.session.async_payment_succeeded",
+        "checkout.session.async_payment_failed",
+        "payment_intent.succeeded",
+        "payment_intent.payment_failed",
+        "payment_intent.canceled",
+        "charge.updated",
+        "charge.refunded",
+        "refund.created",
+        "refund.updated",
+        "refund.failed",
+        "charge.dispute.created",
+        "charge.dispute.funds_withdrawn",
+        "charge.dispute.funds_reinstated",
+        "charge.dispute.closed",
+        "customer.updated",
+        "customer.deleted",
+        "payment_method.detached",
+    ),
+    (
+        "invoice.finalized",
+        "invoice.finalization_failed",
+        "invoice.paid",
+        "invoice.payment_failed",
+        "invoice.overdue",
+        "invoice.voided",
+        "invoice.marked_uncollectible",
+        "invoice.updated",
+        "invoice.deleted",
+    ),
+)
+
+
+class Found(msgspec.Struct, frozen=True):
+    """What was read at Stripe for an event; empty where it says nothing of ours, or is gone."""
+
+    checkout: Checkout | None = None
+    seen: Seen | None = None
+    customer: Customer | None = None
+
+
+def read(stripe: Stripe, event: Event) -> Found:
+    """The objects that an event is about, as they are now. Blocks."""
+    try:
+        return _read(stripe, event)
+    except StripeRejected as error:
+        if error.code == "resource_missing":
+            return Found()  # gone, or of another mode or account
+        raise
+
+
+def _read(stripe: Stripe, event: Event) -> Found:
+    match event.object_kind:
+        case "checkout.session":
+            return look_up_checkout(stripe, event.object_id)
+        case "payment_intent":
+            return Found(seen=look_up(stripe, event.object_id))
+        case "refund":
+            return _of_payment(stripe, stripe.get_refund(event.object_id).payment_id)
+        case "dispute":
+            return _of_payment(stripe, stripe.get_dispute(event.object_id).payment_id)
+        case "charge":
+            return _of_payment(stripe, event.payment_id)
+        case "customer":
+            return Found(customer=stripe.get_customer(event.object_id))
+        case _:
+            return Found()
+
+
+def look_up_checkout(stripe: Stripe, checkout_id: str) -> Found:
+    """A page with the payment that was made through it. Blocks."""
+    checkout = stripe.get_checkout(checkout_id)
+    if not checkout.top_up_id:
+        return Found()
+    payment_id = checkout.payment_intent_id
+    return Found(checkout=checkout, seen=look_up(stripe, payment_id) if payment_id else None)
+
+
+def _of_payment(stripe: Stripe, payment_id: str) -> Found:
+    return Found(seen=look_up(stripe, payment_id)) if payment_id else Found()
+
+
+async def apply(session: AsyncSession, event: Event, found: Found) -> None:
+    """Brings what was read into the books."""
+    if found.seen is not None:
+        await settle(session, found.seen)
+    if found.checkout is not None:
+        await _apply_checkout(session, found.checkout, found.seen)
+    if found.customer is not None:
+        organization_id = await organization_of_customer(session, found.customer.id)
+        if organization_id is not None:
+            await lock_account(session, organization_id, "")
+            await follow_customer(session, organization_id, found.customer)
+            await mirror.store(session, found.customer)
+    if event.type == "payment_method.detached":
+        # One that was detached can never be attached again, so that there is nothing to read.
+        await forget_card(session, event.object_id)
+
+
+async def _apply_checkout(session: AsyncSession, checkout: Checkout, seen: Seen | None) -> None:
+    top_up = await session.get(TopUp, checkout.top_up_id)
+    if top_up is None:
+        return
+    await lock_account(session, top_up.organization_id, top_up.currency)
+    await session.refresh(top_up)
+    await mirror.store(session, checkout)
+    await follow_checkout(session, top_up, checkout, None if seen is None else seen.payment)

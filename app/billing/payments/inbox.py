@@ -1,0 +1,226 @@
+"""The inbox: what Stripe tells us by webhook, stored as it came, then followed up.
+
+Owns the rows of events, when they are tried again, and finding those that never came. What an
+event means is decided by `following.py`, from the object as it is at Stripe by then.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import datetime, timedelta
+
+import msgspec
+from sqlalchemy import select
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.billing.payments import following, mirror
+from app.billing.payments.calls import Calls
+from app.billing.payments.following import EVENT_TYPES
+from app.billing.payments.notices import notify
+from app.billing.payments.operations import MAX_ERROR_CHARS, after_seconds, backoff_seconds
+from app.billing.payments.tables import StripeEvent
+from app.billing.stripe import Stripe
+from app.billing.stripe_errors import StripeBusy, StripeUnknown
+from app.billing.stripe_events import parse_event
+from app.billing.stripe_lists import EVENT_LIFETIME
+from app.billing.stripe_objects import Event, read_event
+from app.core import clock
+from app.core.database import Database
+from app.core.failpoints import failpoint
+from app.organizations.service import default_organization_id
+
+WAITING_STATES = ("received", "parked")
+MAX_DUE = 100  # taken up at once
+NUM_AT_ONCE = 4
+LEASE_SECONDS = 300  # longer than reading an object takes
+AWAY_SECONDS = 30  # until Stripe is tried again, when it did not answer
+LONGEST_WAIT_SECONDS = 3600
+MAX_ATTEMPTS = 12
+# Stripe may list an event later than its time says.
+OVERLAP = timedelta(hours=1)
+CURSOR_ID = "backfill"
+
+FollowInvoice = Callable[[str], Awaitable[object]]
+
+log = logging.getLogger(__name__)
+
+
+class Inbox:
+    """One per process; several may run on one database. `follow_invoice` reads an invoice of
+    Stripe's again, by its id there, and brings it into the books."""
+
+    def __init__(
+        self, database: Database, stripe: Stripe, calls: Calls, follow_invoice: FollowInvoice
+    ) -> None:
+        self._database = database
+        self._stripe = stripe
+        self._calls = calls
+        self._follow_invoice = follow_invoice
+
+    async def receive(self, body: bytes, header: str, secrets: Sequence[str]) -> str:
+        """Stores a webhook, once, and returns its event's id. Raises `BadSignature`."""
+        event = parse_event(body, header, secrets, clock.now())
+        async with self._database.write() as session:
+            await store(session, event, body)
+            failpoint("inbox.before_store_commit")
+        failpoint("inbox.after_store_commit")
+        return event.id
+
+    async def turn(self) -> None:
+        """Follows up what waits, the oldest first."""
+        tried: set[str] = set()
+        while True:
+            due = [id for id in await self._due() if id not in tried]
+            if not due:
+                return
+            tried.update(due)
+            for start in range(0, len(due), NUM_AT_ONCE):
+                batch = due[start : start + NUM_AT_ONCE]
+                await asyncio.gather(*(self._follow_up(event_id) for event_id in batch))
+
+    async def backfill(self) -> int:
+        """Stores what Stripe lists and no webhook brought. Returns how many that were."""
+        started_at = clock.now()
+        async with self._database.read() as session:
+            since = await self._since(session, started_at)
+        num_stored = 0
+        # Stripe takes twenty types at once.
+        for types in EVENT_TYPES:
+            events = await self._calls(self._listed, since, types)
+            async with self._database.write() as session:
+                for event in events:
+                    num_stored += await store(session, event, msgspec.json.encode(event))
+        async with self._database.write() as session:
+            await mirror.put(session, CURSOR_ID, "cursor", {"until": started_at.isoformat()})
+            failpoint("inbox.before_backfill_commit")
+        return num_stored
+
+    def _listed(self, since: datetime, types: Sequence[str]) -> list[Event]:
+        return list(self._stripe.list_events(since, types=types))
+
+    async def _since(self, session: AsyncSession, now: datetime) -> datetime:
+        cursor = await mirror.read(session, CURSOR_ID)
+        if cursor is None:
+            return now - EVENT_LIFETIME
+        until = datetime.fromisoformat(cursor.data["until"])
+        return max(until - OVERLAP, now - EVENT_LIFETIME)
+
+    async def _due(self) -> Sequence[str]:
+        async with self._database.read() as session:
+            rows = await session.scalars(
+                select(StripeEvent.id)
+                .where(StripeEvent.state.in_(WAITING_STATES), StripeEvent.next_at <= clock.now())
+                .order_by(StripeEvent.received_at, StripeEvent.id)
+                .limit(MAX_DUE)
+            )
+            return rows.all()
+
+    async def _follow_up(self, event_id: str) -> None:
+        event = await self._claim(event_id)
+        failpoint("inbox.after_claim_commit")
+        if event is None:
+            return
+        try:
+            if event.object_kind == "invoice":
+                await self._follow_invoice(event.object_id)
+            found = await self._calls(following.read, self._stripe, event)
+            failpoint("inbox.after_read")
+            async with self._database.write() as session:
+                await following.apply(session, event, found)
+                await _done(session, event_id)
+                failpoint("inbox.before_apply_commit")
+            failpoint("inbox.after_apply_commit")
+        except (StripeBusy, StripeUnknown) as error:
+            await self._park(event_id, str(error), is_away=True)
+        except Exception as error:
+            log.exception("event %s (%s) could not be followed up", event_id, event.type)
+            await self._park(event_id, repr(error), is_away=False)
+
+    async def _claim(self, event_id: str) -> Event | None:
+        async with self._database.write() as session:
+            row = await _locked(session, event_id)
+            if row.state not in WAITING_STATES or row.next_at > clock.now():
+                return None
+            row.num_attempts += 1
+            row.next_at = after_seconds(LEASE_SECONDS)
+            failpoint("inbox.before_claim_commit")
+            return _event_of(row)
+
+    async def _park(self, event_id: str, reason: str, *, is_away: bool) -> None:
+        async with self._database.write() as session:
+            row = await _locked(session, event_id)
+            if row.state not in WAITING_STATES:
+                return
+            row.error = reason[:MAX_ERROR_CHARS]
+            if is_away:  # not the event's fault
+                row.num_attempts -= 1
+                row.state, row.next_at = "parked", after_seconds(AWAY_SECONDS)
+            elif row.num_attempts < MAX_ATTEMPTS:
+                wait_seconds = backoff_seconds(row.num_attempts, LONGEST_WAIT_SECONDS)
+                row.state, row.next_at = "parked", after_seconds(wait_seconds)
+            else:
+                row.state = "dead"
+                await _raise_alarm(session, row)
+
+
+async def store(session: AsyncSession, event: Event, raw: bytes) -> int:
+    """Keeps an event to be followed up. Returns 0 for one that is there already."""
+    connection = await session.connection()
+    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
+    now = clock.now()
+    statement = dialect.insert(StripeEvent).values(
+        id=event.id,
+        type=event.type[:80],
+        object_id=event.object_id,
+        raw=raw,
+        state="received",
+        num_attempts=0,
+        next_at=now,
+        error="",
+        received_at=now,
+    )
+    result = await session.scalars(statement.on_conflict_do_nothing().returning(StripeEvent.id))
+    return len(result.all())
+
+
+async def revive(session: AsyncSession, event_id: str) -> bool:
+    """Has a dead event tried again, once its cause is removed. Whether there was one."""
+    row = await session.get(StripeEvent, event_id)
+    if row is None or row.state != "dead":
+        return False
+    row.state, row.num_attempts, row.next_at = "received", 0, clock.now()
+    return True
+
+
+async def _locked(session: AsyncSession, event_id: str) -> StripeEvent:
+    rows = await session.scalars(
+        select(StripeEvent)
+        .where(StripeEvent.id == event_id)
+        .with_for_update()
+        .execution_options(populate_existing=True)
+    )
+    return rows.one()
+
+
+async def _done(session: AsyncSession, event_id: str) -> None:
+    row = await _locked(session, event_id)
+    row.state, row.error = "done", ""
+
+
+def _event_of(row: StripeEvent) -> Event:
+    """Of a webhook's body, or of what the list of events gave us."""
+    data = json.loads(row.raw)
+    return read_event(data) if data.get("object") == "event" else msgspec.convert(data, Event)
+
+
+async def _raise_alarm(session: AsyncSession, row: StripeEvent) -> None:
+    await notify(
+        session,
+        await default_organization_id(session),
+        "webhook_dead",
+        f"What Stripe told in event {row.id} ({row.type}) could not be followed up: {row.error}",
+        {"event_id": row.id, "type": row.type},
+        subject=row.id,
+    )
