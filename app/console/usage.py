@@ -1,56 +1,104 @@
-"""The page Usage and spend, and one request's receipt."""
+"""The page Usage with its files, the list of requests, and one request's receipt."""
 
+from datetime import datetime
 from typing import Any
 
-from litestar import Response, Router, get, post
+from litestar import Response, Router, get
 from litestar.params import FromPath, FromQuery
+from litestar.response import Stream
 
-from app.billing.service import parse_spending_limit, set_spending_limit
-from app.console.sessions import form_field, go, signed_in
+from app.console.sessions import signed_in
 from app.console.templating import PageRequest, page
-from app.console.usage_view import DIMENSION_NAMES, read_usage, spend_chart
+from app.console.usage_csv import requests_file, sums_file
+from app.console.usage_query import PERIODS, SPLITS, read_query
+from app.console.usage_view import (
+    DIMENSION_NAMES,
+    read_cells_of,
+    read_usage_view,
+    spend_chart,
+)
+from app.core import clock
 from app.core.database import Database
-from app.core.money import write_amount
+from app.core.errors import InvalidRequest
 from app.deployments.serving_notes import serving_note
 from app.metering.receipts import read_receipt
+from app.metering.requests import Place, RequestFilter, read_requests
+from app.metering.service import GroupBy
 from app.settings import Settings
 
-PERIODS = (7, 30, 90)
+PAGE_REQUESTS = 100
 
 
 @get("/usage")
-async def show_usage(request: PageRequest, days: FromQuery[int] = 30) -> Response[str]:
-    """What was used in the last days, what it cost and what is owed."""
+async def show_usage(request: PageRequest) -> Response[str]:
+    """What was used, what it cost, and what caching saved."""
     principal = signed_in(request).principal
     principal.require("read")
     settings: Settings = request.app.state.settings
     database: Database = request.app.state.database
-    num_days = days if days in PERIODS else 30
+    query = read_query(request.query_params)
     async with database.read() as session:
-        view = await read_usage(session, principal.organization_id, num_days, settings.currency)
-    limit_nano = view.account.spending_limit_nano
+        view = await read_usage_view(session, principal.organization_id, query, settings.currency)
     return page(
         request,
         "usage/usage.html",
         view=view,
+        query=query,
         chart=spend_chart(view),
         periods=PERIODS,
-        limit="" if limit_nano is None else write_amount(limit_nano),
+        splits=SPLITS,
     )
 
 
-@post("/usage/limit", status_code=200)
-async def change_limit(request: PageRequest) -> Response[Any]:
-    """Sets how much the organization may owe; an empty field takes the limit away."""
+@get("/usage.csv")
+async def download_usage(request: PageRequest, by: FromQuery[GroupBy] = "day") -> Stream:
+    """One of the page's tables; hours have none."""
     principal = signed_in(request).principal
-    principal.require("admin")
-    text = (await form_field(request, "spending_limit")).strip()
-    limit_nano = parse_spending_limit(text) if text else None
+    principal.require("read")
+    if by == "hour":
+        raise InvalidRequest("Sums by hour are at /api/usage.csv?group_by=hour.", param="by")
     settings: Settings = request.app.state.settings
     database: Database = request.app.state.database
-    async with database.write() as session:
-        await set_spending_limit(session, principal.organization_id, limit_nano, settings.currency)
-    return go(request, "/console/usage?notice=limit")
+    query = read_query(request.query_params)
+    async with database.read() as session:
+        _, shown = await read_cells_of(session, principal.organization_id, query)
+    return sums_file(query, shown, by, settings.currency)
+
+
+@get("/requests")
+async def show_requests(
+    request: PageRequest, before: FromQuery[str] = "", id: FromQuery[str] = ""
+) -> Response[Any]:
+    """Single requests, newest first; `before` and `id` are where the page before ended."""
+    principal = signed_in(request).principal
+    principal.require("read")
+    database: Database = request.app.state.database
+    query = read_query(request.query_params)
+    wanted = RequestFilter(
+        start=query.start,
+        end=query.end,
+        api_key_id=query.key_id,
+        endpoint_name=query.endpoint_name,
+    )
+    place = Place(_instant(before), id) if before else None
+    async with database.read() as session:
+        events = await read_requests(
+            session, principal.organization_id, wanted, PAGE_REQUESTS, place
+        )
+    older = ""
+    if len(events) == PAGE_REQUESTS:
+        last = events[-1]
+        older = query.address("/console/requests", before=last.finished_at.isoformat(), id=last.id)
+    return page(request, "usage/requests.html", query=query, events=events, older=older)
+
+
+@get("/requests.csv")
+async def download_requests(request: PageRequest) -> Stream:
+    """Every request of the period, as it is read."""
+    principal = signed_in(request).principal
+    principal.require("read")
+    query = read_query(request.query_params)
+    return requests_file(request.app.state.database, principal.organization_id, query)
 
 
 @get("/receipts/{request_id:str}")
@@ -67,4 +115,14 @@ async def show_receipt(request: PageRequest, request_id: FromPath[str]) -> Respo
     )
 
 
-router = Router("", route_handlers=[show_usage, change_limit, show_receipt])
+def _instant(text: str) -> datetime:
+    try:
+        return clock.in_utc(datetime.fromisoformat(text))
+    except ValueError:
+        raise InvalidRequest("This page of requests does not exist.", param="before") from None
+
+
+router = Router(
+    "",
+    route_handlers=[show_usage, download_usage, show_requests, download_requests, show_receipt],
+)

@@ -11,10 +11,11 @@ Value = str | int
 
 
 def csv_blocks(header: Sequence[str], rows: Iterable[Sequence[Value]]) -> Iterator[bytes]:
-    """The file in UTF-8, some hundred rows at a time."""
+    """The file in UTF-8, some hundred rows at a time. Without a header, more rows of one."""
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(header)
+    if header:
+        writer.writerow(header)
     for count, row in enumerate(rows, 1):
         writer.writerow([safe(value) for value in row])
         if count % BLOCK_ROWS == 0:

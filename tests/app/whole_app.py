@@ -3,6 +3,7 @@
 import re
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any, cast
 
 import httpx
 import msgspec
@@ -47,7 +48,7 @@ async def running(settings: Settings) -> AsyncIterator[Litestar]:
 
 def client(application: Litestar) -> httpx.AsyncClient:
     """Without redirects, and without the errors of the application."""
-    transport = httpx.ASGITransport(application, raise_app_exceptions=False)
+    transport = httpx.ASGITransport(cast("Any", application), raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url=URL, timeout=60)
 
 

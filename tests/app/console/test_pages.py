@@ -308,7 +308,7 @@ async def test_usage_adds_up_and_leads_to_receipts(owned: Console) -> None:
     async with owned.database.write() as session:
         request_id = await add_usage(session)
         await add_usage(session, cached=0)
-    page = (await owned.client.get("/console/usage?days=7")).text
+    page = (await owned.client.get("/console/usage?period=7d")).text
     # 500 in at $0.10/M, 1,000 cached at $0.01/M, 100 out at $0.40/M, twice but for the cache.
     for shown in ("$0.000190", "2,000", "1,000 from the cache, 50 %", "$0.000090", "Web shop"):
         assert shown in page, shown
@@ -360,23 +360,9 @@ async def test_a_proof_is_shown_by_the_forms_it_was_about(owned: Console) -> Non
 
 
 async def test_usage_before_the_first_call_teaches(owned: Console) -> None:
-    page = (await owned.client.get("/console/usage?days=12345")).text
+    page = (await owned.client.get("/console/usage?period=12345")).text
     assert "No requests in this period" in page
-    assert "no limit set" in page
     assert "30 days" in page
-
-
-async def test_the_spending_limit_is_set_and_taken_away(owned: Console) -> None:
-    done = await owned.post("/console/usage", "/console/usage/limit", spending_limit="12.5")
-    assert done.status == 303
-    page = (await owned.client.get("/console/usage?notice=limit")).text
-    assert "limit $12.50" in page
-    assert 'value="12.50"' in page
-    refused = await owned.post("/console/usage", "/console/usage/limit", spending_limit="much")
-    assert refused.status == 400
-    assert "an amount such as 12.50" in refused.text
-    await owned.post("/console/usage", "/console/usage/limit", spending_limit="")
-    assert "no limit set" in (await owned.client.get("/console/usage")).text
 
 
 # --- uploads ----------------------------------------------------------------------------
