@@ -50,6 +50,8 @@ from app.core.migration import upgrade
 from app.core.storage import Storage
 from app.deployments.builder import Builder
 from app.deployments.fleet import Fleet
+from app.deployments.launchers.base import Launcher
+from app.deployments.launchers.docker import DockerLauncher
 from app.deployments.launchers.local import LocalLauncher
 from app.deployments.optimiser import Optimiser
 from app.metering.journal import Journal
@@ -192,7 +194,7 @@ async def start_money(state: State, settings: Settings, stack: AsyncExitStack) -
 async def start_serving(state: State, settings: Settings, stack: AsyncExitStack) -> None:
     """The launcher and its users: workers of what is deployed, builds and optimisations of what is
     queued."""
-    launcher = LocalLauncher(state.storage)
+    launcher = choose_launcher(settings, state.storage)
     stack.push_async_callback(launcher.close)
     parts = (state.database, state.storage, launcher, state.broadcast, settings)
     state.fleet = fleet = Fleet(*parts, state.journal.commit_step)
@@ -204,6 +206,12 @@ async def start_serving(state: State, settings: Settings, stack: AsyncExitStack)
     state.optimiser = optimiser = Optimiser(*parts, fleet)
     await optimiser.start()
     stack.push_async_callback(optimiser.close)
+
+
+def choose_launcher(settings: Settings, storage: Storage) -> Launcher:
+    if settings.launcher == "docker":
+        return DockerLauncher(storage, settings.launcher_socket)
+    return LocalLauncher(storage)
 
 
 def start_clerk(state: State, settings: Settings, stack: AsyncExitStack) -> None:

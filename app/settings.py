@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
-Launcher = Literal["local"]
+Launcher = Literal["local", "docker"]
 
 
 class SettingsError(Exception):
@@ -31,6 +31,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     database_url: str = ""
     admin_key: str = ""
     launcher: Launcher = "local"
+    launcher_socket: Path = Path("/run/tapeout/launcher.sock")
     device: str = "cpu"
     worker_threads: int = 0
     build_threads: int = 0
@@ -137,8 +138,8 @@ def _database_url(text: str) -> str:
 
 
 def _launcher(text: str) -> str:
-    if text != "local":
-        raise ValueError("this build offers: local")
+    if text not in {"local", "docker"}:
+        raise ValueError("one of local, docker")
     return text
 
 
@@ -170,7 +171,8 @@ FIELDS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "PUBLIC_URL": ("public_url", str, "how people reach the box, if not by host and port"),
     "DATABASE_URL": ("database_url", _database_url, "SQLite in the data directory, or PostgreSQL"),
     "ADMIN_KEY": ("admin_key", _admin_key, "an admin API key that exists from the first start"),
-    "LAUNCHER": ("launcher", _launcher, "how workers and builds are started"),
+    "LAUNCHER": ("launcher", _launcher, "how workers and builds are started: local or docker"),
+    "LAUNCHER_SOCKET": ("launcher_socket", Path, "where `tapeout launcher` takes orders"),
     "DEVICE": ("device", str, "where models run: cpu or cuda"),
     "WORKER_THREADS": ("worker_threads", _count, "CPU threads of a worker; 0: all cores"),
     "BUILD_THREADS": ("build_threads", _count, "CPU threads of a build; 0: all cores"),

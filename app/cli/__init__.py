@@ -6,6 +6,7 @@ Owns arguments, printing and exit codes; what it shows comes from the public int
 import click
 
 from app.cli.bench import bench as bench_command
+from app.cli.launcher import launcher as launcher_command
 from app.cli.listings import keys, logs, models, prices, usage
 from app.cli.optimise import optimise as optimise_command
 from app.cli.push import push as push_command
@@ -17,13 +18,14 @@ from app.cli.serve import serve as serve_command
 def main() -> None:
     """Upload a PyTorch model, get a metered endpoint.
 
-    All commands but `serve` read TAPEOUT_URL (default http://127.0.0.1:8080) and
+    All commands but `serve` and `launcher` read TAPEOUT_URL (default http://127.0.0.1:8080) and
     TAPEOUT_API_KEY.
     """
 
 
 for command in (
     serve_command,
+    launcher_command,
     push_command,
     optimise_command,
     models,

@@ -35,9 +35,11 @@ def runtime_command(launch: Launch, socket_path: str) -> list[str]:
     return [sys.executable, "-P", "-m", f"runtime.{launch.role}", "--socket", socket_path]
 
 
-def child_environment(launch: Launch, home: Path, environment: Mapping[str, str]) -> dict[str, str]:
+def child_environment(
+    num_threads: int, device: str, home: Path, environment: Mapping[str, str]
+) -> dict[str, str]:
     """All that a child learns of its surroundings: an allow-list, never the app's own."""
-    threads = str(launch.num_threads)
+    threads = str(num_threads)
     child = {
         "PATH": environment.get("PATH", os.defpath),
         "HOME": str(home),
@@ -54,7 +56,7 @@ def child_environment(launch: Launch, home: Path, environment: Mapping[str, str]
         "PYTHONPATH": str(Path(runtime.__path__[0]).parent),
     }
     inherited = ["TAPEOUT_NATIVE_DIR"]
-    if launch.device.startswith("cuda"):
+    if device.startswith("cuda"):
         inherited.append("CUDA_VISIBLE_DEVICES")
     child.update({name: environment[name] for name in inherited if name in environment})
     return child
@@ -152,7 +154,7 @@ class LocalProcess:
                 stdout=writing,
                 stderr=writing,
                 cwd=home,
-                env=child_environment(launch, home, os.environ),
+                env=child_environment(launch.num_threads, launch.device, home, os.environ),
                 start_new_session=True,
             )
         except OSError:

@@ -74,11 +74,10 @@ async def test_a_child_learns_nothing_of_the_app(
     assert not os.path.exists(environment["HOME"])  # noqa: ASYNC240
 
 
-def test_a_device_is_named_only_to_who_runs_on_it(launch: Launch, tmp_path: Path) -> None:
+def test_a_device_is_named_only_to_who_runs_on_it(tmp_path: Path) -> None:
     app = {"CUDA_VISIBLE_DEVICES": "1", "PATH": "/bin"}
-    assert "CUDA_VISIBLE_DEVICES" not in child_environment(launch, tmp_path, app)
-    on_device = Launch(role="worker", log_path=tmp_path, num_threads=3, device="cuda:0")
-    environment = child_environment(on_device, tmp_path, app)
+    assert "CUDA_VISIBLE_DEVICES" not in child_environment(1, "cpu", tmp_path, app)
+    environment = child_environment(3, "cuda:0", tmp_path, app)
     assert environment["CUDA_VISIBLE_DEVICES"] == "1"
     assert environment["OMP_NUM_THREADS"] == "3"
     assert environment["OMP_WAIT_POLICY"] == "PASSIVE"
