@@ -19,6 +19,7 @@ import app.api.errors
 import app.console.errors
 from app import console
 from app.api import (
+    billing,
     budgets,
     deployments,
     documentation,
@@ -40,6 +41,7 @@ from app.api.relay import Relay
 from app.billing.accounts import AccountWriter
 from app.billing.clerk import Clerk
 from app.billing.ledger import open_account
+from app.billing.payments.service import Payments
 from app.billing.prices import PriceTable
 from app.core.broadcast import Broadcast
 from app.core.claim import DatabaseClaim, DatabaseInUse
@@ -95,6 +97,8 @@ def create_app(settings: Settings, announce: Callable[[str], object] = log.info)
             deployments.router,
             keys.router,
             organization.router,
+            billing.router,
+            billing.webhook_router,
             budgets.router,
             documentation.router,
             console.router,
@@ -128,6 +132,7 @@ async def start(
     state.uploads = UploadStore(database, storage, settings)
     await start_money(state, settings, stack)
     await start_serving(state, settings, stack)
+    await start_payments(state, settings, stack)
     start_clerk(state, settings, stack)
     stack.push_async_callback(stop_task, asyncio.create_task(expire_uploads(state.uploads)))
 
@@ -214,11 +219,30 @@ def choose_launcher(settings: Settings, storage: Storage) -> Launcher:
     return LocalLauncher(storage)
 
 
+async def start_payments(state: State, settings: Settings, stack: AsyncExitStack) -> None:
+    """What an earlier process was asking of Stripe is taken up again."""
+    state.payments = payments = Payments(state.database, settings)
+    stack.push_async_callback(payments.close)
+    if payments.is_configured:
+        await payments.link.outbox.resume()
+
+
 def start_clerk(state: State, settings: Settings, stack: AsyncExitStack) -> None:
     """What is done about money beside the requests."""
     state.clerk = clerk = Clerk()
+    add_payment_jobs(clerk, state.payments)
     clerk.start()
     stack.push_async_callback(clerk.close)
+
+
+def add_payment_jobs(clerk: Clerk, payments: Payments) -> None:
+    """Nothing on a box without Stripe."""
+    if payments.is_configured:
+        link = payments.link
+        clerk.add("outbox", 5, link.outbox.turn)
+        clerk.add("webhooks", 10, link.inbox.turn)
+        clerk.add("missed webhooks", 600, link.inbox.backfill)
+        clerk.add("recharging", 5, payments.recharge)
 
 
 def migrate(settings: Settings) -> None:

@@ -108,7 +108,14 @@ def _of_payment(stripe: Stripe, payment_id: str) -> Found:
 
 
 async def apply(session: AsyncSession, event: Event, found: Found) -> None:
-    """Brings what was read into the books."""
+    """Brings what was read for an event into the books."""
+    await apply_found(session, found)
+    if event.type == "payment_method.detached":
+        # One that was detached can never be attached again, so that there is nothing to read.
+        await forget_card(session, event.object_id)
+
+
+async def apply_found(session: AsyncSession, found: Found) -> None:
     if found.seen is not None:
         await settle(session, found.seen)
     if found.checkout is not None:
@@ -119,9 +126,6 @@ async def apply(session: AsyncSession, event: Event, found: Found) -> None:
             await lock_account(session, organization_id, "")
             await follow_customer(session, organization_id, found.customer)
             await mirror.store(session, found.customer)
-    if event.type == "payment_method.detached":
-        # One that was detached can never be attached again, so that there is nothing to read.
-        await forget_card(session, event.object_id)
 
 
 async def _apply_checkout(session: AsyncSession, checkout: Checkout, seen: Seen | None) -> None:
