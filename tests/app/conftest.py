@@ -13,6 +13,7 @@ from sqlalchemy import Connection, NullPool, create_engine, make_url, text
 from app.core.database import Database, create_writer_engine
 from app.core.migration import upgrade
 from app.settings import Settings
+from tests.stripe_stand_in.fixtures import stripe_client, stripe_stand_in  # noqa: F401
 
 ADMIN_KEY = "tp-test-admin-key-0123456789"
 
