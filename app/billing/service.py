@@ -1,11 +1,12 @@
 """What people do with an account: read it and set its limit."""
 
 import msgspec
-from sqlalchemy import update
+from sqlalchemy import BigInteger, literal, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.billing.ledger import open_account
+from app.billing.statements import forced_after
 from app.billing.tables import AccountBalance
 from app.core.errors import Conflict, InvalidRequest
 from app.core.money import NANO_PER_UNIT, parse_amount
@@ -54,7 +55,14 @@ async def set_spending_limit(
         await session.execute(
             update(AccountBalance)
             .where(AccountBalance.organization_id == organization_id)
-            .values(credit_limit_nano=limit_nano)
+            .values(
+                credit_limit_nano=limit_nano,
+                forced_nano=forced_after(
+                    AccountBalance.posted_nano,
+                    AccountBalance.held_nano,
+                    literal(limit_nano, BigInteger),
+                ),
+            )
         )
     except IntegrityError as error:
         raise Conflict(

@@ -9,10 +9,12 @@ from typing import Any
 
 import msgspec
 from sqlalchemy import (
+    BigInteger,
     Connection,
     Dialect,
     Select,
     bindparam,
+    case,
     insert,
     literal_column,
     or_,
@@ -60,12 +62,29 @@ _TAKE = (
     )
     .values(held_nano=_balance.c.held_nano + bindparam("amount"))
 )
+
+
+def forced_after(posted: Any, held: Any, limit: Any) -> Any:
+    """SQL of `forced_nano` once an account has these: what is still lacking, and never more than
+    before, so that the constraint promises the whole limit again."""
+    lacking, none = held - posted - limit, literal_column("0", BigInteger)
+    return case(
+        (_balance.c.forced_nano == none, none),  # first: the rest may be beyond 64 bits then
+        (or_(limit.is_(None), held == none, lacking <= none), none),
+        (lacking < _balance.c.forced_nano, lacking),
+        else_=_balance.c.forced_nano,
+    )
+
+
+_posted_after = _balance.c.posted_nano - bindparam("spent")
+_held_after = _balance.c.held_nano - bindparam("released")
 _MOVE = (
     update(_balance)
     .where(_balance.c.organization_id == bindparam("organization"))
     .values(
-        posted_nano=_balance.c.posted_nano - bindparam("spent"),
-        held_nano=_balance.c.held_nano - bindparam("released"),
+        posted_nano=_posted_after,
+        held_nano=_held_after,
+        forced_nano=forced_after(_posted_after, _held_after, _balance.c.credit_limit_nano),
     )
 )
 _MOVE_WINDOW = (
