@@ -23,7 +23,6 @@ from app.console.prices_form import (
 from app.console.prices_view import (
     DIMENSION_NAMES,
     OUTCOME_NAMES,
-    UNITS,
     describe_changes,
     describe_policy,
     read_book,
@@ -157,8 +156,7 @@ def _form_page(
         error=error.message if error else "",
         wrong=error.param if error else None,
         dimensions=DIMENSION_NAMES,
-        classes=SERVICE_CLASSES,
-        units=UNITS,
+        classes=[(name, name) for name in SERVICE_CLASSES],
         outcomes={name: OUTCOME_NAMES[name] for name in form.outcomes if name != "completed"},
         dispositions=(BILLED, WAIVED),
     )

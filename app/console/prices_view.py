@@ -86,23 +86,23 @@ def read_book(book: Book) -> list[ModelPrices]:
 def _model_prices(name: str, items: Sequence[Item], currency: str) -> ModelPrices:
     present = {item.service_class for item in items}
     classes = [each for each in SERVICE_CLASSES if each in present]
-    rows: dict[tuple[int, int, int, int, str], dict[str, str]] = {}
+    rows: dict[tuple[int, int, bool, int, int, str], dict[str, str]] = {}
     for item in items:
-        place = DIMENSIONS.index(item.dimension)
         price, unit = amount_and_unit(item, currency)
-        key = (place, item.above_tokens, not item.is_all_day and item.from_minute + 1, 0, unit)
-        rows.setdefault((*key[:3], item.until_minute, unit), {})[item.service_class] = price
+        window = (not item.is_all_day, item.from_minute, item.until_minute)
+        key = (DIMENSIONS.index(item.dimension), item.above_tokens, *window, unit)
+        rows.setdefault(key, {})[item.service_class] = price
     return ModelPrices(
         title_of(name),
         [each.capitalize() for each in classes],
         [
             PriceRow(
                 DIMENSION_NAMES[DIMENSIONS[place]],
-                _condition(above, max(0, start - 1), until),
+                _condition(above, start, until),
                 unit,
                 [prices.get(each) for each in classes],
             )
-            for (place, above, start, until, unit), prices in sorted(rows.items())
+            for (place, above, _, start, until, unit), prices in sorted(rows.items())
         ],
     )
 

@@ -16,6 +16,7 @@ from app.console import (
     models,
     optimisations,
     playground,
+    prices,
     rebuilding,
     uploads,
     usage,
@@ -51,6 +52,7 @@ behind_session = Router(
         rebuilding.router,
         keys.router,
         usage.router,
+        prices.router,
     ],
     before_request=require_person,
 )

@@ -90,6 +90,9 @@ NOTICES = {
     "unpublished": "The endpoint is private to your organization again.",
     "rolled-back": "The endpoint is moving to the version you chose.",
     "limit": "The spending limit is changed, and in force from the next request on.",
+    "prices-changed": "The new prices are in force. Requests admitted before keep theirs.",
+    "prices-scheduled": "The new prices are scheduled. Until then you can take them back.",
+    "prices-cancelled": "The scheduled price book is gone. The prices in force stay.",
     "revoked": "The key is revoked. Calls that use it are refused within a second.",
 }
 
