@@ -1,0 +1,1 @@
+"""Reconciliation: every set of books that must agree, compared again and again."""

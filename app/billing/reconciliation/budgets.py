@@ -1,0 +1,111 @@
+"""What budgets say was spent in a day or month against the requests admitted in it."""
+
+from calendar import timegm
+from datetime import UTC, datetime, timedelta
+
+from sqlalchemy import Connection, RowMapping, func, select, text
+
+from app.billing.reconciliation.check import Check, Difference, Subject
+from app.metering.tables import UsageEvent
+
+BUDGETS = Subject(
+    name="budgets",
+    title="Spent in budgets = requests",
+    description="What budgets' days and months count as spent against the requests admitted in "
+    "them, one budget after another. A request that came within a minute of midnight may count on "
+    "either side.",
+    left_label="Spent by budgets looked at",
+    right_label="Their requests",
+)
+EDGE = timedelta(minutes=1)  # between a request's arrival and its hold
+MAX_EVENTS = 1_000_000  # of the organization since the window began; beyond, it is left out
+NUM_WINDOWS = 20  # looked at in one run
+RECENT = timedelta(days=32)
+
+
+class BudgetWalk:
+    """Goes through windows that began after their budget was set, in the last month."""
+
+    def __init__(self) -> None:
+        self._last = ""
+
+    def check(self, connection: Connection, now: datetime) -> Check:
+        rows = (
+            connection.execute(
+                text(
+                    "SELECT w.budget_id, w.starts_on, w.posted_nano, b.organization_id, b.scope,"
+                    " b.subject, b.subject_name, b.period, b.created_at"
+                    " FROM budget_window w JOIN budget b ON b.id = w.budget_id"
+                    " WHERE w.starts_on >= :first AND w.budget_id || ' ' || w.starts_on > :last"
+                    " ORDER BY w.budget_id || ' ' || w.starts_on LIMIT :most"
+                ),
+                {"first": f"{now - RECENT:%Y-%m-%d}", "last": self._last, "most": NUM_WINDOWS},
+            )
+            .mappings()
+            .all()
+        )
+        self._last = ""
+        if len(rows) == NUM_WINDOWS:
+            self._last = f"{rows[-1]['budget_id']} {rows[-1]['starts_on']}"
+        found: list[Difference] = []
+        left = right = num_windows = 0
+        for row in rows:
+            bounds = _spent(connection, row)
+            if bounds is None:
+                continue
+            num_windows += 1
+            least, most = bounds
+            posted = int(row["posted_nano"])
+            nearest = min(max(posted, least), most)
+            left, right = left + posted, right + nearest
+            if posted != nearest:
+                name = f"{row['budget_id']} {row['starts_on']}"
+                note = f"{row['scope']} {row['subject_name'] or row['subject']}".strip()
+                found.append(Difference(name, posted, nearest, note))
+        return BUDGETS.compared(left, right, found, note=f"{num_windows} windows looked at.")
+
+
+def _spent(connection: Connection, row: RowMapping) -> tuple[int, int] | None:
+    """At least and at most what the window's requests came to; None where it cannot be told."""
+    start = datetime.strptime(row["starts_on"], "%Y-%m-%d").replace(tzinfo=UTC)
+    if _instant(row["created_at"]) > start or _is_too_much(connection, row, start):
+        return None
+    end = start + timedelta(days=1)
+    if row["period"] == "month":
+        end = (start + timedelta(days=32)).replace(day=1)
+    return (
+        _admitted(connection, row, start + EDGE, end - EDGE),
+        _admitted(connection, row, start - EDGE, end + EDGE),
+    )
+
+
+def _instant(stored: datetime | str) -> datetime:
+    """SQLite keeps instants as text."""
+    at = datetime.fromisoformat(stored) if isinstance(stored, str) else stored
+    return at if at.tzinfo is not None else at.replace(tzinfo=UTC)
+
+
+def _is_too_much(connection: Connection, row: RowMapping, start: datetime) -> bool:
+    num_requests = connection.scalar(
+        text(
+            "SELECT sum(h.quantity) FROM usage_series s JOIN usage_hour h"
+            " ON h.series_id = s.id AND h.hour >= :hour"
+            " WHERE s.organization_id = :organization AND s.dimension = 'request'"
+        ),
+        {"hour": timegm(start.timetuple()) // 3600, "organization": row["organization_id"]},
+    )
+    return int(num_requests or 0) > MAX_EVENTS
+
+
+def _admitted(connection: Connection, row: RowMapping, start: datetime, end: datetime) -> int:
+    query = select(func.sum(UsageEvent.amount_nano)).where(
+        UsageEvent.organization_id == row["organization_id"],
+        UsageEvent.finished_at >= start,
+        UsageEvent.started_at >= start,
+        UsageEvent.started_at < end,
+    )
+    if row["scope"] == "key":
+        query = query.where(UsageEvent.api_key_id == row["subject"])
+    elif row["scope"] == "model":
+        query = query.where(UsageEvent.endpoint_name == row["subject"])
+    return int(connection.scalar(query) or 0)

@@ -1,0 +1,182 @@
+"""Runs every comparison again and again, keeps what it found, and raises the alarm.
+
+Owns the order of the checks and what they remember from run to run. Where numbers of other parts
+of the box come from is the composition root's to say, as `Sources`.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from datetime import datetime, timedelta
+from typing import NamedTuple
+
+from sqlalchemy import Connection
+
+from app.billing.payments import notices
+from app.billing.reconciliation.balances import check_balances, check_credit, check_lots
+from app.billing.reconciliation.budgets import BudgetWalk
+from app.billing.reconciliation.check import Check
+from app.billing.reconciliation.dialects import reading_engine, snapshot
+from app.billing.reconciliation.engines import EngineState, check_engines
+from app.billing.reconciliation.holds import check_holds, check_windows
+from app.billing.reconciliation.hours import HourSums, check_hours
+from app.billing.reconciliation.journal import JournalState, check_journal
+from app.billing.reconciliation.ledger import check_complete, check_zero
+from app.billing.reconciliation.runs import Run, add_run, confirmed, latest_run, make_run, prune
+from app.billing.reconciliation.sums import LedgerSums
+from app.billing.reconciliation.usage import UsageWalk
+from app.core import clock
+from app.core.database import Database
+from app.core.failpoints import failpoint
+
+SECONDS = 60.0  # between runs
+RECOUNT = timedelta(days=1)  # how often all of the ledger is added up anew
+RECOUNT_AFTER_DIFFERENCE = timedelta(minutes=10)
+NOTICE = "books_differ"
+
+log = logging.getLogger(__name__)
+
+
+class Sources(NamedTuple):
+    """What is not in the database."""
+
+    journal: Callable[[], JournalState]
+    engines: Callable[[], Sequence[EngineState]]
+    others: Sequence[Callable[[], Awaitable[list[Check]]]] = ()
+
+
+class Reconciler:
+    """One per process. `organization_id` is the operator's, who gets the notices."""
+
+    def __init__(
+        self,
+        database: Database,
+        url: str,
+        sources: Sources,
+        *,
+        organization_id: str,
+        longest_request_ms: int,
+        detail_days: int,
+    ) -> None:
+        self._database = database
+        self._engine = reading_engine(url)
+        self._sources = sources
+        self._organization_id = organization_id
+        self._longest_request_ms = longest_request_ms
+        self._detail_days = detail_days
+        self._lock = asyncio.Lock()
+        self._sums = LedgerSums()
+        self._hours = HourSums()
+        self._usage: UsageWalk | None = None
+        self._budgets = BudgetWalk()
+        self._recounted_at: datetime | None = None
+        self._complete: Check | None = None
+        self._engines_before: Sequence[EngineState] = ()
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._engine.dispose)
+
+    async def run(self) -> Run:
+        """Compares everything once, one run at a time."""
+        async with self._lock:
+            return await self._run()
+
+    async def _run(self) -> Run:
+        started_at = clock.now()
+        async with self._database.read() as session:
+            before = await latest_run(session)
+        if self._usage is None:
+            self._usage = UsageWalk(before.positions.get("seal", 0) if before else 0)
+        journal, engines = self._sources.journal(), self._sources.engines()
+        checks = await asyncio.to_thread(self._compare, journal, started_at)
+        checks += check_engines(engines, self._engines_before)
+        self._engines_before = engines
+        for source in self._sources.others:
+            checks += await source()
+        checks = confirmed(checks, before.checks if before else [])
+        run = make_run(started_at, clock.now(), checks, {"seal": self._usage.until})
+        await self._store(run)
+        return run
+
+    # --- on a thread ----------------------------------------------------------------------
+
+    def _compare(self, journal: JournalState, now: datetime) -> list[Check]:
+        with snapshot(self._engine) as connection:
+            checks = self._compare_sums(connection, now)
+            if not all(check.is_clean for check in checks) and self._may_recount(now):
+                # What was added up before may have been changed since.
+                checks = self._recount(connection, now)
+            elif self._recounted_at is None or now - self._recounted_at >= RECOUNT:
+                checks = self._recount(connection, now)
+            assert self._usage is not None, "made before the first run"
+            detail_from = now - timedelta(days=self._detail_days)
+            usage, unbalanced = self._usage.check(connection, detail_from)
+            totals, _ = self._sums.read(connection)
+            assert self._complete is not None, "counted in the first run"
+            return [
+                check_journal(connection, journal, self._longest_request_ms),
+                usage,
+                self._usage.check_orphans(connection),
+                check_zero(totals, unbalanced),
+                self._complete,
+                *checks,
+                check_holds(connection),
+                check_windows(connection),
+                self._budgets.check(connection, now),
+            ]
+
+    def _compare_sums(self, connection: Connection, now: datetime) -> list[Check]:
+        totals, lot_uses = self._sums.read(connection)
+        hours = self._hours.read(connection, int(now.timestamp()) // 3600)  # of whole seconds
+        return [
+            check_hours(hours, totals),
+            check_balances(connection, totals),
+            check_credit(connection, totals),
+            check_lots(connection, lot_uses),
+        ]
+
+    def _may_recount(self, now: datetime) -> bool:
+        return self._recounted_at is None or now - self._recounted_at >= RECOUNT_AFTER_DIFFERENCE
+
+    def _recount(self, connection: Connection, now: datetime) -> list[Check]:
+        self._recounted_at = now
+        self._complete = check_complete(connection)
+        self._sums.reset()
+        self._hours.reset()
+        return self._compare_sums(connection, now)
+
+    # --- what was found -------------------------------------------------------------------
+
+    async def _store(self, run: Run) -> None:
+        failpoint("reconciler.before_store")
+        async with self._database.write() as session:
+            add_run(session, run)
+            await prune(session)
+            for check in run.checks:
+                if check.confirmed:
+                    await notices.notify(
+                        session,
+                        self._organization_id,
+                        NOTICE,
+                        _words(check),
+                        {"check": check.name, "run_id": run.id},
+                        subject=check.name,
+                    )
+            clean = {check.name for check in run.checks if check.is_clean and not check.skipped}
+            for notice in await notices.open_notices(session, self._organization_id, NOTICE):
+                if notice.data.get("check") in clean:
+                    subject = notice.data["check"]
+                    await notices.end(session, self._organization_id, NOTICE, subject)
+        failpoint("reconciler.after_store")
+        for check in run.checks:
+            for name in check.confirmed:
+                log.error("the books differ: %s: %s", check.title, name)
+
+
+def _words(check: Check) -> str:
+    named = ", ".join(check.confirmed[:3])
+    more = f" and {len(check.confirmed) - 3} more" if len(check.confirmed) > 3 else ""
+    return (
+        f"The books differ: {check.title}. Two comparisons in a row found it of {named}{more}. "
+        "See the page Books."
+    )
