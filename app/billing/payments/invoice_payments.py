@@ -9,11 +9,11 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.billing.ledger import BAD_DEBT, on_account, post
+from app.billing.payments.cents import NANO_PER_CENT
 from app.billing.payments.tables import Invoice
 from app.billing.tables import LedgerEntry, LedgerTransaction
 from app.core import clock
 
-NANO_PER_CENT = 10_000_000
 KEYS_PER_QUERY = 16
 UNPAID_STATES = ("frozen", "pushed", "differs", "finalised", "past_due")
 _RANK = {

@@ -19,14 +19,15 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.billing.credits import open_lots
 from app.billing.ledger import lock_account
-from app.billing.payments.invoice_payments import NANO_PER_CENT, UNPAID_STATES, standing
+from app.billing.payments.cents import NANO_PER_CENT, write_cents
+from app.billing.payments.invoice_payments import UNPAID_STATES, standing
 from app.billing.payments.month_usage import (
     MonthUsage,
     first_period,
     month_usage,
     owed_for_usage_since,
 )
-from app.billing.payments.notices import end, notify
+from app.billing.payments.notices import alarm, end_alarm, notify
 from app.billing.payments.periods import Period, period_named, period_of
 from app.billing.payments.tables import Invoice, InvoiceLine
 from app.billing.tables import AccountBalance
@@ -34,12 +35,12 @@ from app.core import clock
 from app.core.database import Database
 from app.core.failpoints import failpoint
 from app.core.ids import new_id
-from app.core.money import format_nano
-from app.organizations.service import default_organization_id
 from app.organizations.tables import Organization
 
 SETTLING_TIME = timedelta(minutes=10)  # after a month's end, before it is closed
 MIN_DUE_CENTS = 50  # Stripe takes no less; smaller amounts wait for the next invoice
+
+MAX_ERROR_CHARS = 300
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ class MonthCloser:
                 failpoint("invoices.before_invoice_commit")
             failpoint("invoices.after_invoice_commit")
             num_made += invoice is not None
-            if not await self._check(organization_id, period, is_new=invoice is not None):
+            if await self._is_held_back(organization_id, period):
                 return num_made  # no further month until a person has seen to this one
         self._closed[organization_id] = last
         return num_made
@@ -118,31 +119,28 @@ class MonthCloser:
             return None
         invoice = before or await _new_invoice(session, organization_id, usage.period)
         _fill(invoice, account, usage, total_nano)
-        invoice.state = self._first_state(invoice)
         session.add(invoice)
         await session.flush()
         await _put_lines(session, invoice, usage)
+        if usage.usage_nano != usage.posted_nano:
+            await hold_back(session, invoice, _difference(usage))
+            return invoice
+        invoice.state = self._first_state(invoice)
+        if before is not None:
+            await release(session, invoice)
         if invoice.due_cents:
             await tell_of_invoice(session, invoice)
         return invoice
 
     def _first_state(self, invoice: Invoice) -> str:
-        if invoice.error:
-            return "differs"
         if not invoice.due_cents:
             return "settled"
         return "frozen" if self._has_stripe else "finalised"
 
-    async def _check(self, organization_id: str, period: Period, *, is_new: bool) -> bool:
-        """Whether the next month may be invoiced; tells the operator while it may not."""
+    async def _is_held_back(self, organization_id: str, period: Period) -> bool:
         async with self._database.read() as session:
             invoice = await invoice_of(session, organization_id, period)
-        if invoice is None or invoice.state != "differs" or invoice.stripe_invoice_id:
-            if invoice is not None and is_new:
-                await end_alarm(self._database, invoice.id)
-            return True
-        await tell_operator(self._database, invoice)
-        return False
+        return invoice is not None and invoice.state == "differs" and not invoice.stripe_invoice_id
 
 
 async def invoice_of(session: AsyncSession, organization_id: str, period: Period) -> Invoice | None:
@@ -154,7 +152,7 @@ async def invoice_of(session: AsyncSession, organization_id: str, period: Period
 
 
 async def tell_of_invoice(session: AsyncSession, invoice: Invoice) -> None:
-    amount = format_nano(invoice.due_cents * NANO_PER_CENT, invoice.currency, places=2)
+    amount = write_cents(invoice.due_cents, invoice.currency)
     await notify(
         session,
         invoice.organization_id,
@@ -165,26 +163,23 @@ async def tell_of_invoice(session: AsyncSession, invoice: Invoice) -> None:
     )
 
 
-async def tell_operator(database: Database, invoice: Invoice) -> None:
-    """In a transaction of its own: it would lock a second organization's account."""
-    async with database.write() as session:
-        notice_id = await notify(
-            session,
-            await default_organization_id(session),
-            "invoice_differs",
-            f"Invoice {invoice.number} of {invoice.organization_name} is held back: "
-            f"{invoice.error}",
-            {"invoice_id": invoice.id, "number": invoice.number},
-            subject=invoice.id,
-        )
-    if notice_id is not None:
-        log.error("invoice %d is held back: %s", invoice.number, invoice.error)
+async def hold_back(session: AsyncSession, invoice: Invoice, reason: str) -> None:
+    """Leaves the invoice to a person, whom it tells. The account is locked."""
+    invoice.error = reason[:MAX_ERROR_CHARS]
+    invoice.state = "differs"
+    await alarm(
+        session,
+        "invoice_differs",
+        f"Invoice {invoice.number} of {invoice.organization_name} is held back: {reason}.",
+        {"invoice_id": invoice.id, "number": invoice.number},
+        subject=invoice.id,
+    )
 
 
-async def end_alarm(database: Database, invoice_id: str) -> None:
-    async with database.write() as session:
-        operator_id = await default_organization_id(session)
-        await end(session, operator_id, "invoice_differs", subject=invoice_id)
+async def release(session: AsyncSession, invoice: Invoice) -> None:
+    """What held it back is over."""
+    invoice.error = ""
+    await end_alarm(session, "invoice_differs", subject=invoice.id)
 
 
 async def _first_open(session: AsyncSession, organization_id: str, last: Period) -> Period:
@@ -248,6 +243,8 @@ async def _new_invoice(session: AsyncSession, organization_id: str, period: Peri
         organization_id=organization_id,
         organization_name=name or organization_id,
         period=str(period),
+        state="frozen",
+        error="",
         created_at=clock.now(),
     )
 
@@ -262,11 +259,12 @@ def _fill(invoice: Invoice, account: AccountBalance, usage: MonthUsage, total_na
     invoice.carry_in_nano = total_nano - (usage.usage_nano - usage.credit_nano)
     invoice.due_cents = _due_cents(account, total_nano) if is_right else 0
     invoice.carry_out_nano = total_nano - invoice.due_cents * NANO_PER_CENT
-    invoice.error = (
-        ""
-        if is_right
-        else f"the usage of {usage.period} adds up to {usage.usage_nano} nano-units, "
-        f"but the ledger took {usage.posted_nano}"
+
+
+def _difference(usage: MonthUsage) -> str:
+    return (
+        f"the usage of {usage.period} adds up to {usage.usage_nano} nano-units, but the ledger "
+        f"took {usage.posted_nano}"
     )
 
 

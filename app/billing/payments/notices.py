@@ -4,6 +4,7 @@ Owns their rows. What brings them about is `watches.py` and whoever calls `notif
 an address of the organization's is `notice_delivery.py`'s.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,9 +16,12 @@ from app.billing.tables import AccountBalance
 from app.core import clock
 from app.core.errors import NotFound
 from app.core.ids import new_id
+from app.organizations.service import default_organization_id
 
 MAX_MESSAGE_CHARS = 400
 MAX_LISTED = 200
+
+log = logging.getLogger(__name__)
 
 
 async def notify(
@@ -35,6 +39,33 @@ async def notify(
     moves money holds it already, any other calls this before it locks other rows.
     """
     await _lock(session, organization_id)
+    return await _put(session, organization_id, kind, message, data, subject)
+
+
+async def alarm(
+    session: AsyncSession, kind: str, message: str, data: Mapping[str, Any], subject: str
+) -> None:
+    """Tells who operates the box of something that a person must look at. `subject` belongs to an
+    organization whose account the caller has locked: a second account is not, since transactions
+    that lock two in no set order wait for each other."""
+    operator_id = await default_organization_id(session)
+    if await _put(session, operator_id, kind, message, data, subject) is not None:
+        log.error("%s", message)
+
+
+async def end_alarm(session: AsyncSession, kind: str, subject: str) -> None:
+    """A person has looked at it, or it came right by itself."""
+    await _end(session, await default_organization_id(session), kind, subject)
+
+
+async def _put(
+    session: AsyncSession,
+    organization_id: str,
+    kind: str,
+    message: str,
+    data: Mapping[str, Any],
+    subject: str,
+) -> str | None:
     message = message[:MAX_MESSAGE_CHARS]
     told = {**data, "subject": subject} if subject else dict(data)
     for notice in await open_notices(session, organization_id, kind):
@@ -59,6 +90,10 @@ async def notify(
 async def end(session: AsyncSession, organization_id: str, kind: str, subject: str = "") -> bool:
     """What the notice said is so no longer. Whether there was one."""
     await _lock(session, organization_id)
+    return await _end(session, organization_id, kind, subject)
+
+
+async def _end(session: AsyncSession, organization_id: str, kind: str, subject: str) -> bool:
     ended = False
     for notice in await open_notices(session, organization_id, kind):
         if _subject(notice) == subject:

@@ -10,7 +10,7 @@ from sqlalchemy import Engine, func, select
 
 from app.billing.credits import add_lot
 from app.billing.ledger import OTHER_CLEARING, PROMOTIONAL_COST, credit_account, on_account
-from app.billing.payments.invoice_payments import NANO_PER_CENT
+from app.billing.payments.cents import NANO_PER_CENT
 from app.billing.payments.invoices import MonthCloser
 from app.billing.payments.tables import Invoice, InvoiceLine
 from app.billing.posting import post_settlements
