@@ -1,0 +1,283 @@
+"""The file of usage that has left the database: receipts by the column, compressed.
+
+Owns the bytes. A file holds the receipts of the ledger transactions of consecutive seals, in the
+order of seals and positions, and gives back the very records that were put in. What can be
+computed from the rest (amounts, most ids of transactions) is not kept; docs/receipts.md has the
+layout.
+"""
+
+import hashlib
+import lzma
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, BinaryIO, NamedTuple
+
+import msgspec
+
+from app.billing.columns import IdColumn, Numbers, Table, ids_in, numbers_in, signed_numbers_in
+from app.billing.digests import Line, ReceiptRecord, instant_text, merkle_root
+from app.core.money import price_of
+
+MAGIC = b"tapeout usage 1\n"
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+MICROSECOND = timedelta(microseconds=1)
+WHO = (
+    "organization_id",
+    "api_key_id",
+    "api_key_name",
+    "endpoint_name",
+    "version_number",
+    "route",
+    "service_class",
+    "price_book_id",
+    "currency",
+)
+NUMBERS = (
+    "num_receipts",  # of a transaction
+    "attempt",
+    "who",
+    "ending",
+    "shape",
+    "started_at",  # microseconds after the id was made
+    "rounding",  # of the end, against start and duration
+    "duration_ns",
+    "first_token_ns",  # plus one; 0 for none
+    "quantity",
+    "amount_nano",  # of lines that are not quantity x price
+)
+UNSIGNED = {"num_receipts", "attempt", "who", "ending", "shape"}
+
+
+class ArchivedTransaction(NamedTuple):
+    """The receipts of one ledger transaction, in the order of its tree's leaves."""
+
+    id: str
+    receipts: list[ReceiptRecord]
+
+
+class Header(msgspec.Struct, frozen=True, kw_only=True):
+    """What a file says of itself. `from_ms` to `until_ms` is when its requests' ids were made;
+    `odd_ids` is whether there are ids without such a time. `columns` are their lengths in bytes,
+    in the file's order, and `sha256` is of all of them."""
+
+    first_seal: int
+    last_seal: int
+    num_events: int
+    num_transactions: int
+    from_ms: int
+    until_ms: int
+    odd_ids: bool
+    columns: dict[str, int]
+    sha256: str
+
+
+class _Tables(msgspec.Struct, frozen=True):
+    """What receipts share, by its place; ids by that of the transaction or request."""
+
+    transaction_ids: dict[int, str]
+    odd_ids: dict[int, str]
+    who: list[list[Any]]
+    endings: list[tuple[str, str]]
+    shapes: list[tuple[bool, list[tuple[str, int, int, str]]]]
+
+
+class DamagedArchive(Exception):
+    """A file that is not what was written."""
+
+
+class ArchiveWriter:
+    """Collects receipts, at some tens of bytes each, until the file is made."""
+
+    def __init__(self) -> None:
+        self.num_events = 0
+        self._transaction_ids: list[str] = []  # empty where the root tells it
+        self._ids = IdColumn()
+        self._numbers = {name: Numbers() for name in NUMBERS}
+        self._who, self._endings, self._shapes = Table(), Table(), Table()
+
+    def add(self, transaction_id: str, receipts: Sequence[ReceiptRecord], root: bytes) -> None:
+        """`root` is that of the receipts' tree."""
+        self._transaction_ids.append("" if transaction_id == _usual_id(root) else transaction_id)
+        self._numbers["num_receipts"].add(len(receipts))
+        for receipt in receipts:
+            self._add(receipt)
+        self.num_events += len(receipts)
+
+    def _add(self, receipt: ReceiptRecord) -> None:
+        numbers = self._numbers
+        request_id, _, attempt = receipt.event_id.rpartition(":")
+        made_ms = self._ids.add(request_id)
+        numbers["attempt"].add(int(attempt))
+        numbers["who"].add(self._who.index([getattr(receipt, name) for name in WHO]))
+        numbers["ending"].add(self._endings.index([receipt.outcome, receipt.finish_reason]))
+        started_us, finished_us = (
+            _microseconds(receipt.started_at),
+            _microseconds(receipt.finished_at),
+        )
+        numbers["started_at"].add_signed(started_us - made_ms * 1000)
+        numbers["rounding"].add_signed(finished_us - started_us - receipt.duration_ns // 1000)
+        numbers["duration_ns"].add_signed(receipt.duration_ns)
+        first_ns = -1 if receipt.first_token_ns is None else receipt.first_token_ns
+        numbers["first_token_ns"].add_signed(first_ns + 1)
+        self._add_lines(receipt)
+
+    def _add_lines(self, receipt: ReceiptRecord) -> None:
+        lines = receipt.lines
+        amounts = [_amount(line[1], line[2], line[3], line[5]) for line in lines]
+        is_computed = amounts == [line[4] for line in lines]
+        is_computed = is_computed and receipt.amount_nano == sum(line[4] for line in lines)
+        shape = [is_computed, [[line[0], line[2], line[3], line[5]] for line in lines]]
+        self._numbers["shape"].add(self._shapes.index(shape))
+        for line in lines:
+            self._numbers["quantity"].add_signed(line[1])
+        if not is_computed:
+            for amount_nano in (receipt.amount_nano, *(line[4] for line in lines)):
+                self._numbers["amount_nano"].add_signed(amount_nano)
+
+    def finish(self, first_seal: int, last_seal: int) -> bytes:
+        """The file's content."""
+        ids = self._ids
+        tables = {
+            "transaction_ids": {
+                place: name for place, name in enumerate(self._transaction_ids) if name
+            },
+            "odd_ids": ids.odd,
+            "who": self._who.values,
+            "endings": self._endings.values,
+            "shapes": self._shapes.values,
+        }
+        columns = {
+            # Nothing can be taken from what is random, and so it can be searched as it is.
+            "random": bytes(ids.random),
+            "tables": _pressed(msgspec.msgpack.encode(tables)),
+            "made_at": _pressed(bytes(ids.steps.data)),
+            **{name: _pressed(bytes(column.data)) for name, column in self._numbers.items()},
+        }
+        body = b"".join(columns.values())
+        header = Header(
+            first_seal=first_seal,
+            last_seal=last_seal,
+            num_events=self.num_events,
+            num_transactions=len(self._transaction_ids),
+            from_ms=ids.from_ms,
+            until_ms=ids.until_ms,
+            odd_ids=bool(ids.odd),
+            columns={name: len(column) for name, column in columns.items()},
+            sha256=hashlib.sha256(body).hexdigest(),
+        )
+        encoded = msgspec.json.encode(header)
+        return MAGIC + len(encoded).to_bytes(4) + encoded + body
+
+
+def read_header(file: BinaryIO) -> Header:
+    """Leaves the file at the start of its columns. Raises `DamagedArchive`."""
+    start = file.read(len(MAGIC) + 4)
+    if not start.startswith(MAGIC):
+        raise DamagedArchive("this is no file of archived usage")
+    try:
+        return msgspec.json.decode(file.read(int.from_bytes(start[len(MAGIC) :])), type=Header)
+    except msgspec.MsgspecError as error:
+        raise DamagedArchive(f"the header is damaged: {error}") from error
+
+
+def read_random(file: BinaryIO) -> bytes:
+    """The random bytes of all ids, which come first of the columns."""
+    header = read_header(file)
+    return file.read(header.columns["random"])
+
+
+def read_transactions(file: BinaryIO) -> Iterator[ArchivedTransaction]:
+    """Everything in the file, in its order. Raises `DamagedArchive` before the first."""
+    header = read_header(file)
+    body = file.read()
+    if hashlib.sha256(body).hexdigest() != header.sha256:
+        raise DamagedArchive("the columns are damaged: their SHA-256 is not the header's")
+    columns: dict[str, bytes] = {}
+    start = 0
+    for name, length in header.columns.items():
+        columns[name] = body[start : start + length]
+        start += length
+    return _transactions(header, columns)
+
+
+def _transactions(header: Header, columns: dict[str, bytes]) -> Iterator[ArchivedTransaction]:
+    tables = msgspec.msgpack.decode(lzma.decompress(columns["tables"]), type=_Tables)
+    number = {
+        name: (numbers_in if name in UNSIGNED else signed_numbers_in)(
+            lzma.decompress(columns[name])
+        )
+        for name in NUMBERS
+    }
+    ids = ids_in(lzma.decompress(columns["made_at"]), columns["random"], tables.odd_ids)
+    for place in range(header.num_transactions):
+        receipts = [
+            _receipt(next(ids), number, tables) for _ in range(next(number["num_receipts"]))
+        ]
+        name = tables.transaction_ids.get(place)
+        if name is None:
+            name = _usual_id(merkle_root([receipt.canonical for receipt in receipts]))
+        yield ArchivedTransaction(name, receipts)
+
+
+def _receipt(
+    made: tuple[str, int], number: dict[str, Iterator[int]], tables: _Tables
+) -> ReceiptRecord:
+    request_id, made_ms = made
+    attempt = next(number["attempt"])
+    who = dict(zip(WHO, tables.who[next(number["who"])], strict=True))
+    outcome, finish_reason = tables.endings[next(number["ending"])]
+    started_us = made_ms * 1000 + next(number["started_at"])
+    duration_ns = next(number["duration_ns"])
+    finished_us = started_us + duration_ns // 1000 + next(number["rounding"])
+    first_token_ns = next(number["first_token_ns"]) - 1
+    amount_nano, lines = _lines(number, tables)
+    return ReceiptRecord(
+        event_id=f"{request_id}:{attempt}",
+        **who,
+        outcome=outcome,
+        finish_reason=finish_reason,
+        amount_nano=amount_nano,
+        started_at=instant_text(EPOCH + started_us * MICROSECOND),
+        finished_at=instant_text(EPOCH + finished_us * MICROSECOND),
+        duration_ns=duration_ns,
+        first_token_ns=None if first_token_ns == -1 else first_token_ns,
+        lines=lines,
+    )
+
+
+def _lines(number: dict[str, Iterator[int]], tables: _Tables) -> tuple[int, list[Line]]:
+    """The amount, and the lines it is the sum of."""
+    is_computed, kinds = tables.shapes[next(number["shape"])]
+    quantities = [next(number["quantity"]) for _ in kinds]
+    if is_computed:
+        amounts = [
+            _amount(quantity, *kind[1:]) for quantity, kind in zip(quantities, kinds, strict=True)
+        ]
+        total = sum(amounts)
+    else:
+        total = next(number["amount_nano"])
+        amounts = [next(number["amount_nano"]) for _ in kinds]
+    return total, [
+        (dimension, quantity, price_nano, unit_scale, amount_nano, disposition)
+        for (dimension, price_nano, unit_scale, disposition), quantity, amount_nano in zip(
+            kinds, quantities, amounts, strict=True
+        )
+    ]
+
+
+def _amount(quantity: int, price_nano: int, unit_scale: int, disposition: str) -> int:
+    is_billed = disposition == "billed" and quantity >= 0 and unit_scale > 0
+    return price_of(quantity, price_nano, unit_scale) if is_billed else 0
+
+
+def _usual_id(root: bytes) -> str:
+    """Of a transaction that was named by its content, as settling does it."""
+    return f"lt_{root.hex()[:32]}"
+
+
+def _microseconds(text: str) -> int:
+    return (datetime.fromisoformat(text) - EPOCH) // MICROSECOND
+
+
+def _pressed(data: bytes) -> bytes:
+    return lzma.compress(data, format=lzma.FORMAT_XZ, check=lzma.CHECK_NONE)

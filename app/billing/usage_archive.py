@@ -1,0 +1,112 @@
+"""The directory of archive files: writing one durably, and finding one request in it.
+
+Owns names and the search; the files' bytes are `archive_file.py`'s, what is put into them
+`archiving.py`'s. Every method blocks.
+"""
+
+import io
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from app.billing.archive_file import (
+    ArchivedTransaction,
+    DamagedArchive,
+    Header,
+    read_header,
+    read_random,
+    read_transactions,
+)
+from app.billing.columns import RANDOM_BYTES
+from app.core.failpoints import failpoint
+from app.core.ids import id_parts
+from app.core.storage import fsync_directory
+
+_NAME = re.compile(r"(\d{12})-(\d{12})\.usage")
+
+
+class Span(NamedTuple):
+    """The seals that a file has all requests of."""
+
+    first_seal: int
+    last_seal: int
+
+
+class UsageArchive:
+    """Files are named by the seals they are of, which follow each other without a gap."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._headers: dict[Span, Header] = {}
+
+    def spans(self) -> list[Span]:
+        """In order."""
+        matches = (_NAME.fullmatch(path.name) for path in self.directory.iterdir())
+        return sorted(Span(int(match[1]), int(match[2])) for match in matches if match)
+
+    def path(self, span: Span) -> Path:
+        return self.directory / f"{span.first_seal:012d}-{span.last_seal:012d}.usage"
+
+    def write(self, span: Span, content: bytes) -> None:
+        """Under its name once it is durable, so that a file there is always whole."""
+        path = self.path(span)
+        unfinished = path.with_suffix(".new")
+        with unfinished.open("wb") as file:
+            file.write(content)
+            file.flush()
+            failpoint("usage_archive.before_fsync")
+            os.fsync(file.fileno())
+        failpoint("usage_archive.before_rename")
+        unfinished.replace(path)
+        fsync_directory(self.directory)
+        failpoint("usage_archive.after_rename")
+
+    def transactions(self, span: Span) -> Iterator[ArchivedTransaction]:
+        """Everything in one file. Raises `DamagedArchive`, naming the file."""
+        path = self.path(span)
+        try:
+            yield from read_transactions(io.BytesIO(path.read_bytes()))
+        except DamagedArchive as error:
+            raise DamagedArchive(f"{path}: {error}") from error
+
+    def span_of(self, seal_number: int) -> Span | None:
+        """The file that has the requests of this seal."""
+        return next((s for s in self.spans() if s.first_seal <= seal_number <= s.last_seal), None)
+
+    def find(self, request_id: str) -> ArchivedTransaction | None:
+        """The transaction that settled a request last."""
+        found: ArchivedTransaction | None = None
+        for span in self.spans():
+            if self._may_have(span, request_id):
+                for transaction in self.transactions(span):
+                    events = (receipt.event_id for receipt in transaction.receipts)
+                    if any(event.rpartition(":")[0] == request_id for event in events):
+                        found = transaction
+        return found
+
+    def _may_have(self, span: Span, request_id: str) -> bool:
+        """Whether a file is worth reading as a whole: an id tells when it was made, and its random
+        bytes can be looked for as they are."""
+        header = self._header(span)
+        parts = id_parts(request_id, "req")
+        if parts is None:
+            return header.odd_ids
+        made_ms, random = parts
+        if not header.from_ms <= made_ms <= header.until_ms:
+            return False
+        with self.path(span).open("rb") as file:
+            column = read_random(file)
+        start = column.find(random)
+        while start >= 0 and start % RANDOM_BYTES:
+            start = column.find(random, start + 1)
+        return start >= 0
+
+    def _header(self, span: Span) -> Header:
+        header = self._headers.get(span)
+        if header is None:
+            with self.path(span).open("rb") as file:
+                header = self._headers[span] = read_header(file)
+        return header
