@@ -34,15 +34,21 @@ from app.api import (
     predict,
     prices,
     receipts,
+    seals,
     uploads,
     usage,
 )
 from app.api.relay import Relay
 from app.billing.accounts import AccountWriter
+from app.billing.archiving import Archivist
 from app.billing.clerk import Clerk
 from app.billing.ledger import open_account
 from app.billing.payments.service import Payments
 from app.billing.prices import PriceTable
+from app.billing.records import Records
+from app.billing.sealing import Sealer
+from app.billing.signing import open_key
+from app.billing.usage_archive import UsageArchive
 from app.core.broadcast import Broadcast
 from app.core.claim import DatabaseClaim, DatabaseInUse
 from app.core.database import Database, create_writer_engine
@@ -89,6 +95,7 @@ def create_app(settings: Settings, announce: Callable[[str], object] = log.info)
             inference_v2.router,
             model_docs.router,
             receipts.router,
+            seals.router,
             usage.router,
             prices.router,
             uploads.router,
@@ -131,6 +138,7 @@ async def start(
     state.sign_ins = SignIns(database, settings.session_days)
     state.uploads = UploadStore(database, storage, settings)
     await start_money(state, settings, stack)
+    await start_records(state, settings, stack)
     await start_serving(state, settings, stack)
     await start_payments(state, settings, stack)
     start_clerk(state, settings, stack)
@@ -196,6 +204,18 @@ async def start_money(state: State, settings: Settings, stack: AsyncExitStack) -
     stack.push_async_callback(relay.close)
 
 
+async def start_records(state: State, settings: Settings, stack: AsyncExitStack) -> None:
+    """What is signed, kept for good and read back: seals, the archive and receipts."""
+    key = await asyncio.to_thread(open_key, state.storage.receipt_key)
+    url = settings.sync_database_url
+    archive = UsageArchive(state.storage.usage_archive)
+    state.sealer = Sealer(url, key)
+    state.archivist = Archivist(url, archive, settings.usage_detail_days)
+    state.records = Records(url, archive, key.public_hex)
+    for part in (state.sealer, state.archivist, state.records):
+        stack.push_async_callback(part.close)
+
+
 async def start_serving(state: State, settings: Settings, stack: AsyncExitStack) -> None:
     """The launcher and its users: workers of what is deployed, builds and optimisations of what is
     queued."""
@@ -230,6 +250,8 @@ async def start_payments(state: State, settings: Settings, stack: AsyncExitStack
 def start_clerk(state: State, settings: Settings, stack: AsyncExitStack) -> None:
     """What is done about money beside the requests."""
     state.clerk = clerk = Clerk()
+    clerk.add("seals", 5, state.sealer.turn)
+    clerk.add("usage archive", 3600, state.archivist.turn)
     add_payment_jobs(clerk, state.payments)
     clerk.start()
     stack.push_async_callback(clerk.close)

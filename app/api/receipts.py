@@ -1,4 +1,4 @@
-"""`GET /v1/receipts/{request_id}`: what one request used and cost."""
+"""`GET /v1/receipts/{request_id}`: what one request used and cost, and the proof of it."""
 
 from datetime import datetime
 from typing import Any
@@ -10,10 +10,12 @@ from litestar.params import FromPath
 from app.api.auth import bearer_principal
 from app.api.relay import Relay
 from app.billing.prices import PriceTable
+from app.billing.proofs import Proof
+from app.billing.records import Records
 from app.core.database import Database
 from app.core.errors import Forbidden
 from app.deployments.serving_notes import serving_note
-from app.metering.receipts import ReceiptLine, read_receipt
+from app.metering.receipts import ReceiptLine
 
 AnyRequest = Request[Any, Any, Any]
 
@@ -46,6 +48,7 @@ class ReceiptAnswer(msgspec.Struct, frozen=True, kw_only=True):
     duration_ns: int
     first_token_ns: int | None
     serving_note: str = ""  # how the model is served, where that makes its tokens cost more
+    proof: Proof | None  # null until it is sealed, some seconds after the request
     object: str = "receipt"
 
 
@@ -57,11 +60,14 @@ async def get_receipt(request: AnyRequest, request_id: FromPath[str]) -> Respons
         raise Forbidden("This API key may not read receipts.", code="missing_scope")
     relay: Relay = request.app.state.relay
     await relay.settled()
+    records: Records = request.app.state.records
+    organization_id = principal.organization_id
     database: Database = request.app.state.database
     prices: PriceTable = request.app.state.prices
     async with database.read() as session:
-        receipt = await read_receipt(session, principal.organization_id, request_id)
+        receipt = await records.receipt(session, organization_id, request_id)
         note = await serving_note(session, receipt.model, receipt.version)
+    proof = await records.proof(organization_id, request_id)
     book = prices.book(receipt.price_book_id)
     fields = msgspec.structs.asdict(receipt)
     del fields["price_book_id"]
@@ -69,6 +75,7 @@ async def get_receipt(request: AnyRequest, request_id: FromPath[str]) -> Respons
         ReceiptAnswer(
             **fields,
             serving_note=note,
+            proof=proof,
             price_book=ReceiptBook(
                 receipt.price_book_id, book and book.number, book and book.sha256
             ),
@@ -76,4 +83,19 @@ async def get_receipt(request: AnyRequest, request_id: FromPath[str]) -> Respons
     )
 
 
-router = Router("/v1/receipts", route_handlers=[get_receipt], tags=["Usage"])
+class KeyAnswer(msgspec.Struct, frozen=True):
+    """Ed25519, 32 bytes in hexadecimal."""
+
+    public_key: str
+    algorithm: str = "ed25519"
+
+
+@get("/key", summary="Key that signs receipts")
+async def get_key(request: AnyRequest) -> Response[KeyAnswer]:
+    """The public key of this box's seals. It stays the same; keep it apart from the receipts that
+    are verified with it. Anyone may know it."""
+    records: Records = request.app.state.records
+    return Response(KeyAnswer(records.public_key))
+
+
+router = Router("/v1/receipts", route_handlers=[get_key, get_receipt], tags=["Usage"])
