@@ -11,6 +11,7 @@ import threading
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
+from ssl import SSLCertVerificationError
 from typing import Any
 
 import stripe
@@ -32,6 +33,7 @@ from app.billing.stripe_objects import Checkout, Customer, Dispute, Payment, Ref
 
 API_VERSION = stripe.api_version
 
+_MAX_MESSAGE = 280
 _PAYMENT_PARTS = ["latest_charge", "payment_method"]
 
 
@@ -288,10 +290,11 @@ class _HttpClient(stripe.RequestsClient):
 
 
 def _was_connected(error: stripe.APIConnectionError) -> bool:
-    """Whether the request may have reached Stripe: not where no connection was made."""
+    """Whether the request may have reached Stripe: not where no connection was made, or none
+    that is known to lead to Stripe."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, NewConnectionError | ConnectTimeoutError):
+        if isinstance(cause, NewConnectionError | ConnectTimeoutError | SSLCertVerificationError):
             return False
         cause = cause.__cause__ or cause.__context__
     return True
@@ -299,7 +302,7 @@ def _was_connected(error: stripe.APIConnectionError) -> bool:
 
 def _translated(error: stripe.StripeError, is_in_doubt: bool) -> StripeError:
     """Ours for the SDK's. What the answers to the last attempt do not settle stays unknown."""
-    message = f"Stripe: {error.user_message or error}"
+    message = _message(error)
     match error:
         case stripe.IdempotencyError():
             return StripeKeyReused(message)
@@ -317,6 +320,15 @@ def _translated(error: stripe.StripeError, is_in_doubt: bool) -> StripeError:
             return StripeUnreachable(message, retry_after_seconds=5)
         case _:
             return StripeUnknown(message)
+
+
+def _message(error: stripe.StripeError) -> str:
+    if isinstance(error, stripe.APIConnectionError):
+        cause = type(error.__cause__).__name__  # the SDK's own text tells to write to Stripe
+        if _was_connected(error):
+            return f"Stripe did not answer ({cause})"
+        return f"Stripe cannot be reached ({cause}): is this machine's network up?"
+    return f"Stripe: {error.user_message or error}"[:_MAX_MESSAGE]
 
 
 def _rejected(error: stripe.CardError | stripe.InvalidRequestError, message: str) -> StripeError:
