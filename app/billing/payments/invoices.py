@@ -123,6 +123,7 @@ class MonthCloser:
         await session.flush()
         await _put_lines(session, invoice, usage)
         if usage.usage_nano != usage.posted_nano:
+            invoice.state = "differs"
             await hold_back(session, invoice, _difference(usage))
             return invoice
         invoice.state = self._first_state(invoice)
@@ -166,7 +167,6 @@ async def tell_of_invoice(session: AsyncSession, invoice: Invoice) -> None:
 async def hold_back(session: AsyncSession, invoice: Invoice, reason: str) -> None:
     """Leaves the invoice to a person, whom it tells. The account is locked."""
     invoice.error = reason[:MAX_ERROR_CHARS]
-    invoice.state = "differs"
     await alarm(
         session,
         "invoice_differs",
