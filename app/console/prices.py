@@ -25,6 +25,8 @@ from app.console.prices_view import (
     OUTCOME_NAMES,
     describe_changes,
     describe_policy,
+    describe_policy_changes,
+    period_of,
     read_book,
     starts,
 )
@@ -119,16 +121,17 @@ async def _preview_page(request: PageRequest, form: PriceForm, draft: Draft) -> 
     book = draft_book(draft.items, base.currency, draft.effective_at or now, draft.policy)
     settings: Settings = request.app.state.settings
     database: Database = request.app.state.database
+    repricing = await reprice_last_month(database, book, settings.usage_detail_days)
+    changes = describe_changes(compare_items(base.items, book.items), book.currency)
     return page(
         request,
         "prices/preview.html",
         book=book,
         base=base,
         starts=starts(draft.effective_at),
-        repricing=await reprice_last_month(database, book, settings.usage_detail_days),
-        changes=describe_changes(compare_items(base.items, book.items), book.currency),
-        policy=describe_policy(book.policy),
-        has_other_policy=book.policy != base.policy,
+        repricing=repricing,
+        period=period_of(repricing),
+        changes=changes + describe_policy_changes(base.policy, book.policy),
         unknown_names=await _unknown_names(database, draft.items),
         fields=fields_of(form),
     )

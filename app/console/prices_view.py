@@ -9,7 +9,7 @@ import msgspec
 from app.billing.policy import DEFAULTS
 from app.billing.price_changes import SERVICE_CLASSES, write_minute
 from app.billing.prices import ANY_ENDPOINT, Book, Item
-from app.billing.repricing import ItemChange
+from app.billing.repricing import ItemChange, Repricing
 from app.core.money import format_exact
 from app.metering.tables import DIMENSIONS
 
@@ -165,6 +165,23 @@ def describe_policy(policy: dict[str, str]) -> list[tuple[str, str]]:
         if dot:
             lines.append((f"{OUTCOME_NAMES[outcome]}: {DIMENSION_NAMES[dimension].lower()}", how))
     return lines
+
+
+def describe_policy_changes(old: dict[str, str], new: dict[str, str]) -> list[Change]:
+    """What is charged otherwise under another policy."""
+    before, after = dict(describe_policy(old)), dict(describe_policy(new))
+    as_a_whole = "as the rest of its outcome"
+    return [
+        Change("changed", name, before.get(name, as_a_whole), after.get(name, as_a_whole))
+        for name in before | after
+        if before.get(name) != after.get(name)
+    ]
+
+
+def period_of(repricing: Repricing) -> str:
+    """`October 2026`, or what there is of a month that is not over."""
+    since, until = repricing.since, repricing.until
+    return f"{since:%B %Y}{'' if until.day == 1 else ' so far'}"
 
 
 def starts(effective_at: datetime | None) -> str:
