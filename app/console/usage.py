@@ -1,12 +1,15 @@
 """The page Usage with its files, the list of requests, and one request's receipt."""
 
+import re
 from datetime import datetime
 from typing import Any
 
+import msgspec
 from litestar import Response, Router, get
 from litestar.params import FromPath, FromQuery
 from litestar.response import Stream
 
+from app.billing.records import Records
 from app.console.sessions import signed_in
 from app.console.templating import PageRequest, page
 from app.console.usage_csv import requests_file, sums_file
@@ -19,9 +22,8 @@ from app.console.usage_view import (
 )
 from app.core import clock
 from app.core.database import Database
-from app.core.errors import InvalidRequest
+from app.core.errors import InvalidRequest, NotFound
 from app.deployments.serving_notes import serving_note
-from app.metering.receipts import read_receipt
 from app.metering.requests import Place, RequestFilter, read_requests
 from app.metering.service import GroupBy
 from app.settings import Settings
@@ -107,11 +109,34 @@ async def show_receipt(request: PageRequest, request_id: FromPath[str]) -> Respo
     principal = signed_in(request).principal
     principal.require("read")
     database: Database = request.app.state.database
+    records: Records = request.app.state.records
     async with database.read() as session:
-        receipt = await read_receipt(session, principal.organization_id, request_id)
+        receipt = await records.receipt(session, principal.organization_id, request_id)
         note = await serving_note(session, receipt.model, receipt.version)
     return page(
-        request, "receipts/receipt.html", receipt=receipt, note=note, dimensions=DIMENSION_NAMES
+        request,
+        "receipts/receipt.html",
+        receipt=receipt,
+        note=note,
+        dimensions=DIMENSION_NAMES,
+        proof=await records.proof(principal.organization_id, request_id),
+    )
+
+
+@get("/receipts/{request_id:str}/proof")
+async def download_proof(request: PageRequest, request_id: FromPath[str]) -> Response[bytes]:
+    """The file that `tapeout receipt verify` takes."""
+    principal = signed_in(request).principal
+    principal.require("read")
+    records: Records = request.app.state.records
+    proof = await records.proof(principal.organization_id, request_id)
+    if proof is None:
+        raise NotFound(f"The receipt of {request_id!r} is not sealed yet.", code="not_sealed")
+    name = re.sub(r"[^A-Za-z0-9_-]", "_", request_id)
+    return Response(
+        msgspec.json.encode(proof),
+        media_type="application/json",
+        headers={"Content-Disposition": f'attachment; filename="receipt-{name}.json"'},
     )
 
 
@@ -124,5 +149,12 @@ def _instant(text: str) -> datetime:
 
 router = Router(
     "",
-    route_handlers=[show_usage, download_usage, show_requests, download_requests, show_receipt],
+    route_handlers=[
+        show_usage,
+        download_usage,
+        show_requests,
+        download_requests,
+        show_receipt,
+        download_proof,
+    ],
 )

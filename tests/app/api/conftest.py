@@ -17,12 +17,17 @@ import uvicorn
 from litestar import Litestar
 from litestar.datastructures import State
 
-from app.api import health, inference_v2, model_docs, predict, prices, receipts, usage
+from app.api import health, inference_v2, model_docs, predict, prices, receipts, seals, usage
 from app.api import openai as openai_routes
 from app.api.errors import EXCEPTION_HANDLERS
 from app.api.relay import Relay
 from app.billing.accounts import AccountWriter
+from app.billing.archiving import Archivist
 from app.billing.prices import PriceTable
+from app.billing.records import Records
+from app.billing.sealing import Sealer
+from app.billing.signing import open_key
+from app.billing.usage_archive import UsageArchive
 from app.core import clock
 from app.core.claim import DatabaseClaim
 from app.core.database import Database
@@ -121,6 +126,12 @@ class Box:
             self.journal, self.prices, self.accounts, timeout_seconds=self.timeout_seconds
         )
         await self.relay.recover(unsettled)
+        key = open_key(self.storage.receipt_key)
+        archive = UsageArchive(self.storage.usage_archive)
+        url = self.settings.sync_database_url
+        self.sealer = Sealer(url, key)
+        self.archivist = Archivist(url, archive, self.settings.usage_detail_days)
+        self.records = Records(url, archive, key.public_hex)
         self.key_ring = KeyRing(self.database)
         await self._add_keys()
         await self.connect("tiny", DECODER)
@@ -167,6 +178,7 @@ class Box:
                 inference_v2.router,
                 model_docs.router,
                 receipts.router,
+                seals.router,
                 usage.router,
                 prices.router,
             ],
@@ -180,6 +192,7 @@ class Box:
                     "prices": self.prices,
                     "accounts": self.accounts,
                     "relay": self.relay,
+                    "records": self.records,
                     "claim": self.claim,
                     "sign_ins": SignIns(self.database, session_days=1),
                 }
@@ -201,6 +214,8 @@ class Box:
         await self._serving
         await self.crash_replicas()
         await self.relay.close()
+        for part in (self.sealer, self.archivist, self.records):
+            await part.close()
         await self.accounts.close()
         await self.journal.close()
         await self.prices.close()

@@ -19,6 +19,8 @@ from litestar.testing import AsyncTestClient
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from app import console as console_pages
+from app.billing.records import Records
+from app.billing.usage_archive import UsageArchive
 from app.core.broadcast import Broadcast
 from app.core.database import Database
 from app.core.storage import Storage
@@ -109,9 +111,12 @@ async def console(database: Database, settings: Settings) -> AsyncIterator[Conso
     storage = Storage(settings.data_dir)
     builder = FakeBuilder()
     optimiser = FakeOptimiser()
+    archive = UsageArchive(storage.usage_archive)
+    records = Records(settings.sync_database_url, archive, public_key="")
     state = State(
         {
             "settings": settings,
+            "records": records,
             "database": database,
             "storage": storage,
             "broadcast": Broadcast(),
@@ -125,6 +130,7 @@ async def console(database: Database, settings: Settings) -> AsyncIterator[Conso
     async with AsyncTestClient(application) as client:
         client.follow_redirects = False
         yield Console(client, database, storage, builder, optimiser, setup_token)
+    await records.close()
 
 
 @pytest.fixture
