@@ -59,9 +59,11 @@ def check_chain(
     *,
     after: int = 0,
     seconds: float | None = None,
+    looks_for_rest: bool = True,
 ) -> ChainCheck:
     """Verifies seals in order, each in a transaction of its own, until the last, or one after
-    `seconds`. What is in no seal is looked for at the end. Blocks for as long as it takes."""
+    `seconds`. What is in no seal is looked for at the end, through the whole ledger, unless
+    `looks_for_rest` is false. Blocks for as long as it takes."""
     ends_at = None if seconds is None else time.monotonic() + seconds
     counts, archived, last = _Counts(), _Archived(archive), after
     problem: str | None = None
@@ -74,7 +76,8 @@ def check_chain(
                 seal = next(iter(read_seals(connection, last, 1)), None)
                 if seal is None:
                     is_complete = True
-                    _check_rest(connection)
+                    if looks_for_rest:
+                        _check_rest(connection)
                     break
                 _check_head(seal, last + 1, previous_sha256, public_key)
                 _check_content(connection, seal, archived, counts)

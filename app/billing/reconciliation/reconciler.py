@@ -23,8 +23,10 @@ from app.billing.reconciliation.hours import HourSums, check_hours
 from app.billing.reconciliation.journal import JournalState, check_journal
 from app.billing.reconciliation.ledger import check_complete, check_zero
 from app.billing.reconciliation.runs import Run, add_run, confirmed, latest_run, make_run, prune
+from app.billing.reconciliation.seals import SealWalk
 from app.billing.reconciliation.sums import LedgerSums
 from app.billing.reconciliation.usage import UsageWalk
+from app.billing.usage_archive import UsageArchive
 from app.core import clock
 from app.core.database import Database
 from app.core.failpoints import failpoint
@@ -57,17 +59,21 @@ class Reconciler:
         organization_id: str,
         longest_request_ms: int,
         detail_days: int,
+        archive: UsageArchive,
+        public_key: str,
     ) -> None:
         self._database = database
         self._engine = reading_engine(url)
         self._sources = sources
         self._organization_id = organization_id
+        self._kept = timedelta(days=detail_days - 1)
         self._longest_request_ms = longest_request_ms
-        self._detail_days = detail_days
         self._lock = asyncio.Lock()
         self._sums = LedgerSums()
         self._hours = HourSums()
-        self._usage: UsageWalk | None = None
+        self._usage = UsageWalk()
+        self._seals = SealWalk(self._engine, archive, public_key)
+        self._is_first = True
         self._budgets = BudgetWalk()
         self._recounted_at: datetime | None = None
         self._complete: Check | None = None
@@ -85,8 +91,9 @@ class Reconciler:
         started_at = clock.now()
         async with self._database.read() as session:
             before = await latest_run(session)
-        if self._usage is None:
-            self._usage = UsageWalk(before.positions.get("seal", 0) if before else 0)
+        if self._is_first and before is not None:
+            self._go_on(before.positions)
+        self._is_first = False
         journal, engines = self._sources.journal(), self._sources.engines()
         checks = await asyncio.to_thread(self._compare, journal, started_at)
         checks += check_engines(engines, self._engines_before)
@@ -94,9 +101,19 @@ class Reconciler:
         for source in self._sources.others:
             checks += await source()
         checks = confirmed(checks, before.checks if before else [])
-        run = make_run(started_at, clock.now(), checks, {"seal": self._usage.until})
+        run = make_run(started_at, clock.now(), checks, self._positions())
         await self._store(run)
         return run
+
+    def _positions(self) -> dict[str, int]:
+        seals = self._seals
+        return {"usage": self._usage.until, "seals": seals.until, "old_seals": seals.old}
+
+    def _go_on(self, positions: dict[str, int]) -> None:
+        """Where an earlier process stopped."""
+        self._usage.until = positions.get("usage", 0)
+        self._seals.until = positions.get("seals", 0)
+        self._seals.old = positions.get("old_seals", 0)
 
     # --- on a thread ----------------------------------------------------------------------
 
@@ -108,12 +125,10 @@ class Reconciler:
                 checks = self._recount(connection, now)
             elif self._recounted_at is None or now - self._recounted_at >= RECOUNT:
                 checks = self._recount(connection, now)
-            assert self._usage is not None, "made before the first run"
-            detail_from = now - timedelta(days=self._detail_days)
-            usage, unbalanced = self._usage.check(connection, detail_from)
+            usage, unbalanced = self._usage.check(connection, now - self._kept)
             totals, _ = self._sums.read(connection)
             assert self._complete is not None, "counted in the first run"
-            return [
+            checks = [
                 check_journal(connection, journal, self._longest_request_ms),
                 usage,
                 self._usage.check_orphans(connection),
@@ -124,6 +139,7 @@ class Reconciler:
                 check_windows(connection),
                 self._budgets.check(connection, now),
             ]
+        return [*checks, self._seals.check()]
 
     def _compare_sums(self, connection: Connection, now: datetime) -> list[Check]:
         totals, lot_uses = self._sums.read(connection)

@@ -5,6 +5,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import text, update
 
 from app.billing.accounts import AccountWriter
@@ -16,7 +17,10 @@ from app.billing.reconciliation.check import Check
 from app.billing.reconciliation.engines import EngineState
 from app.billing.reconciliation.journal import JournalState
 from app.billing.reconciliation.reconciler import Reconciler, Sources
+from app.billing.sealing import Sealer
+from app.billing.signing import SigningKey
 from app.billing.tables import Budget
+from app.billing.usage_archive import UsageArchive
 from app.core import clock
 from app.core.database import Database
 from app.settings import Settings
@@ -34,6 +38,8 @@ class Books:
     def __init__(self, database: Database, settings: Settings) -> None:
         self.database = database
         self.state = JournalState(num_admitted=0, num_settled=0, num_open=0)
+        self.key = SigningKey(Ed25519PrivateKey.generate())
+        self.sealer = Sealer(settings.sync_database_url, self.key)
         self.engines: Sequence[EngineState] = ()
         self.reconciler = Reconciler(
             database,
@@ -42,6 +48,8 @@ class Books:
             organization_id=OPERATOR,
             longest_request_ms=720_000,
             detail_days=62,
+            archive=UsageArchive(settings.data_dir / "archive"),
+            public_key=self.key.public_hex,
         )
 
     async def compare(self) -> dict[str, Check]:
@@ -128,6 +136,7 @@ async def books(
     made = Books(database, settings)
     yield made
     await made.reconciler.close()
+    await made.sealer.close()
 
 
 async def books_long_before(database: Database) -> None:
