@@ -10,19 +10,22 @@ from litestar.static_files import (
 )
 
 from app.console import (
+    billing,
+    budgets,
     decoder_playground,
     entry,
     keys,
     models,
+    notices,
     optimisations,
     playground,
     prices,
     rebuilding,
+    top_ups,
     uploads,
     usage,
 )
 from app.console.errors import exception_handlers
-from app.console.sessions import require_person
 from app.console.templating import HEADERS, STATIC_DIR, STATIC_PATH, PageRequest
 
 YEAR_SECONDS = 365 * 86400
@@ -52,9 +55,13 @@ behind_session = Router(
         rebuilding.router,
         keys.router,
         usage.router,
+        billing.router,
+        top_ups.router,
+        budgets.router,
+        notices.router,
         prices.router,
     ],
-    before_request=require_person,
+    before_request=notices.enter,
 )
 before_session = Router("/console", route_handlers=[entry.router])
 static_files = create_static_files_router(

@@ -59,6 +59,7 @@ def page(
     auth = cast("dict[str, Any]", request.scope).get("auth")
     context.setdefault("person", auth if isinstance(auth, SignedIn) else None)
     context.setdefault("path", request.url.path)
+    context.setdefault("notices", request.state.get("notices", ()))
     context.setdefault("notice", NOTICES.get(request.query_params.get("notice", "")))
     html = render(template, **context)
     return Response(
@@ -89,6 +90,14 @@ NOTICES = {
     "published": "The endpoint is open to every organization on this box. Whoever calls, pays.",
     "unpublished": "The endpoint is private to your organization again.",
     "rolled-back": "The endpoint is moving to the version you chose.",
+    "budget": "The budget is set, and in force from the next request on.",
+    "budget-gone": "The budget is gone. Nothing is refused because of it any more.",
+    "recharge": "The saved card is charged whenever less is left than you said.",
+    "recharge-off": "The saved card is not charged by itself any more.",
+    "saved": "Saved.",
+    "dismissed": "Dismissed. It comes back if it happens again.",
+    "tested": "A test is on its way to the address. It arrives within seconds.",
+    "credited": "The credit is there, and used from the next request on.",
     "limit": "The spending limit is changed, and in force from the next request on.",
     "prices-changed": "The new prices are in force. Requests admitted before keep theirs.",
     "prices-scheduled": "The new prices are scheduled. Until then you can take them back.",
@@ -114,6 +123,7 @@ def environment() -> Environment:
         short=format_short,
         seconds=format_seconds,
         money=format_nano,
+        tidy=format_tidy,
         moment=format_moment,
         day=format_day,
         ago=format_ago,
@@ -170,6 +180,14 @@ def format_seconds(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest} s"
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+def format_tidy(nano: int, currency: str = "usd") -> str:
+    """`$12.50`, `$0.000104`: two decimals, and more where there are any."""
+    text = format_nano(nano, currency, 6)
+    amount, gap, code = text.partition(" ")
+    units, _, decimals = amount.partition(".")
+    return f"{units}.{decimals.rstrip('0').ljust(2, '0')}{gap}{code}"
 
 
 def format_moment(moment: datetime) -> str:
