@@ -139,6 +139,8 @@ def _break(connection: socket.socket) -> None:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    wbufsize = -1  # head and body in one packet: apart, the second waits 40 ms
     server: _Server
 
     def do_GET(self) -> None:
