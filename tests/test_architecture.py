@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from app.settings import FIELDS
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted(p for folder in ("app", "runtime", "demo") for p in (ROOT / folder).rglob("*.py"))
+APP_SOURCES = [path for path in SOURCES if path.is_relative_to(ROOT / "app")]
 MAX_LINES = 400
 
 
@@ -29,18 +31,103 @@ def test_a_module_says_what_it_owns_and_stays_small(path: Path) -> None:
     assert text.count("\n") <= MAX_LINES, "split it: one noun, one file"
 
 
+# What turns whole numbers into others, or is one that is not whole.
+INEXACT = frozenset({"float", "round", "Decimal", "Fraction", "fmean", "mean"})
+DURATION = re.compile(r"seconds|_ms\b", re.IGNORECASE)
+
+
+def inexact_lines(text: str, is_money: Callable[[ast.expr], bool]) -> list[str]:
+    """Lines that divide, cast, round or print as a float what `is_money` holds for. A path joined
+    with a text that is written out is no division."""
+    found: set[int] = set()
+    for node in ast.walk(ast.parse(text)):
+        match node:
+            case ast.BinOp(left, ast.Div(), right) | ast.AugAssign(left, ast.Div(), right):
+                is_path = any(
+                    isinstance(part, ast.JoinedStr)
+                    or (isinstance(part, ast.Constant) and isinstance(part.value, str))
+                    for part in (left, right)
+                )
+                is_wrong = not is_path and (is_money(left) or is_money(right))
+            case ast.BinOp(left, _, right):
+                is_wrong = any(
+                    isinstance(one, ast.Constant) and isinstance(one.value, float) and is_money(two)
+                    for one, two in ((left, right), (right, left))
+                )
+            case ast.Call(ast.Name(id=name) | ast.Attribute(attr=name), arguments):
+                is_wrong = name in INEXACT and any(is_money(each) for each in arguments)
+            case ast.FormattedValue(value, _, ast.JoinedStr([ast.Constant(str(spec))])):
+                is_wrong = spec[-1:] in {"e", "f", "g", "%", "E", "F", "G"} and is_money(value)
+            case _:
+                is_wrong = False
+        if is_wrong:
+            found.add(getattr(node, "lineno", 1))
+    lines = text.splitlines()
+    return [lines[number - 1].strip() for number in sorted(found)]
+
+
+def names_nano(expression: ast.expr) -> bool:
+    """Whether an amount is named in it."""
+    names = {
+        node.id if isinstance(node, ast.Name) else node.attr
+        for node in ast.walk(expression)
+        if isinstance(node, ast.Name | ast.Attribute)
+    }
+    return any(re.search(r"(^|_)nano(s|$|_)", name.lower()) for name in names)
+
+
 def test_no_float_touches_money() -> None:
-    sources = [*(ROOT / "app/billing").rglob("*.py"), ROOT / "app/core/money.py"]
-    for path in sources:
+    """In the code of money nothing is inexact but durations, on lines that name them."""
+    for path in (*(ROOT / "app/billing").rglob("*.py"), ROOT / "app/core/money.py"):
         text = path.read_text()
+        wrong = inexact_lines(text, lambda _: True)
         for node in ast.walk(ast.parse(text)):
             is_float = isinstance(node, ast.Constant) and isinstance(node.value, float)
-            is_division = isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div)
-            is_cast = isinstance(node, ast.Name) and node.id == "float"
-            if is_float or is_division or is_cast:
-                line = text.splitlines()[getattr(node, "lineno", 1) - 1]
-                # Durations are no money.
-                assert re.search(r"seconds|_ms\b", line, re.IGNORECASE), f"{path}: {line}"
+            is_name = isinstance(node, ast.Name) and node.id in INEXACT
+            if is_float or is_name:
+                wrong.append(text.splitlines()[node.lineno - 1].strip())
+        assert [line for line in wrong if not DURATION.search(line)] == [], path
+
+
+@pytest.mark.parametrize("path", APP_SOURCES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_no_amount_becomes_a_float(path: Path) -> None:
+    """Anywhere else, what is named as nano-units is not divided, cast or rounded."""
+    assert inexact_lines(path.read_text(), names_nano) == []
+
+
+def test_no_template_does_sums_with_amounts() -> None:
+    inexact = re.compile(r"nano\b[^{}%]*( / |\|\s*(round|float|filesizeformat))")
+    for path in (ROOT / "templates").rglob("*.html"):
+        found = inexact.search(path.read_text())
+        assert found is None, f"{path}: {found and found[0]}"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "x = amount_nano / 100",
+        "x = 7 / line.amount_nano",
+        "amount_nano /= 2",
+        "x = float(row.amount_nano)",
+        "x = round(100 * spent_nano // limit_nano, 2)",
+        "x = Decimal(total_nano)",
+        "x = amount_nano * 0.5",
+        "x = sum(amounts_nano) / 3",
+        "x = statistics.fmean(amounts_nano)",
+        "x = f'{amount_nano:.2f}'",
+        "x = NANO_PER_UNIT / 2",
+    ],
+)
+def test_the_search_for_floats_finds(line: str) -> None:
+    assert inexact_lines(line, names_nano) == [line]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["x = amount_nano // 100", "x = amount_nano * 2", "x = folder / 'nano'", "x = f'{a_nano:,}'"],
+)
+def test_the_search_for_floats_passes(line: str) -> None:
+    assert inexact_lines(line, names_nano) == []
 
 
 def test_nothing_unpickles_what_it_did_not_write() -> None:
