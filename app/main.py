@@ -34,6 +34,7 @@ from app.api import (
     predict,
     prices,
     receipts,
+    reconciliation,
     seals,
     uploads,
     usage,
@@ -45,6 +46,7 @@ from app.billing.clerk import Clerk
 from app.billing.ledger import open_account
 from app.billing.payments.service import Payments
 from app.billing.prices import PriceTable
+from app.billing.reconciliation import reconciler
 from app.billing.records import Records
 from app.billing.sealing import Sealer
 from app.billing.signing import open_key
@@ -107,6 +109,7 @@ def create_app(settings: Settings, announce: Callable[[str], object] = log.info)
             billing.router,
             billing.webhook_router,
             budgets.router,
+            reconciliation.router,
             documentation.router,
             console.router,
         ],
@@ -141,6 +144,7 @@ async def start(
     await start_records(state, settings, stack)
     await start_serving(state, settings, stack)
     await start_payments(state, settings, stack)
+    await start_reconciling(state, settings, stack)
     start_clerk(state, settings, stack)
     stack.push_async_callback(stop_task, asyncio.create_task(expire_uploads(state.uploads)))
 
@@ -247,11 +251,18 @@ async def start_payments(state: State, settings: Settings, stack: AsyncExitStack
         await payments.link.outbox.resume()
 
 
+async def start_reconciling(state: State, settings: Settings, stack: AsyncExitStack) -> None:
+    """Over all that is started before, as it compares it."""
+    state.reconciler = await reconciliation.make_reconciler(state, settings)
+    stack.push_async_callback(state.reconciler.close)
+
+
 def start_clerk(state: State, settings: Settings, stack: AsyncExitStack) -> None:
     """What is done about money beside the requests."""
     state.clerk = clerk = Clerk()
     clerk.add("seals", 5, state.sealer.turn)
     clerk.add("usage archive", 3600, state.archivist.turn)
+    clerk.add("reconciliation", reconciler.SECONDS, state.reconciler.run)
     add_payment_jobs(clerk, state.payments)
     clerk.start()
     stack.push_async_callback(clerk.close)

@@ -6,6 +6,7 @@ own counters.
 
 import msgspec
 
+from app.core.clock import monotonic_ns
 from app.deployments.generation import Generation
 from runtime.protocol import Embedded, Predicted, SequenceOutput
 
@@ -32,6 +33,7 @@ class Metered:
         self.delivered = Counts()
         self.undelivered = Counts()
         self.num_failed = 0
+        self.started_ns = monotonic_ns()
         self.received_ns = 0  # when the worker last sent something
 
     def deliver(self, output: SequenceOutput, generation: Generation) -> None:
