@@ -247,8 +247,7 @@ async def start_payments(state: State, settings: Settings, stack: AsyncExitStack
     """What an earlier process was asking of Stripe is taken up again."""
     state.payments = payments = Payments(state.database, settings)
     stack.push_async_callback(payments.close)
-    if payments.is_configured:
-        await payments.link.outbox.resume()
+    await payments.resume()
 
 
 async def start_reconciling(state: State, settings: Settings, stack: AsyncExitStack) -> None:

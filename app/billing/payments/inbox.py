@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime, timedelta
 
 import msgspec
-from sqlalchemy import select
+from sqlalchemy import select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -58,6 +58,15 @@ class Inbox:
         self._stripe = stripe
         self._calls = calls
         self._follow_invoice = follow_invoice
+
+    async def resume(self) -> None:
+        """What an earlier process was at is due at once."""
+        async with self._database.write() as session:
+            await session.execute(
+                update(StripeEvent)
+                .where(StripeEvent.state.in_(WAITING_STATES))
+                .values(next_at=clock.now())
+            )
 
     async def receive(self, body: bytes, header: str, secrets: Sequence[str]) -> str:
         """Stores a webhook, once, and returns its event's id. Raises `BadSignature`."""

@@ -87,7 +87,7 @@ class Outbox:
         self._currency = currency
 
     async def resume(self) -> None:
-        """At the start: what an earlier process was at is taken up at once."""
+        """What an earlier process was at is due at once."""
         async with self._database.write() as session:
             await session.execute(
                 update(StripeOperation)

@@ -91,6 +91,12 @@ class Payments:
             raise StripeNotConfigured
         return self._link
 
+    async def resume(self) -> None:
+        """At the start: what an earlier process was at is taken up at once."""
+        if self._link is not None:
+            await self._link.outbox.resume()
+            await self._link.inbox.resume()
+
     async def close(self) -> None:
         """Leaves what is under way to the next start."""
         for task in self._tasks:
@@ -172,7 +178,9 @@ class Payments:
         task = asyncio.create_task(self.link.outbox.turn(organization_id))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        await asyncio.wait({task}, timeout=PATIENCE_SECONDS)
+        done, _ = await asyncio.wait({task}, timeout=PATIENCE_SECONDS)
+        for each in done:
+            each.result()  # raises what the turn raised
 
     async def recharge(self) -> None:
         """A turn: charges the cards of who has little left."""

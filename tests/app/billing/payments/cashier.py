@@ -42,7 +42,7 @@ class Cashier:
         """A new process, which knows only what the database does."""
         await self.payments.close()
         self.payments = Payments(self.database, self.settings)
-        await self.payments.link.outbox.resume()
+        await self.payments.resume()
 
     async def begin(self, cents: int = CENTS) -> TopUp:
         return await self.payments.begin_top_up(self.organization_id, cents)
