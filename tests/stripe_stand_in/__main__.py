@@ -1,7 +1,7 @@
 """Runs a stand-in until it is interrupted: `python -m tests.stripe_stand_in --port 12111`."""
 
 import argparse
-import threading
+import time
 
 from tests.stripe_stand_in.server import StandIn
 
@@ -18,7 +18,9 @@ def main() -> None:
         print(f"TAPEOUT_STRIPE_API_BASE={stand_in.url}")  # noqa: T201
         print(f"TAPEOUT_STRIPE_API_KEY={stand_in.api_key}")  # noqa: T201
         print(f"TAPEOUT_STRIPE_WEBHOOK_SECRETS={stand_in.webhook_secret}", flush=True)  # noqa: T201
-        threading.Event().wait()
+        while True:
+            time.sleep(1)
+            stand_in.let_time_pass()
 
 
 if __name__ == "__main__":
