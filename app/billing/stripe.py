@@ -272,7 +272,8 @@ class _HttpClient(stripe.RequestsClient):
 
     @property
     def is_in_doubt(self) -> bool:
-        return self._call.is_in_doubt
+        # A list may be read on in another thread than it was begun in.
+        return getattr(self._call, "is_in_doubt", False)
 
     def request(
         self, method: str, url: str, headers: Mapping[str, str] | None, post_data: Any = None
