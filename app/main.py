@@ -21,13 +21,16 @@ from app import console
 from app.api import (
     billing,
     budgets,
+    credits,
     deployments,
     documentation,
     health,
     inference_v2,
+    invoices,
     keys,
     model_docs,
     models,
+    notices,
     openai,
     optimisations,
     organization,
@@ -44,6 +47,9 @@ from app.billing.accounts import AccountWriter
 from app.billing.archiving import Archivist
 from app.billing.clerk import Clerk
 from app.billing.ledger import open_account
+from app.billing.payments import invoice_ending
+from app.billing.payments.invoice_books import refresh_invoice
+from app.billing.payments.month_jobs import add_month_jobs
 from app.billing.payments.service import Payments
 from app.billing.prices import PriceTable
 from app.billing.reconciliation import reconciler
@@ -109,6 +115,9 @@ def create_app(settings: Settings, announce: Callable[[str], object] = log.info)
             billing.router,
             billing.webhook_router,
             budgets.router,
+            invoices.router,
+            credits.router,
+            notices.router,
             reconciliation.router,
             documentation.router,
             console.router,
@@ -245,7 +254,12 @@ def choose_launcher(settings: Settings, storage: Storage) -> Launcher:
 
 async def start_payments(state: State, settings: Settings, stack: AsyncExitStack) -> None:
     """What an earlier process was asking of Stripe is taken up again."""
-    state.payments = payments = Payments(state.database, settings)
+
+    async def follow_invoice(stripe_invoice_id: str) -> None:
+        await refresh_invoice(state.database, payments.link.stripe, stripe_invoice_id)
+
+    kinds = invoice_ending.kinds()
+    state.payments = payments = Payments(state.database, settings, kinds, follow_invoice)
     stack.push_async_callback(payments.close)
     await payments.resume()
 
@@ -263,6 +277,8 @@ def start_clerk(state: State, settings: Settings, stack: AsyncExitStack) -> None
     clerk.add("usage archive", 3600, state.archivist.turn)
     clerk.add("reconciliation", reconciler.SECONDS, state.reconciler.run)
     add_payment_jobs(clerk, state.payments)
+    has_stripe = state.payments.is_configured
+    add_month_jobs(clerk, state.database, settings.currency, has_stripe=has_stripe)
     clerk.start()
     stack.push_async_callback(clerk.close)
 

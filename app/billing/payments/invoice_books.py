@@ -18,6 +18,7 @@ from app.billing.payments.invoices import hold_back, release
 from app.billing.payments.notices import end, notify
 from app.billing.payments.tables import Invoice
 from app.billing.stripe import Stripe
+from app.billing.stripe_errors import StripeRejected
 from app.billing.stripe_invoices import DAYS_UNTIL_DUE
 from app.billing.stripe_objects import Invoice as StripeInvoice
 from app.core import clock
@@ -30,25 +31,31 @@ AT_STRIPE = ("pushed", "differs", "finalised", "past_due")
 async def refresh_invoice(database: Database, stripe: Stripe, stripe_invoice_id: str) -> None:
     """Reads an invoice again and brings it into the books, if it is one of ours. Raises what
     `Stripe.get_invoice` does."""
-    if await _organization_of(database, stripe_invoice_id) is None:
-        return
-    seen = await asyncio.to_thread(stripe.get_invoice, stripe_invoice_id)
-    failpoint("invoice_books.after_read")
-    await follow(database, seen)
-
-
-async def follow(database: Database, seen: StripeInvoice) -> None:
-    """Brings into the books what was read. Invoices that are not ours are left alone."""
-    organization_id = await _organization_of(database, seen.id)
+    organization_id = await _organization_of(database, stripe_invoice_id)
     if organization_id is None:
         return
+    seen = await asyncio.to_thread(_read, stripe, stripe_invoice_id)
+    failpoint("invoice_books.after_read")
     async with database.write() as session:
-        await lock_account(session, organization_id, seen.currency)
-        query = select(Invoice).where(Invoice.stripe_invoice_id == seen.id)
-        invoice = (await session.scalars(query)).one()
-        await apply(session, invoice, seen)
+        await lock_account(session, organization_id, "")
+        query = select(Invoice).where(Invoice.stripe_invoice_id == stripe_invoice_id)
+        invoice = await session.scalar(query)
+        if invoice is not None and seen is not None:
+            await apply(session, invoice, seen)
+        elif invoice is not None:
+            await _deleted(session, invoice)
         failpoint("invoice_books.before_commit")
     failpoint("invoice_books.after_commit")
+
+
+def _read(stripe: Stripe, stripe_invoice_id: str) -> StripeInvoice | None:
+    """None for a draft that was deleted."""
+    try:
+        return stripe.get_invoice(stripe_invoice_id)
+    except StripeRejected as error:
+        if error.code == "resource_missing":
+            return None
+        raise
 
 
 async def apply(session: AsyncSession, invoice: Invoice, seen: StripeInvoice) -> None:
@@ -70,8 +77,7 @@ async def apply(session: AsyncSession, invoice: Invoice, seen: StripeInvoice) ->
             await write_off(session, invoice)
             await finish(session, invoice, seen.status)
         case "deleted":
-            if invoice.state in AT_STRIPE:
-                await set_aside(session, invoice, "its draft was deleted at Stripe", is_gone=True)
+            await _deleted(session, invoice)
         case _:
             pass  # a draft says nothing
 
@@ -83,6 +89,11 @@ async def finish(session: AsyncSession, invoice: Invoice, state: str) -> None:
     await release(session, invoice)
     for kind in ("invoice", "invoice_past_due"):
         await end(session, invoice.organization_id, kind, subject=invoice.id)
+
+
+async def _deleted(session: AsyncSession, invoice: Invoice) -> None:
+    if invoice.state in ("frozen", *AT_STRIPE):
+        await set_aside(session, invoice, "its draft was deleted at Stripe", is_gone=True)
 
 
 async def set_aside(session: AsyncSession, invoice: Invoice, reason: str, *, is_gone: bool) -> None:

@@ -1,0 +1,168 @@
+"""Invoices as people read them: lists, lines, what was waived, and the requests behind a line.
+
+Reads only. Another organization's invoice is not found, unless the operator asks.
+"""
+
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+
+import msgspec
+from sqlalchemy import select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.billing.payments.cents import NANO_PER_CENT
+from app.billing.payments.month_usage import MonthLine, month_lines
+from app.billing.payments.periods import period_named
+from app.billing.payments.tables import Invoice, InvoiceLine
+from app.billing.tables import LedgerTransaction
+from app.core.csv_text import csv_blocks
+from app.core.errors import NotFound
+from app.core.money import write_amount
+from app.metering.tables import UsageEvent, UsageLine
+
+MAX_LISTED = 500
+MAX_PAGE = 1000
+CSV_HEADER = (
+    "position",
+    "model",
+    "service_class",
+    "dimension",
+    "quantity",
+    "price",
+    "per",
+    "amount",
+    "currency",
+)
+
+
+class LineRequest(msgspec.Struct, frozen=True):
+    """One request behind a line of an invoice, with its share of it."""
+
+    request_id: str
+    finished_at: datetime
+    quantity: int
+    amount_nano: int
+
+
+class RequestPage(msgspec.Struct, frozen=True):
+    """`next` is given where there are more, for the parameter `after`."""
+
+    requests: list[LineRequest]
+    next: str | None
+
+
+async def list_invoices(session: AsyncSession, organization_id: str | None) -> Sequence[Invoice]:
+    """The newest first; of all organizations for None."""
+    query = select(Invoice).order_by(Invoice.number.desc()).limit(MAX_LISTED)
+    if organization_id is not None:
+        query = query.where(Invoice.organization_id == organization_id)
+    return (await session.scalars(query)).all()
+
+
+async def read_invoice(
+    session: AsyncSession, organization_id: str | None, invoice_id: str
+) -> Invoice:
+    """One of the organization's; of anybody's for None. Raises `NotFound`."""
+    invoice = await session.get(Invoice, invoice_id)
+    if invoice is None or organization_id not in (None, invoice.organization_id):
+        raise NotFound(f"There is no invoice {invoice_id!r}.", code="invoice_not_found")
+    return invoice
+
+
+async def read_lines(session: AsyncSession, invoice: Invoice) -> Sequence[InvoiceLine]:
+    rows = await session.scalars(
+        select(InvoiceLine)
+        .where(InvoiceLine.invoice_id == invoice.id)
+        .order_by(InvoiceLine.position)
+    )
+    return rows.all()
+
+
+async def read_waived(session: AsyncSession, invoice: Invoice) -> list[MonthLine]:
+    """What was used in the month and is not charged."""
+    period = period_named(invoice.period)
+    return await month_lines(session, invoice.organization_id, period, "waived")
+
+
+async def read_requests(
+    session: AsyncSession, invoice: Invoice, position: int, after: str, limit: int
+) -> RequestPage:
+    """Requests of one line, the oldest first, while they are kept one by one. `after` is the
+    `next` of the page before. Raises `NotFound` for a line that there is not."""
+    line = await session.get(InvoiceLine, (invoice.id, position))
+    if line is None:
+        raise NotFound(f"The invoice has no line {position}.", code="invoice_line_not_found")
+    limit = max(1, min(limit, MAX_PAGE))
+    period = period_named(invoice.period)
+    rows = await session.execute(
+        select(
+            UsageEvent.id,
+            UsageEvent.request_id,
+            UsageEvent.finished_at,
+            UsageLine.quantity,
+            UsageLine.amount_nano,
+        )
+        .join(UsageLine, UsageLine.event_id == UsageEvent.id)
+        .join(LedgerTransaction, LedgerTransaction.id == UsageEvent.ledger_transaction_id)
+        .where(
+            UsageEvent.organization_id == invoice.organization_id,
+            UsageEvent.endpoint_name == line.endpoint_name,
+            UsageEvent.service_class == line.service_class,
+            UsageLine.dimension == line.dimension,
+            UsageLine.price_nano == line.price_nano,
+            UsageLine.unit_scale == line.unit_scale,
+            UsageLine.disposition == "billed",
+            # A request belongs to the month in which it was posted.
+            LedgerTransaction.created_at >= period.start,
+            LedgerTransaction.created_at < period.end,
+            UsageEvent.id > after,
+        )
+        .order_by(UsageEvent.id)
+        .limit(limit + 1)
+    )
+    found = rows.tuples().all()
+    return RequestPage(
+        [LineRequest(*row[1:]) for row in found[:limit]],
+        found[limit - 1][0] if len(found) > limit else None,
+    )
+
+
+def invoice_csv(
+    invoice: Invoice, lines: Sequence[InvoiceLine], waived: Sequence[MonthLine]
+) -> Iterator[bytes]:
+    """Every line with exact amounts, then what leads from their sum to what is due."""
+    return csv_blocks(CSV_HEADER, _rows(invoice, lines, waived))
+
+
+def _rows(
+    invoice: Invoice, lines: Sequence[InvoiceLine], waived: Sequence[MonthLine]
+) -> Iterator[list[str | int]]:
+    for line in lines:
+        yield [str(line.position), *_cells(line), write_amount(line.amount_nano), invoice.currency]
+    for line in waived:
+        yield ["waived", *_cells(line), write_amount(0), invoice.currency]
+    for words, nano in _sums(invoice):
+        yield [words, *[""] * 6, write_amount(nano), invoice.currency]
+
+
+def _sums(invoice: Invoice) -> Iterator[tuple[str, int]]:
+    """Without signs, which spreadsheets take for formulas."""
+    yield "usage", invoice.usage_nano
+    yield "less credit", invoice.credit_nano
+    for words, nano in (
+        ("carried over from before", invoice.carry_in_nano),
+        ("carried on to the next", -invoice.carry_out_nano),
+    ):
+        yield (words, nano) if nano >= 0 else (f"less {words}", -nano)
+    yield "due", invoice.due_cents * NANO_PER_CENT
+
+
+def _cells(line: InvoiceLine | MonthLine) -> list[str | int]:
+    return [
+        line.endpoint_name,
+        line.service_class,
+        line.dimension,
+        line.quantity,
+        write_amount(line.price_nano),
+        line.unit_scale,
+    ]
