@@ -10,6 +10,7 @@ from app.cli.launcher import launcher as launcher_command
 from app.cli.listings import keys, logs, models, prices, usage
 from app.cli.optimise import optimise as optimise_command
 from app.cli.push import push as push_command
+from app.cli.receipts import ledger, receipt
 from app.cli.serve import serve as serve_command
 
 
@@ -31,6 +32,8 @@ for command in (
     models,
     logs,
     usage,
+    receipt,
+    ledger,
     keys,
     prices,
     bench_command,
