@@ -31,6 +31,7 @@ class Account:
         self.request: dict[str, str | None] = {"id": None, "idempotency_key": None}
         self.cards: dict[str, str] = {}  # number by payment method
         self.intent_params: dict[str, Object] = {}  # payment_intent_data by Checkout session
+        self.is_booking_late = False  # charges come into the balance only later
         self.overdue_ids: set[str] = set()  # of invoices, said once
         self._objects: dict[str, Object] = {}
         self._random = random.Random(seed)  # noqa: S311 - the same ids for the same seed

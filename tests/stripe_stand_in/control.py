@@ -22,7 +22,7 @@ def control(stand_in: "StandIn", act: str, body: str) -> Answer:
         if not name.startswith("_") and callable(getattr(stand_in, name))
     } | {
         "faults/add": stand_in.faults.add,
-        "faults/at_random": lambda **rates: stand_in.faults.at_random(rates),
+        "faults/at_random": stand_in.faults.at_random,
         "faults/clear": stand_in.faults.clear,
         "faults/webhooks": lambda **counts: vars(stand_in.faults.webhooks).update(counts),
         "clock/advance": stand_in.clock.advance,

@@ -32,8 +32,11 @@ class Fault:
 
 @dataclass
 class WebhookFaults:
-    """How many of the next events are treated so; `is_reordered` lasts."""
+    """How many of the next events are treated so, and with what probability any is; `is_reordered`
+    lasts."""
 
+    random: random.Random
+    rates: dict[str, float] = field(default_factory=dict)
     duplicate: int = 0
     drop: int = 0
     delay: int = 0
@@ -47,21 +50,20 @@ class WebhookFaults:
     def take(self, name: str) -> bool:
         """Whether this one is hit."""
         left: int = getattr(self, name)
-        setattr(self, name, max(0, left - 1))
-        return left > 0
+        if left > 0:
+            setattr(self, name, left - 1)
+            return True
+        return name in self.rates and self.random.random() < self.rates[name]
 
 
-@dataclass
 class Faults:
     """The plan. Faults that were added are used up in order, before those at random."""
 
-    seed: int = 0
-    webhooks: WebhookFaults = field(default_factory=WebhookFaults)
-    _planned: list[Fault] = field(default_factory=list)
-    _rates: dict[Kind, float] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.random = random.Random(self.seed)  # noqa: S311 - to be repeated by its seed
+    def __init__(self, seed: int = 0) -> None:
+        self.random = random.Random(seed)  # noqa: S311 - to be repeated by its seed
+        self.webhooks = WebhookFaults(self.random)
+        self._planned: list[Fault] = []
+        self._rates: dict[Kind, float] = {}
 
     def add(
         self,
@@ -78,14 +80,16 @@ class Faults:
         self._planned.append(fault)
         return fault
 
-    def at_random(self, rates: dict[Kind, float]) -> None:
-        """Each request fails in one of these ways with this probability."""
+    def at_random(self, rates: dict[Kind, float], webhooks: dict[str, float] | None = None) -> None:
+        """Each request fails in one of these ways with this probability, and each webhook in any
+        of those."""
         self._rates = dict(rates)
+        self.webhooks.rates = dict(webhooks or {})
 
     def clear(self) -> None:
         self._planned.clear()
         self._rates.clear()
-        self.webhooks = WebhookFaults()
+        self.webhooks = WebhookFaults(self.random)
 
     def pick(self, method: str, path: str) -> Fault | None:
         """What goes wrong with this request."""

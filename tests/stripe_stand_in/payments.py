@@ -79,14 +79,10 @@ def confirm(account: Account, intent: Object, method: Object, *, is_off_session:
 def succeed(account: Account, intent: Object, method: Object) -> None:
     """The money has come in."""
     charge = _charge(account, intent, method)
-    transaction = account.move("charge", intent["amount"], fee(intent["amount"]), charge)
-    charge |= {
-        "status": "succeeded",
-        "paid": True,
-        "captured": True,
-        "amount_captured": intent["amount"],
-        "balance_transaction": transaction["id"],
-    }
+    charge |= {"status": "succeeded", "paid": True, "captured": True}
+    charge["amount_captured"] = intent["amount"]
+    if not account.is_booking_late:
+        book(account, charge)
     intent |= {
         "status": "succeeded",
         "amount_received": intent["amount"],
@@ -96,6 +92,12 @@ def succeed(account: Account, intent: Object, method: Object) -> None:
     }
     account.emit("charge.succeeded", charge)
     account.emit("payment_intent.succeeded", intent)
+
+
+def book(account: Account, charge: Object) -> None:
+    """Into the balance, less the fee."""
+    transaction = account.move("charge", charge["amount"], fee(charge["amount"]), charge)
+    charge["balance_transaction"] = transaction["id"]
 
 
 def decline(account: Account, intent: Object, method: Object, code: str, decline_code: str) -> None:

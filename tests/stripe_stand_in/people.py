@@ -220,6 +220,19 @@ class People:
 
     # Time
 
+    def book_late(self, is_late: bool = True) -> None:
+        """From now on charges have no balance transaction, as at Stripe they may have none yet,
+        until `book_charges`."""
+        with self.account.lock:
+            self.account.is_booking_late = is_late
+
+    def book_charges(self) -> None:
+        with self.account.lock:
+            for charge in self.account.all("charge"):
+                if charge["paid"] and charge["balance_transaction"] is None:
+                    payments.book(self.account, charge)
+                    self.account.emit("charge.updated", charge)
+
     def collect_invoice(self, stripe_invoice_id: str) -> Object:
         """Stripe tries to collect an open invoice, as it does an hour after finalising."""
         with self.account.lock:

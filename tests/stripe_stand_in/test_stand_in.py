@@ -191,6 +191,46 @@ def test_webhooks_can_be_duplicated_dropped_delayed_and_reordered(stand_in: Stan
     assert taken != ids
 
 
+def test_webhooks_are_spoilt_at_random_by_the_seed() -> None:
+    def run(seed: int) -> list[str]:
+        with StandIn(seed) as stand_in:
+            stand_in.faults.at_random({}, {"drop": 0.3, "duplicate": 0.3})
+            for number in range(20):
+                new_customer(stand_in, f"k{number}")
+            positions = {event["id"]: n for n, event in enumerate(stand_in.events())}
+            return [str(positions[each.event_id]) for each in stand_in.webhooks.take()]
+
+    assert run(1) == run(1) != run(2)
+    assert len(set(run(1))) < 20
+
+
+def test_charges_may_come_into_the_balance_later(stand_in: StandIn) -> None:
+    client = Stripe(stand_in.api_key, stand_in.url)
+    customer_id = new_customer(stand_in)
+    method = stand_in.save_card(customer_id)
+    stand_in.book_late()
+    payment = client.charge_saved_card(
+        "c",
+        customer_id=customer_id,
+        payment_method_id=method["id"],
+        amount_cents=1000,
+        currency="usd",
+        top_up_id="t",
+    )
+    assert (payment.is_paid, payment.balance_transaction_id) == (True, "")
+    stand_in.book_charges()
+    assert client.get_payment(payment.id).balance_transaction_id
+    assert len(stand_in.events("charge.updated")) == 1
+
+
+def test_a_payout_moves_the_balance(stand_in: StandIn) -> None:
+    payout = stand_in.pay_out(500)
+    client = Stripe(stand_in.api_key, stand_in.url)
+    [move] = client.list_balance_transactions(datetime.now(UTC))
+    assert (move.type, move.net_cents, move.source_id) == ("payout", -500, payout["id"])
+    assert move.payment_id == ""
+
+
 def test_while_a_secret_is_rolled_both_sign(stand_in: StandIn) -> None:
     stand_in.webhooks.secrets = ["whsec_new", stand_in.webhook_secret]
     new_customer(stand_in)

@@ -1,11 +1,20 @@
 """What each fault of Stripe or the network comes out as, and that it takes effect at most once."""
 
+import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from app.billing.stripe import Stripe
 from app.billing.stripe_errors import (
@@ -221,6 +230,47 @@ def test_nothing_happens_where_there_is_no_connection(
     stripe_stand_in.start()
     create(client)
     assert num_customers(stripe_stand_in) == 2
+
+
+def test_what_is_not_known_to_be_stripe_is_sent_nothing(tmp_path: Path) -> None:
+    """A network that answers in Stripe's place: the request never left."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    now = datetime.now(UTC)
+    certificate = (
+        builder.not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .sign(key, hashes.SHA256())
+    )
+    pem = tmp_path / "pem"
+    unlocked = serialization.NoEncryption()
+    pem.write_bytes(
+        key.private_bytes(Encoding.PEM, serialization.PrivateFormat.PKCS8, unlocked)
+        + certificate.public_bytes(Encoding.PEM)
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pem)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            with connection, suppress(ssl.SSLError):
+                context.wrap_socket(connection, server_side=True)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(StripeUnreachable, match="SSLError"):
+            create(Stripe("sk_test", f"https://localhost:{server.getsockname()[1]}", max_retries=0))
+        thread.join()
+
+
+def test_threads_share_a_client(new_client: NewClient, stripe_stand_in: StandIn) -> None:
+    client = new_client(max_retries=2)
+    stripe_stand_in.faults.add("lose_reply", CUSTOMERS, times=2)
+    with ThreadPoolExecutor(8) as threads:
+        made = list(threads.map(lambda n: create(client, key=f"k{n % 10}"), range(40)))
+    assert len({customer.id for customer in made}) == 10 == num_customers(stripe_stand_in)
 
 
 def test_a_wrong_key_of_the_account_can_be_put_right(stripe_stand_in: StandIn) -> None:
