@@ -16,7 +16,7 @@ from app.metering.tables import DIMENSIONS
 from runtime.protocol import Kind
 
 # The prompt is divided among these: what one of them counts, the others do not.
-PROMPT_DIMENSIONS = ("input", "cached_input", "cache_write")
+PROMPT_DIMENSIONS: tuple[str, ...] = ("input", "cached_input", "cache_write")
 TOKEN_DIMENSIONS = frozenset({*PROMPT_DIMENSIONS, "output"})
 # What a kind of program is charged for. The rest of what is counted is recorded free of charge:
 # a decoder's device time is already in the price of its tokens.

@@ -59,6 +59,7 @@ class ModelPrices(msgspec.Struct, frozen=True):
     """The prices of one endpoint, or of all that have none of their own."""
 
     title: str
+    is_default: bool
     classes: list[str]
     rows: list[PriceRow]
 
@@ -94,6 +95,7 @@ def _model_prices(name: str, items: Sequence[Item], currency: str) -> ModelPrice
         rows.setdefault(key, {})[item.service_class] = price
     return ModelPrices(
         title_of(name),
+        name == ANY_ENDPOINT,
         [each.capitalize() for each in classes],
         [
             PriceRow(

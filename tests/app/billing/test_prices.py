@@ -1,5 +1,6 @@
 """Price books: the first one, looking prices up, immutability and editing."""
 
+import asyncio
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -185,6 +186,21 @@ async def test_prices_changed_meanwhile_are_not_overwritten(
     with pytest.raises(Conflict, match="changed since you began"):
         async with database.write() as session:
             await change_prices(session, [item(price_nano=2)], "usd", based_on=seen)
+
+
+async def test_changes_at_the_same_moment_never_share_a_number(
+    prices: PriceTable, database: Database
+) -> None:
+    async def change(price_nano: int) -> None:
+        async with database.write() as session:
+            await change_prices(session, [item(price_nano=price_nano)], "usd")
+
+    found = await asyncio.gather(*map(change, range(5)), return_exceptions=True)
+    assert all(each is None or isinstance(each, Conflict) for each in found), found
+    await prices.refresh()
+    numbers = [book.number for book in prices.books]
+    assert sorted(numbers) == list(range(1, 2 + found.count(None)))
+    assert found.count(None) > 0
 
 
 async def test_a_scheduled_book_can_be_taken_back_until_it_is_near(

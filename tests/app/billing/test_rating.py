@@ -127,7 +127,7 @@ def books(draw: st.DrawFn) -> Book:
         for price in [draw(prices)]
     ]
     unique = {(*astuple(each)[:3], *astuple(each)[5:]): each for each in items}
-    policy = draw(
+    policy: dict[str, str] = draw(
         st.dictionaries(
             st.one_of(
                 st.sampled_from(OUTCOMES),
@@ -144,9 +144,53 @@ def books(draw: st.DrawFn) -> Book:
     return book_of(*unique.values(), policy=policy)
 
 
-minutes = st.integers(0, 1439).map(lambda minute: minute * 60 * 10**9)
+minutes = st.one_of(
+    st.sampled_from((0, 119, 120, 599, 600, 899, 900, 1379, 1380, 1439)), st.integers(0, 1439)
+).map(lambda minute: minute * 60 * 10**9)
 outcomes = st.sampled_from(OUTCOMES)
 shares = st.integers(0, 100)
+
+
+def looked_up(
+    book: Book, name: str, service_class: str, prompt: int, minute: int
+) -> dict[str, Price]:
+    """The rules of `docs/pricing.md`, one item after another."""
+    best: dict[str, tuple[tuple[bool, bool, int, bool], Price]] = {}
+    for each in book.items:
+        start, end = each.from_minute, each.until_minute
+        is_in = start <= minute < end if start < end else not end <= minute < start
+        is_ours = each.endpoint_name in ("*", name)
+        is_class = each.service_class in ("standard", service_class)
+        is_long_enough = prompt > each.above_tokens or each.above_tokens == 0
+        if not (is_in and is_ours and is_class and is_long_enough):
+            continue
+        rank = (
+            each.service_class == service_class,
+            each.endpoint_name == name,
+            each.above_tokens,
+            (start, end) != (0, 1440),
+        )
+        if each.dimension not in best or rank > best[each.dimension][0]:
+            best[each.dimension] = (rank, Price(each.price_nano, each.unit_scale))
+    return {dimension: price for dimension, (_, price) in best.items()}
+
+
+@given(
+    book=books(),
+    started_at_ns=minutes,
+    prompt=st.sampled_from((0, 1, 999, 1_000, 1_001, 100_000, 100_001, 10**9)),
+    name=st.sampled_from(("tiny", "other")),
+    service_class=st.sampled_from(("standard", "priority", "batch")),
+)
+@settings(max_examples=300)
+def test_rates_follow_the_rules_of_look_up(
+    book: Book, started_at_ns: int, prompt: int, name: str, service_class: str
+) -> None:
+    minute = started_at_ns // (60 * 10**9)
+    wanted = looked_up(book, name, service_class, prompt, minute)
+    assert book.rates(name, service_class, prompt, started_at_ns).prices == wanted
+    days_later = started_at_ns + 20_000 * 86_400 * 10**9
+    assert book.rates(name, service_class, prompt, days_later).prices == wanted
 
 
 @given(

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -177,7 +178,7 @@ async def test_hours_are_rated_by_their_windows(
     accounts.settle(settlement("req_1", finished_at_ns=int(NOW.timestamp() * 1e9)))
     await accounts.flush()
     hour = NOW.hour
-    window = {"from_minute": hour * 60, "until_minute": (hour + 1) * 60}
+    window: dict[str, Any] = {"from_minute": hour * 60, "until_minute": (hour + 1) * 60}
     in_it = book_of(item(price_nano=1), item(price_nano=1_000_000, **window))
     until = clock.now() + timedelta(minutes=1)
     found = await reprice(database, in_it, SINCE, until, 0)
