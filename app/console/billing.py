@@ -120,6 +120,8 @@ async def billing_page(
         "below": view.recharge_below,
         "amount": view.recharge_amount,
         "email": view.profile.email,
+        "low_balance": view.low_balance,
+        "notify_url": view.profile.notify_url,
         "top_up": "",
         "of": "organization",
         "period": "month",

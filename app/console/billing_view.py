@@ -3,15 +3,16 @@
 from collections.abc import Sequence
 
 import msgspec
-from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.api.openai import visible_models
 from app.billing.budgets import BudgetView, list_budgets
 from app.billing.credits import open_lots
 from app.billing.payments.cents import NANO_PER_CENT
+from app.billing.payments.invoice_view import list_invoices
+from app.billing.payments.notices import all_notices
 from app.billing.payments.profile import read_profile
-from app.billing.payments.tables import BillingProfile, Invoice, TopUp
+from app.billing.payments.tables import BillingProfile, Invoice, Notice, TopUp
 from app.billing.payments.top_ups import list_top_ups
 from app.billing.service import Account, read_account
 from app.billing.tables import CreditLot
@@ -21,7 +22,7 @@ from app.organizations.keys import list_keys
 from app.organizations.principal import Principal
 
 NUM_TOP_UPS = 20
-NUM_INVOICES = 24
+NUM_NOTICES = 8
 PRESETS = ("10.00", "25.00", "100.00")
 TOP_UP_LAMPS = {
     "created": Lamp("busy", "being prepared"),
@@ -62,6 +63,7 @@ class BillingView(msgspec.Struct, frozen=True, kw_only=True):
     budgets: list[BudgetView]
     subjects: Subjects
     profile: BillingProfile
+    notices: Sequence[Notice]
     takes_payments: bool
 
     @property
@@ -105,6 +107,11 @@ class BillingView(msgspec.Struct, frozen=True, kw_only=True):
         return self.profile.card_label or ("A card" if self.profile.payment_method_id else "")
 
     @property
+    def low_balance(self) -> str:
+        nano = self.profile.low_balance_nano
+        return "" if nano is None else write_amount(nano)
+
+    @property
     def recharge_below(self) -> str:
         below = self.profile.recharge_below_nano
         return "" if below is None else write_amount(below)
@@ -128,22 +135,13 @@ async def read_billing(
         account=await read_account(session, organization_id, currency),
         lots=await open_lots(session, organization_id),
         top_ups=await list_top_ups(session, organization_id, NUM_TOP_UPS),
-        invoices=await _invoices(session, organization_id),
+        invoices=await list_invoices(session, organization_id),
         budgets=await list_budgets(session, organization_id),
         subjects=await _subjects(session, principal),
         profile=await read_profile(session, organization_id),
+        notices=(await all_notices(session, organization_id))[:NUM_NOTICES],
         takes_payments=takes_payments,
     )
-
-
-async def _invoices(session: AsyncSession, organization_id: str) -> Sequence[Invoice]:
-    rows = await session.scalars(
-        select(Invoice)
-        .where(Invoice.organization_id == organization_id)
-        .order_by(Invoice.period.desc())
-        .limit(NUM_INVOICES)
-    )
-    return rows.all()
 
 
 async def _subjects(session: AsyncSession, principal: Principal) -> Subjects:
