@@ -48,7 +48,7 @@ async def show_organization(
         return await _state(session, principal, request.app.state.settings)
 
 
-@patch("/organization", guards=[allowed("admin")], summary="Set the spending limit")
+@patch("/organization", guards=[allowed("admin")], summary="Set your spending limit (operator)")
 async def change_organization(
     request: AnyRequest, principal: NamedDependency[Principal], data: JSONBody[OrganizationChange]
 ) -> OrganizationState:

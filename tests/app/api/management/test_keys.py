@@ -9,6 +9,7 @@ from litestar import Litestar
 from app.core.database import Database
 from app.organizations.keys import ENVIRONMENT_KEY_ID
 from tests.app.api.management.callers import Caller, make_caller
+from tests.app.conftest import ADMIN_KEY
 
 
 async def test_a_key_is_shown_once_and_works(client: httpx.AsyncClient, caller: Caller) -> None:
@@ -85,6 +86,9 @@ async def test_invalid_bodies(
     assert param is None or param in error["message"]
 
 
+OPERATOR = {"Authorization": f"Bearer {ADMIN_KEY}"}
+
+
 async def test_organization(client: httpx.AsyncClient, caller: Caller) -> None:
     state = (await client.get("/api/organization", headers=caller.headers)).json()
     assert state == {
@@ -97,23 +101,33 @@ async def test_organization(client: httpx.AsyncClient, caller: Caller) -> None:
         "spending_limit": None,
         "spending_limit_nano": None,
     }
+
+
+async def test_only_the_operator_sets_how_much_it_may_owe(
+    client: httpx.AsyncClient, caller: Caller
+) -> None:
+    """No other organization sets its own limit: that is what it is trusted with."""
+    refused = await client.patch(
+        "/api/organization", headers=caller.headers, json={"spending_limit": None}
+    )
+    assert refused.json()["error"]["code"] == "operator_only"
     for text, shown in (("12.50", "12.50"), ("0.000000001", "0.000000001"), ("7", "7.00")):
         response = await client.patch(
-            "/api/organization", headers=caller.headers, json={"spending_limit": text}
+            "/api/organization", headers=OPERATOR, json={"spending_limit": text}
         )
         assert response.json()["spending_limit"] == shown
-        again = await client.get("/api/organization", headers=caller.headers)
+        again = await client.get("/api/organization", headers=OPERATOR)
         assert again.json() == response.json()
     response = await client.patch(
-        "/api/organization", headers=caller.headers, json={"spending_limit": None}
+        "/api/organization", headers=OPERATOR, json={"spending_limit": None}
     )
     assert response.json()["spending_limit"] is None
 
 
 @pytest.mark.parametrize("limit", ["-1", "much", "1.0000000001", "9" * 30, 5, ""])
-async def test_bad_limits(client: httpx.AsyncClient, caller: Caller, limit: Any) -> None:
+async def test_bad_limits(client: httpx.AsyncClient, limit: Any) -> None:
     response = await client.patch(
-        "/api/organization", headers=caller.headers, json={"spending_limit": limit}
+        "/api/organization", headers=OPERATOR, json={"spending_limit": limit}
     )
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "spending_limit"
