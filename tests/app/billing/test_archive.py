@@ -1,0 +1,279 @@
+"""Old usage moves to files: each receipt is in the database, the archive or both, at any moment."""
+
+import io
+from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from app.billing import archiving
+from app.billing.accounts import AccountWriter
+from app.billing.archive_file import ArchiveWriter, DamagedArchive, read_header, read_transactions
+from app.billing.archiving import Archivist, NotWhatWasSealed, finish_dropping
+from app.billing.digests import ReceiptRecord, instant_text, merkle_root
+from app.billing.proofs import verify_proof
+from app.billing.rating import Settlement
+from app.billing.usage_archive import Span, UsageArchive
+from app.core import clock
+from app.core.database import Database
+from app.core.errors import NotFound
+from app.core.failpoints import Countdown, Reached, observed
+from app.core.ids import id_parts, id_with, new_id
+from app.metering.service import usage_by
+from app.settings import Settings
+from tests.app.billing.books import Books
+
+START = datetime(2026, 1, 1, 12, tzinfo=UTC)
+DAY = timedelta(days=1)
+NOW = START + 100 * DAY
+NUM_DAYS, OLD_DAYS = 10, 7
+NUM_REQUESTS, NUM_OLD = 3 * NUM_DAYS, 3 * OLD_DAYS
+
+
+@pytest.fixture
+def clock_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[datetime], None]:
+    def set_now(now: datetime) -> None:
+        monkeypatch.setattr(clock, "now", lambda: now)
+
+    return set_now
+
+
+@pytest.fixture
+async def books(
+    settings: Settings,
+    accounts: AccountWriter,
+    settlement: Callable[..., Settlement],
+    clock_at: Callable[[datetime], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> AsyncIterator[Books]:
+    """Thirty requests over ten days, a seal for each day; files are of eight or more."""
+    monkeypatch.setattr(archiving, "EVENTS_PER_FILE", 8)
+    monkeypatch.setattr(archiving, "TRANSACTIONS_AT_ONCE", 2)
+    books = Books(settings, accounts, settlement)
+    for day in range(NUM_DAYS):
+        now = START + day * DAY
+        clock_at(now)
+        at_ns = int(now.timestamp()) * 1_000_000_000 + 123_456_789
+        await books.settle(
+            *(
+                books.settlement(
+                    books.new_request(now),
+                    10 * day + index,
+                    organization_id=organization_id,
+                    outcome="failed" if index == 2 else "completed",
+                    finished_at_ns=at_ns + index * 1_001,
+                    cached_tokens=index,
+                )
+                for index, organization_id in enumerate(("org_1", "org_1", "org_2"))
+            )
+        )
+        books.seal()
+    clock_at(NOW)
+    yield books
+    await books.close()
+
+
+def requests_of(books: Books) -> list[str]:
+    """Every request that was settled, by id."""
+    return [
+        id_with("req", int((START + (n // 3) * DAY).timestamp() * 1000), (n + 1).to_bytes(10))
+        for n in range(NUM_REQUESTS)
+    ]
+
+
+def owner(place: int) -> str:
+    return "org_2" if place % 3 == 2 else "org_1"
+
+
+async def test_old_requests_move_and_are_answered_as_before(
+    books: Books, database: Database
+) -> None:
+    records, requests = books.records, requests_of(books)
+    async with database.read() as session:
+        before = [
+            (await records.receipt(session, owner(n), name), await records.proof(owner(n), name))
+            for n, name in enumerate(requests)
+        ]
+        usage = await usage_by(session, "org_1", "day", START - DAY, NOW)
+    checked = books.check()
+    assert (checked.num_receipts, checked.num_archived, checked.problem) == (NUM_REQUESTS, 0, None)
+
+    assert books.archive_before(START + OLD_DAYS * DAY) == NUM_OLD
+    assert books.count("usage_event") == NUM_REQUESTS - NUM_OLD
+    assert books.count("usage_line") == 14 * (NUM_DAYS - OLD_DAYS)  # one found nothing cached
+    assert books.archive.spans() == [Span(1, 3), Span(4, 6), Span(7, 7)]
+    async with database.read() as session:
+        for n, (name, (receipt, proof)) in enumerate(zip(requests, before, strict=True)):
+            assert await records.receipt(session, owner(n), name) == receipt
+            assert await records.proof(owner(n), name) == proof
+            assert proof is not None
+            verify_proof(proof, books.key.public_hex)
+            with pytest.raises(NotFound):
+                await records.receipt(session, "org_3", name)
+            with pytest.raises(NotFound):
+                await records.proof("org_3", name)
+        assert await usage_by(session, "org_1", "day", START - DAY, NOW) == usage
+        with pytest.raises(NotFound):
+            await records.receipt(session, "org_1", new_id("req"))
+    checked = books.check()
+    assert (checked.num_receipts, checked.num_archived, checked.problem) == (
+        NUM_REQUESTS,
+        NUM_OLD,
+        None,
+    )
+    assert books.archive_before(START + OLD_DAYS * DAY) == 0
+    assert books.archive_before(START + 30 * DAY) == NUM_REQUESTS - NUM_OLD
+    assert books.count("usage_event") == 0
+    assert books.check().problem is None
+
+
+async def test_a_file_is_made_once_a_day_at_most(books: Books) -> None:
+    assert books.archive_before(START + OLD_DAYS * DAY) == NUM_OLD
+    assert books.archive_before(START + OLD_DAYS * DAY + timedelta(hours=23)) == 0
+    assert books.archive_before(START + (OLD_DAYS + 1) * DAY + timedelta(hours=1)) == 6
+
+
+FAILPOINTS = (
+    "usage_archive.before_fsync",
+    "usage_archive.before_rename",
+    "usage_archive.after_rename",
+    "archiving.before_commit",
+    "archiving.after_commit",
+)
+
+
+@pytest.mark.parametrize("place", [f"{name}:{n}" for name in FAILPOINTS for n in (1, 2)])
+async def test_no_crash_loses_a_request(books: Books, settings: Settings, place: str) -> None:
+    def crash(name: str) -> None:
+        raise Reached(name)
+
+    with observed(Countdown(place, crash)), pytest.raises(Reached):
+        books.archive_before(START + OLD_DAYS * DAY)
+    checked = books.check()
+    assert (checked.num_receipts, checked.problem) == (NUM_REQUESTS, None)
+    for n, name in enumerate(requests_of(books)):
+        assert await books.records.proof(owner(n), name) is not None, name
+    # The next process finishes it.
+    archivist = Archivist(settings.sync_database_url, UsageArchive(books.archive.directory), 90)
+    await archivist.turn()
+    await archivist.close()
+    checked = books.check()
+    assert (checked.num_receipts, checked.num_archived, checked.problem) == (
+        NUM_REQUESTS,
+        NUM_REQUESTS,
+        None,
+    )
+    assert books.count("usage_event") == books.count("usage_line") == 0
+    assert not [path for path in books.archive.directory.iterdir() if path.suffix != ".usage"]
+
+
+async def test_what_was_changed_is_not_archived(books: Books) -> None:
+    books.tamper("UPDATE usage_event SET endpoint_name = 'x' WHERE id = "
+                 "(SELECT min(id) FROM usage_event)")  # fmt: skip
+    with pytest.raises(NotWhatWasSealed, match="not those it was made of"):
+        books.archive_before(START + OLD_DAYS * DAY)
+    assert books.count("usage_event") == NUM_REQUESTS
+
+
+async def test_what_the_archive_has_otherwise_is_not_deleted(books: Books) -> None:
+    def crash(name: str) -> None:
+        raise Reached(name)
+
+    with observed(Countdown("usage_archive.after_rename", crash)), pytest.raises(Reached):
+        books.archive_before(START + OLD_DAYS * DAY)
+    books.tamper("UPDATE usage_event SET endpoint_name = 'x' WHERE id = "
+                 "(SELECT min(id) FROM usage_event)")  # fmt: skip
+    with pytest.raises(NotWhatWasSealed, match="than the database"):
+        finish_dropping(books.engine, books.archive)
+    assert books.count("usage_event") == NUM_REQUESTS
+
+
+async def test_a_damaged_file_is_named_and_deletes_nothing(books: Books) -> None:
+    books.archive_before(START + OLD_DAYS * DAY)
+    path = books.archive.path(Span(1, 3))
+    data = bytearray(path.read_bytes())
+    data[-20] ^= 1
+    path.write_bytes(bytes(data))
+    problem = books.check().problem
+    assert problem is not None
+    assert path.name in problem
+    with pytest.raises(DamagedArchive, match=path.name):
+        list(books.archive.transactions(Span(1, 3)))
+    path.write_bytes(b"something else")
+    with pytest.raises(DamagedArchive, match="no file of archived usage"):
+        list(books.archive.transactions(Span(1, 3)))
+
+
+quantities = st.integers(0, 2**62)
+lines = st.lists(
+    st.tuples(
+        st.sampled_from(["input", "output", "request", "device_ms"]),
+        quantities,
+        st.integers(0, 2**40),
+        st.integers(1, 2**40),
+        st.integers(-5, 2**62),
+        st.sampled_from(["billed", "waived", "free"]),
+    ),
+    max_size=4,
+).map(sorted)
+instants = st.datetimes(datetime(1970, 1, 1), datetime(2200, 1, 1), timezones=st.just(UTC))  # noqa: DTZ001
+names = st.text(max_size=20)
+request_ids = st.one_of(
+    st.builds(
+        lambda ms, random: id_with("req", ms, random),
+        st.integers(0, 2**48 - 1),
+        st.binary(min_size=10, max_size=10),
+    ),
+    names,
+)
+receipts = st.builds(
+    ReceiptRecord,
+    event_id=st.builds(lambda name, attempt: f"{name}:{attempt}", request_ids, st.integers(1, 9)),
+    organization_id=names,
+    api_key_id=names,
+    api_key_name=names,
+    endpoint_name=names,
+    version_number=st.integers(0, 2**31),
+    route=names,
+    service_class=names,
+    outcome=names,
+    finish_reason=names,
+    price_book_id=names,
+    currency=names,
+    amount_nano=st.integers(-(2**62), 2**62),
+    started_at=instants.map(instant_text),
+    finished_at=instants.map(instant_text),
+    duration_ns=st.integers(-(2**62), 2**62),
+    first_token_ns=st.one_of(st.none(), st.integers(0, 2**62)),
+    lines=lines,
+)
+
+
+@hypothesis_settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(names.filter(bool), st.lists(receipts, max_size=3)), max_size=4))
+def test_a_file_gives_back_what_was_put_in(
+    transactions: list[tuple[str, list[ReceiptRecord]]],
+) -> None:
+    writer = ArchiveWriter()
+    for name, own in transactions:
+        writer.add(name, own, merkle_root([receipt.canonical for receipt in own]))
+    content = writer.finish(3, 7)
+    assert [tuple(each) for each in read_transactions(io.BytesIO(content))] == transactions
+    header = read_header(io.BytesIO(content))
+    assert (header.first_seal, header.last_seal) == (3, 7)
+    assert header.num_events == sum(len(own) for _, own in transactions)
+
+
+@given(st.integers(0, 2**48 - 1), st.binary(min_size=10, max_size=10))
+def test_the_parts_of_an_id(made_ms: int, random: bytes) -> None:
+    assert id_parts(id_with("req", made_ms, random), "req") == (made_ms, random)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "req_", "req_1", "key_" + "0" * 26, "req_" + "8" + "0" * 25, "req_" + "u" * 26]
+)
+def test_other_text_is_no_id(text: str) -> None:
+    assert id_parts(text, "req") is None
