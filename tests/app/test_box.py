@@ -20,6 +20,7 @@ from transformers import LlamaForCausalLM
 
 from runtime.text.tokenizer import Tokenizer
 from tests.app.conftest import ADMIN_KEY
+from tests.app.traffic import Traffic, compare, differences
 from tests.runtime.compiling.paging.decoders import HandWritten, export, masked_fill
 from tests.runtime.importing.onnx_files import export_digits_onnx
 from tests.runtime.importing.programs import Digits, export_digits
@@ -27,6 +28,7 @@ from tests.runtime.peer import make_decoder_artifact, save_tokenizer
 
 TAPEOUT = Path(sys.executable).with_name("tapeout")
 START_SECONDS = 60
+REST_SECONDS = 6
 
 
 class Box:
@@ -205,6 +207,23 @@ def test_greedy_tokens_equal_generate_and_a_repeat_is_cached(box: Box, llama: Pa
     assert usages[0]["prompt_tokens"] == usages[1]["prompt_tokens"] == 100
     assert usages[0]["prompt_tokens_details"]["cached_tokens"] == 0
     assert usages[1]["prompt_tokens_details"]["cached_tokens"] == 99
+
+
+def test_the_books_agree_while_requests_run_and_at_rest(box: Box) -> None:
+    with Traffic(box) as traffic:
+        for _ in range(3):
+            time.sleep(1.0)
+            assert differences(compare(box)) == {}
+    assert traffic.num_done > 10
+    time.sleep(REST_SECONDS)  # until the engines have had their last word
+    checks = compare(box)
+    assert differences(checks) == {}
+    for name in ("output_tokens", "prompt_tokens", "cached_tokens", "requests"):
+        check = checks[f"engine_{name}"]
+        assert "under way" not in check["note"]
+        assert check["left"] == check["right"] > 0
+    assert checks["holds"]["left"] == 0
+    assert [check["name"] for check in checks.values() if check["skipped"]] == []
 
 
 def test_a_graph_pushed_with_a_tokenizer_completes_text(box: Box, tmp_path: Path) -> None:

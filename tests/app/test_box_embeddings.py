@@ -1,6 +1,7 @@
 """An embedder as a user meets it: pushed from the command line, called with the openai SDK, and
 found again in the usage and on its page."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import openai
 import pytest
 import sentence_transformers
 
-from tests.app.test_box import Box
+from tests.app.test_box import REST_SECONDS, Box
+from tests.app.traffic import compare, differences
 from tests.runtime.embedders import save_embedder, write_json
 
 TEXTS = ["the cat sat on the mat", "a red dog ran fast", "the cat"]
@@ -73,3 +75,12 @@ def test_usage_is_billed_by_the_token(box: Box) -> None:
     assert (lines["input"]["disposition"], lines["device_ms"]["disposition"]) == ("billed", "free")
     assert receipt["amount_nano"] == 3 * 4 * 100 + 100
     assert box.http.get("/api/organization").json()["held_nano"] == 0
+
+
+def test_the_engine_has_counted_what_was_metered(box: Box) -> None:
+    time.sleep(REST_SECONDS)  # until it has had its last word
+    checks = compare(box)
+    assert differences(checks) == {}
+    tokens = checks["engine_prompt_tokens"]
+    assert tokens["left"] == tokens["right"] > 0
+    assert "under way" not in tokens["note"]

@@ -3,6 +3,7 @@
 import msgspec
 import pytest
 
+from app.billing.reconciliation import reconciler
 from app.billing.reconciliation.engines import EngineCounts, EngineState
 from app.billing.reconciliation.journal import JournalState
 from tests.app.billing.conftest import ORGANIZATION
@@ -235,8 +236,11 @@ async def test_what_was_made_and_not_delivered_is_told_and_is_no_difference(book
     assert "7 made for requests that failed" in tokens.note
 
 
-async def test_engines_at_work_are_compared_across_two_runs(books: Books) -> None:
+async def test_engines_at_work_are_compared_across_two_runs(
+    books: Books, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Counters are a second old and answers are under way, so neither side is ahead for good."""
+    monkeypatch.setattr(reconciler, "ENGINES_LATE_NS", 0)
     books.engines = [engine(is_resting=False, engine=fewer(output_tokens=20))]
     assert await books.differing() == {}
     ahead = msgspec.structs.replace(COUNTS, output_tokens=150)
