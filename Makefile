@@ -7,7 +7,7 @@ ONNXRUNTIME ?= onnxruntime==1.31.1
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup demo stop test lint soak clean
+.PHONY: help setup demo stop test lint soak test-docker clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -43,5 +43,8 @@ lint: setup ## Format, then check style, types and layers
 soak: setup ## The long forms of the tests
 	@$(BIN)/python -m pytest tests -m slow
 
+test-docker: setup ## The compose file on a real Docker engine
+	@bash tests/docker/run.sh
+
 clean: stop ## Remove what `make` made
-	@rm -rf $(VENV) .demo
+	@rm -rf $(VENV) .demo .docker-test

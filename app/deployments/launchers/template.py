@@ -58,6 +58,7 @@ def container_body(
         "WorkingDir": f"{own_dir}/home",
         "Labels": {LABEL: surroundings.box, f"{LABEL}.name": order.name},
         "NetworkDisabled": True,
+        "Healthcheck": {"Test": ["NONE"]},  # the image's asks the app
         "HostConfig": {
             "NetworkMode": "none",
             "ReadonlyRootfs": True,
@@ -95,7 +96,8 @@ def _bind(path: str, surroundings: Surroundings, *, is_read_only: bool) -> dict[
         "Source": surroundings.on_host(path),
         "Target": path,
         "ReadOnly": is_read_only,
-        "BindOptions": {"Propagation": "rprivate"},
+        # Volumes lie below the root of the engine, which takes nothing more private.
+        "BindOptions": {"Propagation": "rslave"},
     }
 
 
