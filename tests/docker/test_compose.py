@@ -78,7 +78,7 @@ def compose(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compose]:
     wheels = Path(os.environ.get("TAPEOUT_DOCKER_WORK", "")) / "wheels"
     if wheels.is_dir():
         shutil.copytree(wheels, context / "wheels", copy_function=os.link)
-    (context / "compose.env").write_text(f"TAPEOUT_ADMIN_KEY={KEY}\nTAPEOUT_OPTIMISE=0\n")
+    (context / ".env").write_text(f"TAPEOUT_ADMIN_KEY={KEY}\nTAPEOUT_OPTIMISE=0\n")
     compose = Compose(context)
     run(
         *("docker", "build", "-q", "-t", "tapeout-test", "."),

@@ -1,5 +1,6 @@
 """What the launcher's process carries out: one form of container, and nothing an order could add."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from app.deployments.launchers.orders import (
     encode,
 )
 from app.deployments.launchers.template import Surroundings, container_body
+from app.settings import FIELDS
 
 SURROUNDINGS = Surroundings(
     image="sha256:1", data_dir="/data", host_data_dir="/var/volumes/data", box="box"
@@ -132,3 +134,10 @@ def test_one_device_is_asked_for(device: str, number: str) -> None:
     assert host["DeviceRequests"] == [
         {"Driver": "nvidia", "DeviceIDs": [number], "Capabilities": [["gpu"]]}
     ]
+
+
+def test_compose_passes_every_setting_that_it_does_not_fix() -> None:
+    fixed = {"DATA_DIR", "HOST", "PORT", "LAUNCHER_SOCKET"}
+    text = (Path(__file__).resolve().parents[3] / "compose.yaml").read_text()
+    passed = set(re.findall(r"^      - TAPEOUT_([A-Z_]+)", text, re.MULTILINE))
+    assert passed == FIELDS.keys() - fixed
