@@ -1,4 +1,4 @@
-"""What the launcher's process carries out: one form of container, and nothing an order could add."""
+"""What the launcher's process carries out: one form of container, to which orders add nothing."""
 
 import re
 from pathlib import Path
