@@ -11,6 +11,7 @@ from litestar.static_files import (
 
 from app.console import (
     billing,
+    books,
     budgets,
     decoder_playground,
     entry,
@@ -64,6 +65,7 @@ behind_session = Router(
         notices.router,
         organizations.router,
         prices.router,
+        books.router,
     ],
     before_request=notices.enter,
 )

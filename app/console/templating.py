@@ -102,6 +102,8 @@ NOTICES = {
     "prices-changed": "The new prices are in force. Requests admitted before keep theirs.",
     "prices-scheduled": "The new prices are scheduled. Until then you can take them back.",
     "prices-cancelled": "The scheduled price book is gone. The prices in force stay.",
+    "compared": "The books have been compared.",
+    "device-cost": "The price of a device's hour is set.",
     "revoked": "The key is revoked. Calls that use it are refused within a second.",
 }
 

@@ -1,0 +1,74 @@
+"""The operator's page Books: the numbers that must agree, side by side, and what ever differed."""
+
+from typing import Any
+
+from litestar import Response, Router, get, post
+from litestar.params import FromQuery
+
+from app.billing.reconciliation.check import Check
+from app.billing.reconciliation.reconciler import SECONDS, Reconciler
+from app.billing.reconciliation.runs import find_run, latest_run, past_differences
+from app.console.lamps import Lamp
+from app.console.sessions import go, signed_in
+from app.console.templating import PageRequest, page
+from app.core.database import Database
+from app.core.money import format_nano
+from app.settings import Settings
+
+NUM_PAST = 25
+
+
+@get("/books")
+async def show_books(request: PageRequest, run: FromQuery[str] = "") -> Response[str]:
+    """The last comparison, or the one that is asked for."""
+    signed_in(request).principal.require_operator()
+    settings: Settings = request.app.state.settings
+    database: Database = request.app.state.database
+    async with database.read() as session:
+        latest = await latest_run(session)
+        shown = await find_run(session, run) if run else latest
+        past = await past_differences(session, NUM_PAST)
+
+    def amount(check: Check, number: int) -> str:
+        return format_number(check, number, settings.currency)
+
+    return page(
+        request,
+        "books/books.html",
+        run=shown,
+        is_latest=shown is None or latest is None or shown.id == latest.id,
+        past=past,
+        lamp=lamp,
+        amount=amount,
+        every_seconds=round(SECONDS),
+    )
+
+
+@post("/books", status_code=200)
+async def compare_now(request: PageRequest) -> Response[Any]:
+    """Compares, then shows the page."""
+    signed_in(request).principal.require_operator()
+    reconciler: Reconciler = request.app.state.reconciler
+    await reconciler.run()
+    return go(request, "/console/books?notice=compared")
+
+
+def lamp(check: Check) -> Lamp:
+    """What two comparisons in a row found is an alarm; what one found may be a moment's."""
+    if check.skipped and check.is_clean:
+        return Lamp("", "not compared")
+    if check.is_clean:
+        return Lamp("good", "agree")
+    return Lamp("bad", "differ") if check.confirmed else Lamp("busy", "looking again")
+
+
+def format_number(check: Check, number: int, currency: str) -> str:
+    """In the check's unit, to its last digit."""
+    if check.unit == "nano":
+        return format_nano(number, currency, 9)
+    if check.unit == "cents":
+        return format_nano(number * 10_000_000, currency, 2)
+    return f"{number:,} ms" if check.unit == "ms" else f"{number:,}"
+
+
+router = Router("", route_handlers=[show_books, compare_now])
