@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.billing.ledger import lock_account
 from app.billing.payments import mirror
 from app.billing.payments.calls import Calls
-from app.billing.payments.notices import notify
+from app.billing.payments.notices import end, notify
 from app.billing.payments.operations import (
     MAX_ERROR_CHARS,
     OPEN_STATES,
@@ -43,6 +43,7 @@ from app.billing.stripe_errors import (
 )
 from app.core import clock
 from app.core.database import Database
+from app.core.errors import Conflict, NotFound
 from app.core.failpoints import failpoint
 from app.organizations.service import default_organization_id
 
@@ -110,6 +111,44 @@ class Outbox:
             tried.update(*chains.values())
             await asyncio.gather(*(self._work_through(*chain) for chain in chains.items()))
 
+    async def look_again(self, operation_id: str) -> StripeOperation:
+        """For one in doubt: whether Stripe lists it by now. Raises `NotFound`, `Conflict`."""
+        async with self._database.write() as session:
+            row = await self._doubted(session, operation_id)
+            # Without an attempt on record it would be sent.
+            row.first_sent_at = row.first_sent_at or row.created_at
+            row.state, row.next_at = "unknown", clock.now()
+        await self._work(row.organization_id, row.id, may_send=False)
+        async with self._database.read() as session:
+            return await session.get_one(StripeOperation, operation_id)
+
+    async def abandon(self, operation_id: str) -> StripeOperation:
+        """For one in doubt, when a person has seen that Stripe did not do it. Raises `NotFound`,
+        `Conflict`."""
+        async with self._database.write() as session:
+            row = await self._doubted(session, operation_id)
+            reason = "The operator saw that Stripe did not do it."
+            row.state, row.error = "rejected", reason
+            await self._kinds[row.kind].refused(session, operation_of(row), Refusal(reason))
+            operator_id = await default_organization_id(session)
+            await end(session, operator_id, "payment_in_doubt", operation_id)
+            failpoint("outbox.before_abandon_commit")
+            return row
+
+    async def _doubted(self, session: AsyncSession, operation_id: str) -> StripeOperation:
+        """The row, its account locked."""
+        row = await session.get(StripeOperation, operation_id)
+        if row is None:
+            raise NotFound(f"There is no operation {operation_id!r}.", code="operation_not_found")
+        await lock_account(session, row.organization_id, self._currency)
+        row = await locked(session, operation_id)
+        if row.state != "quarantined":
+            raise Conflict(
+                f"The operation is {row.state}: only what is in doubt (quarantined) is decided.",
+                code="not_in_doubt",
+            )
+        return row
+
     async def _work_through(self, organization_id: str, operation_ids: list[str]) -> None:
         for operation_id in operation_ids:
             try:
@@ -117,11 +156,15 @@ class Outbox:
             except Exception:
                 log.exception("operation %s could not be worked on", operation_id)
 
-    async def _work(self, organization_id: str, operation_id: str) -> None:
+    async def _work(
+        self, organization_id: str, operation_id: str, *, may_send: bool = True
+    ) -> None:
         claim = await self._claim(organization_id, operation_id)
         failpoint("outbox.after_claim_commit")
         if claim is None:
             return
+        if not may_send:
+            claim = msgspec.structs.replace(claim, may_send=False, is_absence_final=True)
         try:
             answer = await self._ask(claim)
         except StripeBusy as error:
@@ -203,6 +246,9 @@ class Outbox:
             row.state, row.stripe_id, row.error = "confirmed", answer.id, ""
             await mirror.store(session, answer)
             await self._kinds[operation.kind].confirmed(session, operation, answer)
+            if not claim.is_first:
+                operator_id = await default_organization_id(session)
+                await end(session, operator_id, "payment_in_doubt", operation.id)
             failpoint("outbox.before_result_commit")
 
     async def _refuse(self, claim: Claim, error: StripeRejected) -> None:

@@ -184,8 +184,9 @@ class Payments:
 
     async def recharge(self) -> None:
         """A turn: charges the cards of who has little left."""
-        for organization_id in await self.recharging.turn():
-            await self.link.outbox.turn(organization_id)
+        if self._link is not None:
+            for organization_id in await self.recharging.turn():
+                await self._link.outbox.turn(organization_id)
 
     async def _look_again(self, checkout_id: str) -> None:
         stripe = self.link.stripe
