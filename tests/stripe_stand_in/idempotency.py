@@ -69,6 +69,10 @@ class Keys:
         """For answers that are not saved: the execution did not begin."""
         del self._uses[key]
 
+    def is_at_work(self, key: str) -> bool:
+        use = self._uses.get(key)
+        return use is not None and use.answer is None
+
     def prune_all(self) -> None:
         """Stripe may drop any key that is 24 hours old, and here at once."""
         self._uses = {key: use for key, use in self._uses.items() if use.answer is None}

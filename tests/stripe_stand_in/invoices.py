@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from tests.stripe_stand_in import objects, payments
 from tests.stripe_stand_in.account import Account, page
-from tests.stripe_stand_in.errors import Object, refused
+from tests.stripe_stand_in.errors import ApiError, Object, refused
 
 MAX_LINES = 250
 COLLECT_AFTER_SECONDS = 3600
@@ -77,6 +77,8 @@ def finalise(account: Account, invoice: Object, is_advancing: bool) -> Object:
     """Opens the invoice. What Stripe cannot charge for being too little, or negative, goes into
     the customer's balance there, to be on the next invoice: `amount_due` is not always `total`."""
     check_draft(invoice)
+    if invoice["id"] in account.stuck_ids:
+        raise _stuck(account, invoice)
     now = account.clock.now()
     customer = account.get("customer", invoice["customer"])
     invoice["starting_balance"] = customer["balance"]
@@ -105,6 +107,18 @@ def finalise(account: Account, invoice: Object, is_advancing: bool) -> Object:
     elif is_advancing:
         account.emit("invoice.sent", invoice)
     return invoice
+
+
+def _stuck(account: Account, invoice: Object) -> ApiError:
+    code = "customer_tax_location_invalid"
+    message = "The customer's location isn't recognized. Set a valid customer address."
+    invoice["last_finalization_error"] = {
+        "code": code,
+        "message": message,
+        "type": "invalid_request_error",
+    }
+    account.emit("invoice.finalization_failed", invoice)
+    return refused(message, code)
 
 
 def collect(account: Account, invoice: Object, method: Object | None = None) -> Object:

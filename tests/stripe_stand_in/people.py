@@ -196,6 +196,12 @@ class People:
             line = {"amount": amount_cents, "description": description}
             return invoices.add_lines(self.account, invoice, [line])
 
+    def forbid_finalising(self, stripe_invoice_id: str, is_forbidden: bool = True) -> None:
+        """Something about the customer keeps the draft from being finalised, until it is mended."""
+        with self.account.lock:
+            change = self.account.stuck_ids.add if is_forbidden else self.account.stuck_ids.discard
+            change(stripe_invoice_id)
+
     def void_by_hand(self, stripe_invoice_id: str) -> Object:
         with self.account.lock:
             invoice = self.account.get("invoice", stripe_invoice_id)

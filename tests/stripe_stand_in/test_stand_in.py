@@ -7,10 +7,14 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any
+from urllib.parse import urlencode
 
 import httpx
 import pytest
 import stripe
+from hypothesis import given
+from hypothesis import strategies as st
+from stripe._encode import _api_encode
 from stripe.params import checkout
 
 from app.billing.stripe import Stripe
@@ -48,6 +52,22 @@ def sdk(stand_in: StandIn) -> stripe.V1Services:
 )
 def test_forms_are_decoded(form: str, decoded: dict[str, Any]) -> None:
     assert parameters.decode(form) == decoded
+
+
+_NAMES = st.text("abcdefgh_", min_size=1, max_size=6)
+_TREES = st.recursive(
+    st.text(min_size=1, max_size=8),
+    lambda children: (
+        st.lists(children, min_size=1, max_size=3)
+        | st.dictionaries(_NAMES, children, min_size=1, max_size=3)
+    ),
+    max_leaves=12,
+)
+
+
+@given(params=st.dictionaries(_NAMES, _TREES, min_size=1, max_size=3))
+def test_what_the_sdk_encodes_is_decoded_the_same(params: dict[str, Any]) -> None:
+    assert parameters.decode(urlencode(list(_api_encode(params)))) == params
 
 
 @pytest.mark.parametrize(

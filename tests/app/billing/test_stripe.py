@@ -409,6 +409,24 @@ def test_an_invoice_that_no_card_pays_stays_open(
     assert stripe_client.void_invoice("v", draft.id).status == "void"
 
 
+def test_finalising_may_fail_and_leaves_a_draft(
+    stripe_client: Stripe, stripe_stand_in: StandIn, customer: objects.Customer
+) -> None:
+    draft = new_invoice(stripe_client, customer.id)
+    stripe_client.add_invoice_lines(
+        "l", stripe_invoice_id=draft.id, lines=[LineParams("Usage", 500)]
+    )
+    stripe_stand_in.forbid_finalising(draft.id)
+    with pytest.raises(StripeRejected, match="valid customer address"):
+        stripe_client.finalise_invoice("f", draft.id)
+    assert stripe_client.get_invoice(draft.id).status == "draft"
+    assert stripe_stand_in.events("invoice.finalization_failed")
+    stripe_stand_in.forbid_finalising(draft.id, is_forbidden=False)
+    with pytest.raises(StripeRejected):  # saved under the key, as all that began is
+        stripe_client.finalise_invoice("f", draft.id)
+    assert stripe_client.finalise_invoice("f2", draft.id).status == "open"
+
+
 def test_a_sent_invoice_is_paid_on_its_page_or_overdue(
     stripe_client: Stripe, stripe_stand_in: StandIn, customer: objects.Customer
 ) -> None:

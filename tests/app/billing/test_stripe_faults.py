@@ -196,7 +196,7 @@ def test_two_at_once_with_one_key_do_it_once(
     stripe_stand_in.faults.add("slow", CUSTOMERS, seconds=1)
     slow = threading.Thread(target=create, args=(new_client(max_retries=0),))
     slow.start()
-    while not stripe_stand_in.requests:
+    while not stripe_stand_in.keys.is_at_work("k"):
         time.sleep(0.01)
     with pytest.raises(StripeUnknown, match="in-progress"):
         create(new_client(max_retries=0))
