@@ -36,7 +36,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[Money]:
 
 
 QUICK = settings(
-    max_examples=int(os.environ.get("QUICK_HISTORIES", "40")),
+    max_examples=int(os.environ.get("QUICK_HISTORIES", "25")),
     stateful_step_count=50,
     deadline=None,
     derandomize=True,
