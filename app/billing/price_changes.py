@@ -16,6 +16,7 @@ from app.billing.rating import TOKEN_DIMENSIONS
 from app.billing.tables import MINUTES_PER_DAY, PriceBook, PriceItem
 from app.core import clock
 from app.core.errors import Conflict, InvalidRequest, NotFound
+from app.core.failpoints import failpoint
 from app.metering.tables import DIMENSIONS
 
 SERVICE_CLASSES = ("standard", "priority", "batch")
@@ -65,12 +66,14 @@ async def change_prices(
         )
     newest = await session.scalar(select(func.max(PriceBook.number)))
     try:
-        return await add_book(session, (newest or 0) + 1, currency, list(items), start, policy)
+        book = await add_book(session, (newest or 0) + 1, currency, list(items), start, policy)
     except IntegrityError as error:
         raise Conflict(
             "Someone else changed the prices at the same moment; look at them and try again.",
             code="prices_changed",
         ) from error
+    failpoint("price_changes.before_commit")
+    return book
 
 
 async def cancel_prices(session: AsyncSession, book_id: str) -> None:
@@ -86,6 +89,7 @@ async def cancel_prices(session: AsyncSession, book_id: str) -> None:
         )
     await session.execute(delete(PriceItem).where(PriceItem.price_book_id == book_id))
     await session.delete(book)
+    failpoint("price_changes.before_cancel_commit")
 
 
 def check_items(items: Sequence[Item]) -> None:

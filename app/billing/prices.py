@@ -10,6 +10,7 @@ import logging
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from datetime import datetime
+from itertools import product
 
 import msgspec
 from sqlalchemy import select
@@ -55,6 +56,10 @@ class Item(msgspec.Struct, frozen=True, kw_only=True, order=True):
     @property
     def is_all_day(self) -> bool:
         return self.from_minute == 0 and self.until_minute == MINUTES_PER_DAY
+
+    @property
+    def is_always(self) -> bool:
+        return self.is_all_day and self.above_tokens == 0
 
     def holds_at(self, minute: int) -> bool:
         if self.from_minute < self.until_minute:
@@ -151,6 +156,22 @@ class Book:
             admitted.num_prompt_tokens,
             admitted.started_at_ns,
         )
+
+    def gaps(self) -> list[Item]:
+        """Items beside which nothing is charged at other times of the day or for shorter prompts:
+        one for each endpoint, class and dimension. Perhaps meant, perhaps forgotten. Slow for
+        books of many thresholds and windows: it looks at every combination."""
+        found: dict[tuple[str, str, str], Item] = {}
+        slots = range(len(self._boundaries) + 1)
+        for (name, service_class), items in self._by_key.items():
+            conditional = {item.dimension: item for item in items if not item.is_always}
+            for tier, slot in product(range(len(self._thresholds) + 1), slots):
+                if not conditional:
+                    break
+                prices = self._prices(name, service_class, tier, slot)
+                for dimension in conditional.keys() - prices.keys():
+                    found[name, service_class, dimension] = conditional.pop(dimension)
+        return [found[key] for key in sorted(found)]
 
     def _prices(
         self, endpoint_name: str, service_class: str, tier: int, slot: int

@@ -24,6 +24,7 @@ from app.console.prices_view import (
     DIMENSION_NAMES,
     OUTCOME_NAMES,
     describe_changes,
+    describe_gaps,
     describe_policy,
     describe_policy_changes,
     period_of,
@@ -133,6 +134,7 @@ async def _preview_page(request: PageRequest, form: PriceForm, draft: Draft) -> 
         period=period_of(repricing),
         changes=changes + describe_policy_changes(base.policy, book.policy),
         unknown_names=await _unknown_names(database, draft.items),
+        gaps=describe_gaps(book),
         fields=fields_of(form),
     )
 

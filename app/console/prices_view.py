@@ -159,6 +159,15 @@ def _name(item: Item) -> str:
     return ", ".join(part for part in parts if part)
 
 
+def describe_gaps(book: Book) -> list[str]:
+    """What is charged at some times or for some prompts only."""
+    return [
+        f"{_name(msgspec.structs.replace(gap, above_tokens=0, from_minute=0, until_minute=1440))}"
+        f" ({_condition(gap.above_tokens, gap.from_minute, gap.until_minute)})"
+        for gap in book.gaps()
+    ]
+
+
 def describe_policy(policy: dict[str, str]) -> list[tuple[str, str]]:
     """What happens to each outcome, and the exceptions by dimension."""
     lines = [(OUTCOME_NAMES[name], policy.get(name, DEFAULTS[name])) for name in DEFAULTS]

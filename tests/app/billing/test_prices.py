@@ -308,3 +308,14 @@ def test_rates_are_found_again_from_a_request_s_record() -> None:
     assert book.rates("tiny", "standard", 101, started_at_ns) is rates
     assert book.rates("tiny", "standard", 101, started_at_ns + 1).prices["output"].price_nano == 1
     assert book.rates("tiny", "standard", 100, at(10)).prices["output"].price_nano == 1
+
+
+def test_a_price_that_holds_at_times_alone_leaves_a_gap() -> None:
+    night: dict[str, Any] = {"from_minute": 1_380, "until_minute": 120}
+    day: dict[str, Any] = {"from_minute": 120, "until_minute": 1_380}
+    never = book_of(item(above_tokens=5), item("own", "request", **night), item(dimension="input"))
+    gaps = [(gap.endpoint_name, gap.dimension) for gap in never.gaps()]
+    assert gaps == [("*", "output"), ("own", "request")]
+    assert book_of(item(**night), item(**day)).gaps() == []
+    whole = book_of(item(), item("own", above_tokens=5), item(service_class="batch", **day))
+    assert whole.gaps() == []

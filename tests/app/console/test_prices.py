@@ -121,6 +121,16 @@ async def test_a_mistake_is_shown_at_its_row_and_nothing_is_lost(
     assert ('class="wrong"' in answer.text) == message.startswith("Row")
 
 
+async def test_the_preview_warns_of_what_is_free_and_who_is_unknown(priced: Console) -> None:
+    fields = sent_fields(priced, **{"from-2": "16:30", "until-2": "00:30"})
+    answer = await priced.post(EDIT, EDIT, action="preview", **fields)
+    assert "free of charge otherwise: Any model, output (16:30 to 00:30 UTC)." in answer.text
+    fields = sent_fields(priced, **{"endpoint_name-3": "lama"})
+    answer = await priced.post(EDIT, EDIT, action="preview", **fields)
+    assert "No endpoint has the name lama." in answer.text
+    assert "free of charge otherwise" not in answer.text
+
+
 async def test_rows_are_added_without_losing_what_was_typed(priced: Console) -> None:
     num_rows = len(form_of(table(priced).active, "").rows)
     fields = sent_fields(priced, **{"price-0": "9.87"})
