@@ -9,10 +9,11 @@ import pytest
 from litestar import Litestar
 from litestar.datastructures import State
 
-from app.api import billing
+from app.api import billing, payments
 from app.api.errors import EXCEPTION_HANDLERS
 from app.billing.clerk import Clerk
 from app.billing.payments.service import Payments
+from app.billing.payments.tables import StripeEvent
 from app.core.database import Database
 from app.organizations.keys import KeyRing
 from app.organizations.service import create_organization
@@ -39,16 +40,16 @@ async def client(cashier: Cashier) -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-def served(database: Database, settings: Settings, payments: Payments) -> httpx.AsyncClient:
+def served(database: Database, settings: Settings, service: Payments) -> httpx.AsyncClient:
     state: dict[str, Any] = {
         "settings": settings,
         "database": database,
         "key_ring": KeyRing(database),
-        "payments": payments,
+        "payments": service,
         "clerk": Clerk(),
     }
     app = Litestar(
-        route_handlers=[billing.router, billing.webhook_router],
+        route_handlers=[billing.router, billing.webhook_router, payments.router],
         exception_handlers=EXCEPTION_HANDLERS,  # type: ignore[arg-type]
         state=State(state),
         request_max_body_size=settings.max_request_bytes,
@@ -212,8 +213,8 @@ async def test_without_stripe_the_operator_is_told_what_to_set(
     cashier: Cashier, caller: Caller
 ) -> None:
     settings = msgspec.structs.replace(cashier.settings, stripe_api_key="")
-    payments = Payments(cashier.database, settings)
-    async with served(cashier.database, settings, payments) as client:
+    service = Payments(cashier.database, settings)
+    async with served(cashier.database, settings, service) as client:
         state = (await client.get("/api/billing", headers=caller.headers)).json()
         assert state["takes_payments"] is False
         for method, path, body in ROUTES[1:]:
@@ -226,6 +227,35 @@ async def test_without_stripe_the_operator_is_told_what_to_set(
             assert "TAPEOUT_STRIPE_API_KEY" in answer.json()["error"]["message"]
         answer = await client.post("/webhooks/stripe", content=b"{}")
         assert answer.status_code == 409
-    await payments.recharge()
-    await payments.resume()
-    await payments.close()
+    await service.recharge()
+    await service.resume()
+    await service.close()
+
+
+async def test_the_operator_decides_what_is_in_doubt(
+    cashier: Cashier, client: httpx.AsyncClient, caller: Caller
+) -> None:
+    top_up = await cashier.pay()
+    cashier.stripe.faults.add("lose_reply", "/v1/refunds$", times=3)
+    operation = await cashier.payments.refund(top_up.id, 100)
+    async with cashier.database.write() as session:
+        (await session.merge(operation)).state = "quarantined"
+        (event_id, *_) = [each.id for each in await cashier.events()]
+        (await session.get_one(StripeEvent, event_id)).state = "dead"
+    unfinished = (await client.get("/api/payments/unfinished", headers=OPERATOR)).json()
+    assert [each["state"] for each in unfinished["operations"]] == ["quarantined"]
+    assert [each["state"] for each in unfinished["events"]] == ["dead"]
+
+    decide, revive = f"/api/payments/operations/{operation.id}", f"/api/payments/events/{event_id}"
+    assert (await client.get("/api/payments/unfinished", headers=caller.headers)).status_code == 403
+    for path in (decide, revive):
+        answer = await client.post(path, json={"action": "look"}, headers=caller.headers)
+        assert answer.status_code == 403
+    answer = await client.post(decide, json={"action": "look"}, headers=OPERATOR)
+    assert answer.json()["state"] == "confirmed"
+    answer = await client.post(decide, json={"action": "abandon"}, headers=OPERATOR)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "not_in_doubt")
+    assert (await client.post(revive, headers=OPERATOR)).json()["state"] == "done"
+    assert (await client.post(revive, headers=OPERATOR)).status_code == 404
+    await cashier.hear()
+    await cashier.check()

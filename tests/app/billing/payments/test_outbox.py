@@ -10,6 +10,7 @@ import pytest
 from app.billing.payments.operations import plan
 from app.billing.payments.service import Payments
 from app.core import clock
+from app.core.errors import Conflict, NotFound
 from tests.app.billing.payments.cashier import CENTS, Cashier
 from tests.stripe_stand_in.faults import Kind
 
@@ -211,3 +212,47 @@ async def test_a_key_is_planned_once(cashier: Cashier) -> None:
     (row,) = await cashier.operations()
     assert (row.id, row.state) == ("key", "planned")
     assert row.next_at <= clock.now()
+
+
+async def in_doubt(cashier: Cashier, case: Case, fault: Kind) -> str:
+    """Asked for a day ago, and not found when it was looked for."""
+    await prepare(cashier, case)
+    cashier.stripe.faults.add(fault, case.path, times=SDK_ATTEMPTS)
+    await ask(cashier, case)
+    (operation,) = await cashier.operations(case.kind)
+    async with cashier.database.write() as session:
+        row = await session.merge(operation)
+        row.state = "quarantined"
+    return operation.id
+
+
+@pytest.mark.parametrize("case", CASES[2:], ids=[case.kind for case in CASES[2:]])
+async def test_a_person_can_have_it_looked_for_again(cashier: Cashier, case: Case) -> None:
+    operation_id = await in_doubt(cashier, case, "lose_reply")
+    outbox = cashier.payments.link.outbox
+    assert (await outbox.look_again(operation_id)).state == "confirmed"
+    with pytest.raises(Conflict, match="is confirmed"):
+        await outbox.look_again(operation_id)
+    await finish(cashier, case)
+
+
+@pytest.mark.parametrize("case", CASES[2:], ids=[case.kind for case in CASES[2:]])
+async def test_a_person_can_give_it_up(cashier: Cashier, case: Case) -> None:
+    operation_id = await in_doubt(cashier, case, "lose_request")
+    outbox = cashier.payments.link.outbox
+    assert (await outbox.look_again(operation_id)).state == "quarantined"
+    (notice,) = await cashier.notices("payment_in_doubt")
+    assert notice.ended_at is None
+    assert (await outbox.abandon(operation_id)).state == "rejected"
+    (notice,) = await cashier.notices("payment_in_doubt")
+    assert notice.ended_at is not None
+    with pytest.raises(Conflict, match="is rejected"):
+        await outbox.abandon(operation_id)
+    with pytest.raises(NotFound):
+        await outbox.abandon("unknown")
+    if case.kind == "charge_card":
+        await cashier.recharge_below(CENTS + 1)
+        await cashier.payments.recharge()
+    else:
+        await ask(cashier, case)
+    await finish(cashier, case)

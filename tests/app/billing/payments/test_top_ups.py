@@ -50,6 +50,16 @@ async def test_nothing_is_credited_before_it_is_paid(cashier: Cashier) -> None:
     await cashier.check()
 
 
+async def test_a_fee_that_is_known_later_is_posted_then(cashier: Cashier) -> None:
+    cashier.stripe.book_late()
+    await cashier.pay()
+    await cashier.check(is_settled=False)
+    assert await cashier.balance_cents() == CENTS
+    cashier.stripe.book_charges()
+    await cashier.hear()
+    await cashier.check()
+
+
 async def test_a_debit_that_bounces_fails(cashier: Cashier) -> None:
     top_up = await cashier.begin()
     session = cashier.stripe.pay_checkout(
