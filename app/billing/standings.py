@@ -3,7 +3,6 @@
 Reads only; what an organization sees of itself is `service.py`'s.
 """
 
-from collections.abc import Sequence
 from datetime import datetime
 
 import msgspec
@@ -46,9 +45,7 @@ async def read_standings(
     )
     if organization_id is not None:
         query = query.where(Organization.id == organization_id)
-    rows: Sequence[tuple[Organization, AccountBalance | None]] = (
-        (await session.execute(query.execution_options(populate_existing=True))).tuples().all()
-    )
+    rows = await session.execute(query.execution_options(populate_existing=True))
     spent = await _spent(session)
     lots = await session.execute(
         select(CreditLot.organization_id, func.sum(CreditLot.remaining_nano))
@@ -64,7 +61,7 @@ async def read_standings(
             credit.get(organization.id, 0),
             spent.get(organization.id, 0),
         )
-        for organization, account in rows
+        for organization, account in rows.all()
     ]
 
 

@@ -86,7 +86,7 @@ async def lock_invoice(session: AsyncSession, invoice_id: str) -> Invoice:
     found = (await session.execute(query)).one_or_none()
     if found is None:
         raise NotFound(f"There is no invoice {invoice_id!r}.", code="invoice_not_found")
-    await lock_account(session, *found.tuple())
+    await lock_account(session, *found)
     return await session.get_one(Invoice, invoice_id, populate_existing=True)
 
 

@@ -57,7 +57,7 @@ async def push_invoices(database: Database, *, has_stripe: bool) -> int:
             )
             .order_by(Invoice.number)
         )
-        waiting = rows.tuples().all()
+        waiting = rows.all()
     num_planned = 0
     for invoice_id, organization_id, currency in waiting:
         async with database.write() as session:
@@ -162,7 +162,7 @@ class CreateInvoice(Kind):
         await plan(
             session,
             AddLines.name,
-            f"invoice_lines:{invoice.id}",
+            f"invoice_lines:{operation.id}",  # of this draft
             invoice.organization_id,
             invoice.id,
             await _line_params(session, invoice),

@@ -120,9 +120,9 @@ async def read_requests(
         .order_by(UsageEvent.id)
         .limit(limit + 1)
     )
-    found = rows.tuples().all()
+    found = rows.all()
     return RequestPage(
-        [LineRequest(*row[1:]) for row in found[:limit]],
+        [LineRequest(row[1], row[2], row[3], row[4]) for row in found[:limit]],
         found[limit - 1][0] if len(found) > limit else None,
     )
 

@@ -124,7 +124,7 @@ async def _take(session: AsyncSession) -> list[_Delivery]:
         .limit(MAX_BATCH)
         .with_for_update(of=Notice, skip_locked=True)
     )
-    taken = [_attempt(*row, now=now) for row in rows.tuples()]
+    taken = [_attempt(*row, now=now) for row in rows]
     return [delivery for delivery in taken if delivery is not None]
 
 
