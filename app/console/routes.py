@@ -14,6 +14,7 @@ from app.console import (
     books,
     budgets,
     decoder_playground,
+    earnings,
     entry,
     invoices,
     keys,
@@ -66,6 +67,7 @@ behind_session = Router(
         organizations.router,
         prices.router,
         books.router,
+        earnings.router,
     ],
     before_request=notices.enter,
 )
