@@ -5,6 +5,8 @@ Owns arguments, printing and exit codes; what it shows comes from the public int
 
 import click
 
+from app.cli.backup import backup as backup_command
+from app.cli.backup import restore as restore_command
 from app.cli.bench import bench as bench_command
 from app.cli.launcher import launcher as launcher_command
 from app.cli.listings import keys, logs, models, prices, usage
@@ -37,5 +39,7 @@ for command in (
     keys,
     prices,
     bench_command,
+    backup_command,
+    restore_command,
 ):
     main.add_command(command)
