@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import ParamSpec, TypeVar
 
-NUM_THREADS = 4
+NUM_THREADS = 8
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime, timedelta
 
 import msgspec
-from sqlalchemy import select, update
+from sqlalchemy import func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -20,7 +20,7 @@ from app.billing.payments.calls import Calls
 from app.billing.payments.following import EVENT_TYPES
 from app.billing.payments.notices import notify
 from app.billing.payments.operations import MAX_ERROR_CHARS, after_seconds, backoff_seconds
-from app.billing.payments.tables import StripeEvent
+from app.billing.payments.tables import StripeEvent, StripeOperation
 from app.billing.stripe import Stripe
 from app.billing.stripe_errors import StripeBusy, StripeUnknown
 from app.billing.stripe_events import parse_event
@@ -110,10 +110,13 @@ class Inbox:
         return list(self._stripe.list_events(since, types=types))
 
     async def _since(self, session: AsyncSession, now: datetime) -> datetime:
+        """Where the last look ended; at first, when Stripe was first asked for anything. Not the
+        newest event that came: one may be missing before it."""
         cursor = await mirror.read(session, CURSOR_ID)
         if cursor is None:
-            return now - EVENT_LIFETIME
-        until = datetime.fromisoformat(cursor.data["until"])
+            until = await session.scalar(select(func.min(StripeOperation.created_at))) or now
+        else:
+            until = datetime.fromisoformat(cursor.data["until"])
         return max(until - OVERLAP, now - EVENT_LIFETIME)
 
     async def _due(self) -> Sequence[str]:

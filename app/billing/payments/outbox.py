@@ -48,6 +48,7 @@ from app.core.failpoints import failpoint
 from app.organizations.service import default_organization_id
 
 MAX_DUE = 200  # taken up at once
+NUM_AT_ONCE = 4  # of these are with Stripe: none is claimed long before its turn comes
 LEASE_SECONDS = 300  # longer than any call with its own retries
 LONGEST_WAIT_SECONDS = 300
 SEARCH_AGAIN_SECONDS = 3600
@@ -86,6 +87,7 @@ class Outbox:
         self._calls = calls
         self._kinds = {kind.name: kind for kind in kinds}
         self._currency = currency
+        self._slots = asyncio.Semaphore(NUM_AT_ONCE)
 
     async def resume(self) -> None:
         """What an earlier process was at is due at once."""
@@ -152,7 +154,8 @@ class Outbox:
     async def _work_through(self, organization_id: str, operation_ids: list[str]) -> None:
         for operation_id in operation_ids:
             try:
-                await self._work(organization_id, operation_id)
+                async with self._slots:
+                    await self._work(organization_id, operation_id)
             except Exception:
                 log.exception("operation %s could not be worked on", operation_id)
 

@@ -5,9 +5,10 @@ one is read, and another begun, under the lock of its account.
 """
 
 import logging
+from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.billing.ledger import lock_account
@@ -34,6 +35,7 @@ from app.core.errors import InvalidRequest
 from app.core.failpoints import failpoint
 from app.core.ids import new_id
 
+MAX_PER_DAY = 20  # of one organization: what spends by mistake is stopped by somebody's look at it
 UNDER_WAY = ("created", "pending")
 # A payment in these has no outcome yet, and was not even tried.
 _UNTRIED = ("requires_confirmation",)
@@ -97,6 +99,10 @@ class Recharging:
             profile = await open_profile(session, organization_id)
             if not _is_due(account, profile) or await _is_under_way(session, organization_id):
                 return False
+            if await _num_today(session, organization_id) >= MAX_PER_DAY:
+                reason = f"{MAX_PER_DAY} recharges in one day: choose a larger amount."
+                await pause_recharge(session, organization_id, reason, {})
+                return False
             assert profile.recharge_cents is not None, "set together with what it is below"
             top_up = TopUp(
                 id=new_id("top"),
@@ -137,6 +143,16 @@ async def _is_under_way(session: AsyncSession, organization_id: str) -> bool:
         TopUp.state.in_(UNDER_WAY),
     )
     return (await session.scalar(query.limit(1))) is not None
+
+
+async def _num_today(session: AsyncSession, organization_id: str) -> int:
+    query = select(func.count()).where(
+        TopUp.organization_id == organization_id,
+        TopUp.kind == "recharge",
+        TopUp.state != "expired",
+        TopUp.created_at > clock.now() - timedelta(days=1),
+    )
+    return await session.scalar(query) or 0
 
 
 class ChargeCard(Kind):

@@ -37,7 +37,8 @@ class Seen(msgspec.Struct, frozen=True):
 def look_up(stripe: Stripe, payment_id: str) -> Seen:
     """As it is at Stripe now. Blocks."""
     payment = stripe.get_payment(payment_id)
-    if not payment.is_paid:
+    is_of_others = not payment.top_up_id and not payment.customer_id
+    if not payment.is_paid or is_of_others:
         return Seen(payment)
     charge = None
     if payment.balance_transaction_id:  # it comes a little after the payment
