@@ -24,14 +24,14 @@ def parse_event(body: bytes, header: str, secrets: Sequence[str], now: datetime)
     keys = [secret.strip() for secret in secrets if secret.strip()]
     if not keys:
         raise BadSignature(
-            "No webhook secret is set: set TAPEOUT_STRIPE_WEBHOOK_SECRETS to the signing secret"
+            "No webhook secret is set: set TAPEOUT_STRIPE_WEBHOOK_SECRET to the signing secret"
             " (whsec_...) that Stripe shows for this endpoint"
         )
     signed = b"%d." % sent_at + body
     if not any(_is_signed(signed, key, signatures) for key in keys):
         raise BadSignature(
             "The signature is of another secret, or the body was altered on its way: compare"
-            " TAPEOUT_STRIPE_WEBHOOK_SECRETS with the endpoint's signing secret at Stripe"
+            " TAPEOUT_STRIPE_WEBHOOK_SECRET with the endpoint's signing secret at Stripe"
         )
     age_seconds = int(now.timestamp()) - sent_at
     if abs(age_seconds) > MAX_AGE_SECONDS:

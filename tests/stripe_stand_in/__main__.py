@@ -17,7 +17,7 @@ def main() -> None:
             stand_in.webhooks.deliver_to(chosen.webhook_url)
         print(f"TAPEOUT_STRIPE_API_BASE={stand_in.url}")  # noqa: T201
         print(f"TAPEOUT_STRIPE_API_KEY={stand_in.api_key}")  # noqa: T201
-        print(f"TAPEOUT_STRIPE_WEBHOOK_SECRETS={stand_in.webhook_secret}", flush=True)  # noqa: T201
+        print(f"TAPEOUT_STRIPE_WEBHOOK_SECRET={stand_in.webhook_secret}", flush=True)  # noqa: T201
         while True:
             time.sleep(1)
             stand_in.let_time_pass()

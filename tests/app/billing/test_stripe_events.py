@@ -65,7 +65,7 @@ def test_old_and_future_ones_are_refused(age_seconds: int, words: str) -> None:
 
 @pytest.mark.parametrize("secrets", [[], [""], [" "]])
 def test_without_a_secret_nothing_is_believed(secrets: list[str]) -> None:
-    with pytest.raises(BadSignature, match="TAPEOUT_STRIPE_WEBHOOK_SECRETS"):
+    with pytest.raises(BadSignature, match="TAPEOUT_STRIPE_WEBHOOK_SECRET"):
         parse_event(BODY, signed(), secrets, NOW)
     # What is signed with an empty secret proves nothing.
     with pytest.raises(BadSignature):
