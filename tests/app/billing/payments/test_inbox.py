@@ -3,6 +3,8 @@
 import itertools
 import os
 import random
+import re
+from pathlib import Path
 
 import pytest
 from stripe import WebhookSignature
@@ -226,3 +228,10 @@ async def test_what_is_none_of_ours_is_done(cashier: Cashier) -> None:
     await cashier.hear()
     assert {each.state for each in await cashier.events()} == {"done"}
     assert await cashier.accounts() == before
+
+
+def test_the_documents_name_every_event() -> None:
+    text = (Path(__file__).parents[4] / "docs/payments.md").read_text()
+    named = set(re.findall(r"^[a-z_]+(?:\.[a-z_]+)+$", text, re.MULTILINE))
+    assert named == {type for types in following.EVENT_TYPES for type in types}
+    assert all(len(types) <= 20 for types in following.EVENT_TYPES)  # what Stripe lists at once
