@@ -351,6 +351,7 @@ def upgrade() -> None:
         sa.Column("amount_nano", sa.BigInteger(), nullable=False),
         sa.Column("saved_nano", sa.BigInteger(), nullable=False),
         sa.PrimaryKeyConstraint("series_id", "hour", name=op.f("pk_usage_hour")),
+        sqlite_with_rowid=False,
     )
     op.create_table(
         "usage_series",
@@ -568,7 +569,8 @@ def downgrade() -> None:
     with op.batch_alter_table("usage_event", schema=None) as batch_op:
         batch_op.drop_index(batch_op.f("ix_usage_event_ledger_transaction_id"))
         batch_op.create_index(batch_op.f("ix_usage_event_api_key_id"), ["api_key_id"], unique=False)
-        batch_op.drop_column("ledger_transaction_id")
+    # Not in a batch, which would make the table anew: SQLite drops none that others refer to.
+    op.drop_column("usage_event", "ledger_transaction_id")
 
     with op.batch_alter_table("price_item", schema=None) as batch_op:
         batch_op.drop_constraint(batch_op.f("ck_price_item_window"), type_="check")
@@ -582,12 +584,9 @@ def downgrade() -> None:
         batch_op.drop_column("from_minute")
         batch_op.drop_column("above_tokens")
 
-    with op.batch_alter_table("price_book", schema=None) as batch_op:
-        batch_op.drop_column("policy")
-
-    with op.batch_alter_table("ledger_transaction", schema=None) as batch_op:
-        batch_op.drop_column("content_sha256")
-        batch_op.drop_column("organization_id")
+    op.drop_column("price_book", "policy")
+    op.drop_column("ledger_transaction", "content_sha256")
+    op.drop_column("ledger_transaction", "organization_id")
 
     with op.batch_alter_table("account_balance", schema=None) as batch_op:
         batch_op.drop_constraint(batch_op.f("ck_account_balance_forced"), type_="check")
