@@ -29,6 +29,7 @@ from app.api import (
     inference_v2,
     invoices,
     keys,
+    metrics,
     model_docs,
     models,
     notices,
@@ -73,6 +74,7 @@ from app.deployments.launchers.docker import DockerLauncher
 from app.deployments.launchers.local import LocalLauncher
 from app.deployments.optimiser import Optimiser
 from app.metering.journal import Journal
+from app.metering.meters import Meters
 from app.organizations.keys import KeyRing
 from app.organizations.service import bootstrap, default_organization_id
 from app.organizations.signins import SignIns
@@ -100,6 +102,7 @@ def create_app(settings: Settings, announce: Callable[[str], object] = log.info)
     return Litestar(
         route_handlers=[
             health.router,
+            metrics.router,
             openai.router,
             predict.router,
             inference_v2.router,
@@ -214,8 +217,9 @@ async def start_money(state: State, settings: Settings, stack: AsyncExitStack) -
     await accounts.start(journal.id)
     stack.push_async_callback(accounts.close)
     state.journal, state.accounts = journal, accounts
+    state.meters = meters = Meters()
     state.relay = relay = Relay(
-        journal, prices, accounts, timeout_seconds=settings.request_timeout_seconds
+        journal, prices, accounts, timeout_seconds=settings.request_timeout_seconds, meters=meters
     )
     await relay.recover(unsettled)
     stack.push_async_callback(relay.close)

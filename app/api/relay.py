@@ -21,15 +21,17 @@ from app.api.prediction import Answer, Prediction
 from app.billing.accounts import AccountWriter
 from app.billing.prices import PriceTable, Rates
 from app.billing.rating import (
+    Settlement,
     decoder_worst_case,
     embedder_worst_case,
     rate,
     tensor_worst_case,
 )
-from app.core.errors import AppError, Unavailable
+from app.core.errors import AppError, PaymentRequired, Unavailable
 from app.core.failpoints import failpoint
 from app.deployments.failed_runs import device_ns_of
 from app.metering.journal import Journal
+from app.metering.meters import Meters
 from app.metering.records import FinishRecord, Outcome, Tally, Usage, use_of
 from runtime.protocol import Embed, Embedded, Generate, Predict, Predicted
 
@@ -53,7 +55,9 @@ class Relay:
         accounts: AccountWriter,
         *,
         timeout_seconds: float,
+        meters: Meters | None = None,
     ) -> None:
+        self._meters = meters or Meters()
         self._journal = journal
         self._prices = prices
         self._accounts = accounts
@@ -161,6 +165,9 @@ class Relay:
                     api_key_id=call.principal.api_key_id,
                     endpoint_name=call.target.endpoint_name,
                 )
+        except PaymentRequired as error:
+            self._meters.refuse(error.code)
+            raise
         except TimeoutError:
             self._accounts.void(call.request_id)  # it may still be taken
             raise Unavailable(
@@ -269,7 +276,7 @@ class Relay:
                 *(call.request_id, call.target.endpoint_name, -(-tally.device_ns // 1_000_000)),
                 *(held_ms, usage.excess_device_ms),
             )
-        self._accounts.settle(rate(usage, rates))
+        self._post(rate(usage, rates))
         return predicted, usage
 
     async def _settle_late(
@@ -337,7 +344,7 @@ class Relay:
             raise
         tally.close(record)
         usage = tally.usage(record.outcome, record.finish_reason, record.at_ns)
-        self._accounts.settle(rate(usage, rates))
+        self._post(rate(usage, rates))
         if not is_whole:
             raise client_left()
         return embedded, usage
@@ -374,4 +381,8 @@ class Relay:
             record = FinishRecord(request_id, at_ns, outcome, reason, device_ns)
             self._journal.note_finish(record)
             tally.close(record)
-        self._accounts.settle(rate(tally.usage(outcome, reason, at_ns), rates))
+        self._post(rate(tally.usage(outcome, reason, at_ns), rates))
+
+    def _post(self, settlement: Settlement) -> None:
+        self._meters.observe(settlement.usage)
+        self._accounts.settle(settlement)

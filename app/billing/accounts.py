@@ -115,6 +115,12 @@ class AccountWriter:
         """Whether money still moves."""
         return self._thread is not None and not self._operations.is_ended
 
+    @property
+    def num_unsettled(self) -> int:
+        """Settlements that wait for the database."""
+        assert self._writer is not None, "start() has not run"
+        return self._writer.num_unsettled
+
     async def hold(
         self,
         request_id: str,
