@@ -35,7 +35,7 @@ DEFAULT_DAYS = 30
 NUM_DEVICES = 1  # of a box; its workers share it
 HEADER = (
     *("model", "requests", "prompt_tokens", "cached_tokens", "output_tokens", "device_ms"),
-    *("revenue", "waived", "device_cost", "margin", "currency"),
+    *("revenue", "waived", "device_cost", "margin_nano", "currency"),
 )
 
 
@@ -180,17 +180,11 @@ def _rows(found: Earnings) -> Iterator[list[str | int]]:
         yield [
             *(row.model, row.num_requests, row.prompt_tokens, row.cached_tokens),
             *(row.output_tokens, row.device_ms),
-            *(write_signed(n) for n in (row.revenue_nano, row.waived_nano)),
-            *(write_signed(n) for n in (row.cost_nano, row.margin_nano)),
+            *(write_amount(nano) for nano in (row.revenue_nano, row.waived_nano)),
+            "" if row.cost_nano is None else write_amount(row.cost_nano),
+            "" if row.margin_nano is None else row.margin_nano,  # a number, for it may be below 0
             found.currency,
         ]
-
-
-def write_signed(nano: int | None) -> str:
-    """`-12.50`; empty for what is not known."""
-    if nano is None:
-        return ""
-    return f"-{write_amount(-nano)}" if nano < 0 else write_amount(nano)
 
 
 router = Router(

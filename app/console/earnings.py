@@ -9,7 +9,7 @@ from litestar.params import FromQuery
 from litestar.response import Stream
 from markupsafe import Markup
 
-from app.api.earnings import as_csv, make_target, read_earnings, write_signed
+from app.api.earnings import as_csv, make_target, read_earnings
 from app.billing.costs import parse_hour, set_device_hour
 from app.billing.earnings import Earnings, ModelEarnings, Target
 from app.billing.prices import Item, PriceTable, draft_book
@@ -20,7 +20,7 @@ from app.console.sessions import form_field, go, signed_in
 from app.console.templating import PageRequest, page
 from app.core import clock
 from app.core.database import Database
-from app.core.money import format_nano, price_of
+from app.core.money import format_nano, price_of, write_amount
 from app.settings import Settings
 
 PERIODS = (7, 30, 90)
@@ -47,7 +47,7 @@ async def show_earnings(
         periods=PERIODS,
         num_days=num_days,
         target=target,
-        hour="" if found.hour_nano is None else write_signed(found.hour_nano),
+        hour="" if found.hour_nano is None else write_amount(found.hour_nano),
         suggestions=[_suggestion(request, found, row) for row in found.models],
     )
 

@@ -1,6 +1,7 @@
 """The ledger against itself: every transaction sums to zero, and so does each currency."""
 
 from collections.abc import Sequence
+from datetime import datetime
 
 from sqlalchemy import Connection, text
 
@@ -38,7 +39,7 @@ def check_zero(totals: LedgerTotals, unbalanced: Sequence[Difference]) -> Check:
     return ZERO.compared(credits, debits, [*found, *unbalanced])
 
 
-def check_complete(connection: Connection) -> Check:
+def check_complete(connection: Connection, now: datetime) -> Check:
     """Reads all of the ledger."""
     num_entries = connection.scalar(text("SELECT count(*) FROM ledger_entry")) or 0
     queued = (
@@ -71,4 +72,5 @@ def check_complete(connection: Connection) -> Check:
         Difference(transaction_id, 0, 1, "is sealed or queued, but not in the ledger")
         for (transaction_id,) in gone
     ]
-    return COMPLETE.compared(num_entries, num_known or 0, found)
+    note = f"Counted at {now:%Y-%m-%d %H:%M:%S} UTC."
+    return COMPLETE.compared(num_entries, num_known or 0, found, note=note)

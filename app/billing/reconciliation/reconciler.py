@@ -165,7 +165,7 @@ class Reconciler:
 
     def _recount(self, connection: Connection, now: datetime) -> list[Check]:
         self._recounted_at = now
-        self._complete = check_complete(connection)
+        self._complete = check_complete(connection, now)
         self._sums.reset()
         self._hours.reset()
         return self._compare_sums(connection, now)
