@@ -32,7 +32,8 @@ _entry = table(
 
 class Cell(NamedTuple):
     """Sums of one key, model, class and dimension in one period of `num_hours`, that begins with
-    `hour` (since 1970, UTC). A partial hour's `saved_nano` is zero."""
+    `hour` (since 1970, UTC). Of single hours there are too many: those are sums of one dimension,
+    and the rest is empty. A partial hour's `saved_nano` is zero."""
 
     hour: int
     api_key_id: str
@@ -108,14 +109,17 @@ async def _whole_hours(
 ) -> list[Cell]:
     if within.first >= within.until:
         return []
-    grouping: list[Any] = [_hour.c.series_id, text("at")] if num_hours else [_hour.c.series_id]
+    named: dict[Any, tuple[str, ...]] = {
+        row[0]: row[1:] for row in await _series_of(session, organization_id)
+    }
+    grouping = _series.c.dimension if num_hours == 1 else _hour.c.series_id
     sums = (
         select(
-            _hour.c.series_id,
+            grouping,
             _beginning(_hour.c.hour, num_hours).label("at"),
-            func.sum(_hour.c.quantity).label("quantity"),
-            func.sum(_hour.c.amount_nano).label("amount_nano"),
-            func.sum(_hour.c.saved_nano).label("saved_nano"),
+            func.sum(_hour.c.quantity),
+            func.sum(_hour.c.amount_nano),
+            func.sum(_hour.c.saved_nano),
         )
         .join(_series, _series.c.id == _hour.c.series_id)
         .where(
@@ -123,26 +127,31 @@ async def _whole_hours(
             _hour.c.hour >= within.first,
             _hour.c.hour < within.until,
         )
-        .group_by(*grouping)
+        .group_by(grouping, *([text("at")] if num_hours else []))
     )
-    names = {
-        row.id: tuple(row)[1:]
-        for row in await session.execute(
-            select(
-                _series.c.id,
-                _series.c.api_key_id,
-                _series.c.api_key_name,
-                _series.c.endpoint_name,
-                _series.c.service_class,
-                _series.c.dimension,
-            ).where(_series.c.organization_id == organization_id)
-        )
-    }
     cells: list[Cell] = []
     for row in await session.execute(sums):
-        series_id, hour, *numbers = tuple(row)
-        cells.append(Cell._make((hour, *names[series_id], *map(int, numbers))))
+        group, hour, *numbers = tuple(row)
+        names = named[group] if num_hours != 1 else ("", "", "", "", group)
+        cells.append(Cell._make((hour, *names, *map(int, numbers))))
     return cells
+
+
+async def _series_of(
+    session: AsyncSession, organization_id: str
+) -> list[tuple[str, str, str, str, str, str]]:
+    """Id, key, its name, model, class and dimension."""
+    rows = await session.execute(
+        select(
+            _series.c.id,
+            _series.c.api_key_id,
+            _series.c.api_key_name,
+            _series.c.endpoint_name,
+            _series.c.service_class,
+            _series.c.dimension,
+        ).where(_series.c.organization_id == organization_id)
+    )
+    return [tuple(row) for row in rows]
 
 
 def _beginning(hour: ColumnElement[int], num_hours: int) -> ColumnElement[int]:

@@ -118,6 +118,8 @@ class UsageHour(Base):
     `saved_nano`: what cached tokens would have cost more at the input price."""
 
     __tablename__ = "usage_hour"
+    # Rows lie in the order of their key, so that a month of a series is read in one go.
+    __table_args__ = {"sqlite_with_rowid": False}  # noqa: RUF012
 
     series_id: Mapped[str] = mapped_column(String(32), primary_key=True)
     hour: Mapped[int] = mapped_column(primary_key=True)  # since 1970, UTC
