@@ -14,7 +14,7 @@ import stripe
 
 from tests.stripe_stand_in import parameters, routes
 from tests.stripe_stand_in.account import Account
-from tests.stripe_stand_in.errors import ApiError, Object, fault, invalid
+from tests.stripe_stand_in.errors import ApiError, Object, fault, in_use, invalid
 from tests.stripe_stand_in.faults import Fault, Faults
 from tests.stripe_stand_in.idempotency import Answer, Keys
 
@@ -22,7 +22,8 @@ _BUSY_CODES = {"busy": "rate_limit", "locked": "lock_timeout"}
 
 
 class ConnectionLost(Exception):
-    """The request or its answer is lost: the connection is to be closed without a word."""
+    """The request or its answer is lost: the connection is to be closed without a word. With
+    "crash", all others too."""
 
 
 @dataclass
@@ -60,8 +61,8 @@ class Api:
             answer = self._answer(request, form, headers, fault)
         except ApiError as error:
             answer = _error(error)
-        if request.fault == "lose_reply":
-            raise ConnectionLost
+        if request.fault in ("lose_reply", "crash"):
+            raise ConnectionLost(request.fault)
         if request.fault == "bad_gateway":
             answer = Answer(502, b"<html><h1>502 Bad Gateway</h1></html>")
         request.status = answer.status
@@ -131,7 +132,9 @@ def _refuse_before(failing: Fault | None) -> None:
     """Faults of what stands before the API: nothing is done and nothing saved."""
     kind = failing.kind if failing else ""
     if kind == "lose_request":
-        raise ConnectionLost
+        raise ConnectionLost(kind)
+    if kind == "in_use":
+        raise in_use()
     if kind == "fail_before":
         raise ApiError(500, "An unknown error occurred", type="api_error", is_saved=False)
     if failing is not None and kind in _BUSY_CODES:

@@ -53,3 +53,13 @@ def refused(message: str, code: str = "") -> ApiError:
 def fault() -> ApiError:
     message = "An unknown error occurred"
     return ApiError(500, message, type="api_error", headers={"Stripe-Should-Retry": "false"})
+
+
+def in_use() -> ApiError:
+    return ApiError(
+        409,
+        "There is currently another in-progress request using this idempotent key.",
+        type="idempotency_error",
+        code="idempotency_key_in_use",
+        is_saved=False,
+    )

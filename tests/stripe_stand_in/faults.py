@@ -8,12 +8,14 @@ from typing import Literal
 Kind = Literal[
     "lose_request",  # the connection breaks before anything is done
     "lose_reply",  # it is done, and the connection breaks
+    "crash",  # it is done, the connection breaks, and nobody answers until `start`
     "fail_before",  # 500 and not done; not saved under the key
     "fail_saved",  # 500 and not done, but saved: the key repeats it
     "fail_after",  # done, yet 500, and saved: the key repeats it
     "bad_gateway",  # done, and something between answers 502 in HTML
     "busy",  # 429 with Retry-After; not done
     "locked",  # 429 lock_timeout, another of Stripe's processes is at the object; not done
+    "in_use",  # 409, another request with this key is at work
     "slow",  # waits before it begins
     "reject",  # 400 as by a rule that we did not know of; not done
 ]

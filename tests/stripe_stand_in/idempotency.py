@@ -4,7 +4,7 @@ for as long as the key is known; other parameters are an error."""
 from dataclasses import dataclass, field
 
 from tests.stripe_stand_in.clock import Clock
-from tests.stripe_stand_in.errors import ApiError
+from tests.stripe_stand_in.errors import ApiError, in_use
 
 LIFETIME_SECONDS = 24 * 3600
 MAX_KEY_LENGTH = 255
@@ -52,13 +52,7 @@ class Keys:
                 is_saved=False,
             )
         if use.answer is None:
-            raise ApiError(
-                409,
-                "There is currently another in-progress request using this idempotent key.",
-                type="idempotency_error",
-                code="idempotency_key_in_use",
-                is_saved=False,
-            )
+            raise in_use()
         headers = {**use.answer.headers, "Idempotent-Replayed": "true"}
         return Answer(use.answer.status, use.answer.body, headers)
 

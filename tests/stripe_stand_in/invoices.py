@@ -8,6 +8,7 @@ from tests.stripe_stand_in.errors import ApiError, Object, refused
 
 MAX_LINES = 250
 COLLECT_AFTER_SECONDS = 3600
+FINALISE_AFTER_SECONDS = 3600  # a draft that advances by itself
 
 
 def create(account: Account, customer: Object, params: Object) -> Object:
@@ -27,6 +28,8 @@ def create(account: Account, customer: Object, params: Object) -> Object:
     invoice["default_payment_method"] = params.get("default_payment_method")
     if is_sent:
         invoice["due_date"] = params.get("due_date", now + params.get("days_until_due", 0) * 86400)
+    if invoice["auto_advance"]:
+        invoice["automatically_finalizes_at"] = now + FINALISE_AFTER_SECONDS
     account.add(invoice)
     account.emit("invoice.created", invoice)
     return invoice

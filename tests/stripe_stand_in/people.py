@@ -252,6 +252,10 @@ class People:
             for session in list(each_due(account.all("checkout.session"), "expires_at", now)):
                 if session["status"] == "open":
                     payments.expire_checkout(account, session)
+            drafts = each_due(account.all("invoice"), "automatically_finalizes_at", now)
+            for invoice in list(drafts):
+                if invoice["status"] == "draft":
+                    invoices.finalise(account, invoice, is_advancing=True)
             due = each_due(account.all("invoice"), "next_payment_attempt", now)
             for invoice in list(due):
                 invoices.collect(account, invoice)

@@ -164,8 +164,10 @@ class _Handler(BaseHTTPRequestHandler):
                 answer = control(stand_in, url.path.removeprefix("/_control/"), body)
             else:
                 answer = pages.page(stand_in, method, url.path, body)
-        except ConnectionLost:
+        except ConnectionLost as lost:
             self.close_connection = True
+            if lost.args == ("crash",):
+                stand_in.go_away()
             _break(self.connection)
             return
         except ApiError as error:

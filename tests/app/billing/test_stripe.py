@@ -74,6 +74,15 @@ def test_a_customer_is_found_by_our_id(
     assert stripe_client.find_customer("org_1") is None
 
 
+def test_looking_allows_for_clocks_that_differ(
+    stripe_client: Stripe, stripe_stand_in: StandIn, since: datetime
+) -> None:
+    stripe_stand_in.clock.advance(-300)
+    made = stripe_client.create_customer("k", organization_id="o", name="n", email="")
+    assert stripe_client.find_customer("o", since) == made
+    assert [event.object_id for event in stripe_client.list_events(since)] == [made.id]
+
+
 def test_a_customer_may_have_no_address(stripe_client: Stripe) -> None:
     made = stripe_client.create_customer("k", organization_id="o", name="No address", email="")
     assert made.email == ""
@@ -407,6 +416,18 @@ def test_an_invoice_that_no_card_pays_stays_open(
     assert stripe_stand_in.events("invoice.payment_failed")
     assert stripe_client.mark_uncollectible("u", draft.id).status == "uncollectible"
     assert stripe_client.void_invoice("v", draft.id).status == "void"
+
+
+def test_a_draft_waits_until_we_finalise_it(
+    stripe_client: Stripe, stripe_stand_in: StandIn, customer: objects.Customer
+) -> None:
+    draft = new_invoice(stripe_client, customer.id)
+    stripe_stand_in.clock.advance(86400)
+    stripe_stand_in.let_time_pass()
+    assert stripe_client.get_invoice(draft.id).status == "draft"
+    [request] = stripe_stand_in.requests_to("/v1/invoices")
+    # Nothing that a person left at Stripe for this customer comes onto our invoice.
+    assert request.params["pending_invoice_items_behavior"] == "exclude"
 
 
 def test_finalising_may_fail_and_leaves_a_draft(

@@ -113,7 +113,7 @@ def test_a_clear_no_is_not_tried_again(
     assert len(stripe_stand_in.requests_to(CUSTOMERS)) == 1
 
 
-@pytest.mark.parametrize("first", ["lose_reply", "fail_before", "bad_gateway"])
+@pytest.mark.parametrize("first", ["lose_reply", "fail_before", "bad_gateway", "in_use"])
 def test_a_refused_retry_does_not_hide_the_doubt_about_the_first(
     new_client: NewClient, stripe_stand_in: StandIn, first: Kind
 ) -> None:
@@ -230,6 +230,18 @@ def test_nothing_happens_where_there_is_no_connection(
     stripe_stand_in.start()
     create(client)
     assert num_customers(stripe_stand_in) == 2
+
+
+def test_an_answer_lost_before_stripe_went_away_stays_in_doubt(
+    new_client: NewClient, stripe_stand_in: StandIn
+) -> None:
+    stripe_stand_in.faults.add("crash", CUSTOMERS)
+    with pytest.raises(StripeUnknown):
+        create(new_client(max_retries=2))
+    assert num_customers(stripe_stand_in) == 1
+    stripe_stand_in.start()
+    create(new_client(max_retries=2))
+    assert num_customers(stripe_stand_in) == 1
 
 
 def test_what_is_not_known_to_be_stripe_is_sent_nothing(tmp_path: Path) -> None:
