@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime, timedelta
 
 import msgspec
-from sqlalchemy import func, select, update
+from sqlalchemy import delete, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -40,6 +40,7 @@ LONGEST_WAIT_SECONDS = 3600
 MAX_ATTEMPTS = 12
 # Stripe may list an event later than its time says.
 OVERLAP = timedelta(hours=1)
+KEPT_FOR = 3 * EVENT_LIFETIME
 CURSOR_ID = "backfill"
 
 FollowInvoice = Callable[[str], Awaitable[object]]
@@ -98,10 +99,12 @@ class Inbox:
         # Stripe takes twenty types at once.
         for types in EVENT_TYPES:
             events = await self._calls(self._listed, since, types)
-            async with self._database.write() as session:
-                for event in events:
-                    num_stored += await store(session, event, msgspec.json.encode(event))
+            for start in range(0, len(events), MAX_DUE):
+                async with self._database.write() as session:
+                    for event in events[start : start + MAX_DUE]:
+                        num_stored += await store(session, event, msgspec.json.encode(event))
         async with self._database.write() as session:
+            await _forget_old(session, started_at)
             await mirror.put(session, CURSOR_ID, "cursor", {"until": started_at.isoformat()})
             failpoint("inbox.before_backfill_commit")
         return num_stored
@@ -195,6 +198,15 @@ async def store(session: AsyncSession, event: Event, raw: bytes) -> int:
     )
     result = await session.scalars(statement.on_conflict_do_nothing().returning(StripeEvent.id))
     return len(result.all())
+
+
+async def _forget_old(session: AsyncSession, now: datetime) -> None:
+    """What is done and so old that Stripe neither sends nor lists it any more."""
+    await session.execute(
+        delete(StripeEvent).where(
+            StripeEvent.state == "done", StripeEvent.received_at < now - KEPT_FOR
+        )
+    )
 
 
 async def revive(session: AsyncSession, event_id: str) -> bool:

@@ -39,6 +39,7 @@ from app.billing.stripe_errors import (
     StripeBusy,
     StripeKeyReused,
     StripeRejected,
+    StripeUnauthorized,
     StripeUnknown,
 )
 from app.core import clock
@@ -249,9 +250,10 @@ class Outbox:
             row.state, row.stripe_id, row.error = "confirmed", answer.id, ""
             await mirror.store(session, answer)
             await self._kinds[operation.kind].confirmed(session, operation, answer)
-            if not claim.is_first:
+            if claim.num_attempts > 1:
                 operator_id = await default_organization_id(session)
                 await end(session, operator_id, "payment_in_doubt", operation.id)
+                await end(session, operator_id, "stripe_unauthorized")
             failpoint("outbox.before_result_commit")
 
     async def _refuse(self, claim: Claim, error: StripeRejected) -> None:
@@ -279,6 +281,15 @@ class Outbox:
                 row.state = "unknown"
             row.error = str(error)[:MAX_ERROR_CHARS]
             row.next_at = after_seconds(max(_wait(claim), error.retry_after_seconds))
+            if isinstance(error, StripeUnauthorized):
+                await notify(
+                    session,
+                    await default_organization_id(session),
+                    "stripe_unauthorized",
+                    "Stripe does not accept TAPEOUT_STRIPE_API_KEY, so that payments wait: set one "
+                    f"that may do everything, and restart the box. {error}",
+                    {},
+                )
 
     async def _doubt(self, claim: Claim, reason: str, seconds: int) -> None:
         async with self._database.write() as session:

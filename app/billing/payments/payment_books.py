@@ -50,7 +50,7 @@ class PaymentBooks:
         fee_nano = movement.fee_cents * NANO_PER_CENT
         if not fee_nano:
             return
-        if movement.currency != self._currency:
+        if movement.currency.lower() != self._currency.lower():
             log.error("%s is in %s: its fee is not posted", movement.id, movement.currency)
             return
         await post(

@@ -114,7 +114,7 @@ async def pause_recharge(
         session,
         organization_id,
         "recharge_failed",
-        f"The saved card could not be charged, and automatic recharging is paused: {reason}",
+        f"Automatic recharging is paused: {reason}",
         data,
     )
 

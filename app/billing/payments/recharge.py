@@ -4,7 +4,6 @@ Owns when that is, and that an organization has one recharge under way at most: 
 one is read, and another begun, under the lock of its account.
 """
 
-import logging
 from datetime import timedelta
 from typing import Any
 
@@ -39,8 +38,6 @@ MAX_PER_DAY = 20  # of one organization: what spends by mistake is stopped by so
 UNDER_WAY = ("created", "pending")
 # A payment in these has no outcome yet, and was not even tried.
 _UNTRIED = ("requires_confirmation",)
-
-log = logging.getLogger(__name__)
 
 
 async def set_recharge(

@@ -57,14 +57,14 @@ async def settle(session: AsyncSession, seen: Seen) -> bool:
         organization_id = top_up.organization_id
     if organization_id is None:
         return False
-    await lock_account(session, organization_id, payment.currency)
+    account = await lock_account(session, organization_id, payment.currency)
     await mirror.store(session, payment)
     if top_up is not None:
         await session.refresh(top_up)
         await _follow(session, top_up, payment)
     if not payment.is_paid:
         return True
-    books = PaymentBooks(session, organization_id, payment.id, payment.currency)
+    books = PaymentBooks(session, organization_id, payment.id, account.currency)
     if seen.charge is not None:
         await books.pay_fee(seen.charge)
     refunded_cents = sum([await books.refund(refund) for refund in seen.refunds])
@@ -118,7 +118,7 @@ async def _follow(session: AsyncSession, top_up: TopUp, payment: Payment) -> Non
 
 
 async def _credit(session: AsyncSession, top_up: TopUp, payment: Payment) -> None:
-    books = PaymentBooks(session, top_up.organization_id, payment.id, payment.currency)
+    books = PaymentBooks(session, top_up.organization_id, payment.id, top_up.currency)
     if payment.amount_received_cents <= 0 or not await books.credit(payment.amount_received_cents):
         return
     # What came in is what counts, should a top-up be paid twice by some fault.

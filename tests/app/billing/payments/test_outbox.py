@@ -200,8 +200,12 @@ async def test_a_wrong_key_of_the_api_only_waits(cashier: Cashier) -> None:
     top_up = await other.begin_top_up(cashier.organization_id, CENTS)
     await other.close()
     assert top_up.state == "created"
+    (notice,) = await cashier.notices("stripe_unauthorized")
+    assert "TAPEOUT_STRIPE_API_KEY" in notice.message
     cashier.time.passes(minutes=6)
     await cashier.work_until_idle(rounds=1)
+    (notice,) = await cashier.notices("stripe_unauthorized")
+    assert notice.ended_at is not None
     await finish(cashier, CASES[1])
 
 

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 
+from app.billing.payments import recharge
 from app.billing.payments.recharge import set_recharge
 from app.core.errors import InvalidRequest
 from tests.app.billing.payments.cashier import CENTS, Cashier
@@ -113,6 +114,17 @@ async def test_what_is_no_longer_needed_is_not_charged(cashier: Cashier) -> None
     await cashier.work_until_idle()
     assert (await cashier.top_ups())[1].state == "expired"
     assert len(cashier.payments_made()) == 1
+    await cashier.check()
+
+
+async def test_so_many_in_a_day_are_looked_at_by_a_person(
+    cashier: Cashier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recharge, "MAX_PER_DAY", 2)
+    await cashier.save_card(below_cents=100 * CENTS)
+    await cashier.work_until_idle(rounds=4)
+    assert len(cashier.payments_made()) == 3
+    assert "2 recharges in one day" in (await cashier.profile()).recharge_paused
     await cashier.check()
 
 
