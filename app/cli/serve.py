@@ -40,7 +40,7 @@ def serve(data_dir: Path | None, host: str | None, port: int | None) -> None:
     logging.basicConfig(
         level=settings.log_level, format="%(asctime)s %(levelname)-7s %(name)s  %(message)s"
     )
-    for noisy in ("alembic", "httpx", "uvicorn.error"):
+    for noisy in ("alembic", "httpx", "stripe", "uvicorn.error"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     from app.main import create_app  # here, so that other commands start without its libraries
 
