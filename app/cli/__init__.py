@@ -8,6 +8,7 @@ import click
 from app.cli.backup import backup as backup_command
 from app.cli.backup import restore as restore_command
 from app.cli.bench import bench as bench_command
+from app.cli.doctor import doctor as doctor_command
 from app.cli.launcher import launcher as launcher_command
 from app.cli.listings import keys, logs, models, prices, usage
 from app.cli.optimise import optimise as optimise_command
@@ -39,6 +40,7 @@ for command in (
     keys,
     prices,
     bench_command,
+    doctor_command,
     backup_command,
     restore_command,
 ):
