@@ -297,7 +297,7 @@ async def test_closing_beside_settlements_loses_and_doubles_nothing(months: Mont
     january, february = await months.invoices()
     assert january.usage_nano > CENT
     assert january.usage_nano + february.usage_nano == CENT + sum(posted)
-    assert february.state == january.state == "finalised"
+    assert {january.state, february.state} <= {"finalised", "settled"}
     assert await months.entries(REVENUE) == CENT + sum(posted)
     await months.check_books()
 
