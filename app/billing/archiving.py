@@ -1,15 +1,14 @@
 """Usage leaves the database: receipts older than they are kept there move to files, seal by seal.
 
-Owns the order of it: a file is durable before the first row goes, and a row goes only in a
-transaction that has compared it with what was read back from the file. However this ends, every
-receipt is in the database, in the archive or in both. Ledger and hourly sums stay.
+Owns the order of it: a file is durable before the first row goes, and a row goes only after it
+was compared with what was read back from the file. However this ends, every receipt is in the
+database, in the archive or in both. Ledger and hourly sums stay.
 """
 
 import asyncio
-import logging
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from datetime import datetime, timedelta
-from itertools import islice
 
 from sqlalchemy import Connection, Engine, delete, select
 
@@ -25,9 +24,8 @@ from app.metering.tables import UsageEvent, UsageLine
 
 EVENTS_PER_FILE = 16_384  # or more, by what is left of a seal
 TRANSACTIONS_AT_ONCE = 256  # read, or deleted in one transaction
+EVENTS_PER_DELETE = 250  # or more, by what is left of a ledger transaction
 LEAST_AGE = timedelta(days=1)  # beyond what is kept, so that a quiet box makes one file a day
-
-log = logging.getLogger(__name__)
 
 _event = Base.metadata.tables[UsageEvent.__tablename__]
 _line = Base.metadata.tables[UsageLine.__tablename__]
@@ -143,13 +141,47 @@ def _checked_root(transaction_id: str, receipts: list[ReceiptRecord], content_sh
 
 
 def drop_archived(engine: Engine, archive: UsageArchive, span: Span) -> None:
-    """Deletes what a file has, as it is read back from the disk, from the database."""
-    transactions = archive.transactions(span)
-    while some := list(islice(transactions, TRANSACTIONS_AT_ONCE)):
+    """Deletes what a file has, as it is read back from the disk, from the database: little at a
+    time, with as long a pause for those who settle."""
+    for some in _batches(archive.transactions(span)):
+        with _reading(engine).begin() as connection:
+            event_ids = _same_in_database(connection, some)
+        if not event_ids:
+            continue
+        started = time.monotonic()
         with engine.begin() as connection:
-            _drop(connection, some)
+            connection.execute(delete(_line).where(_line.c.event_id.in_(event_ids)))
+            connection.execute(delete(_event).where(_event.c.id.in_(event_ids)))
             failpoint("archiving.before_commit")
         failpoint("archiving.after_commit")
+        time.sleep(time.monotonic() - started)
+
+
+def _batches(transactions: Iterable[ArchivedTransaction]) -> Iterator[list[ArchivedTransaction]]:
+    batch: list[ArchivedTransaction] = []
+    num_events = 0
+    for transaction in transactions:
+        batch.append(transaction)
+        num_events += len(transaction.receipts)
+        if num_events >= EVENTS_PER_DELETE or len(batch) >= TRANSACTIONS_AT_ONCE:
+            yield batch
+            batch, num_events = [], 0
+    if batch:
+        yield batch
+
+
+def _same_in_database(connection: Connection, transactions: list[ArchivedTransaction]) -> list[str]:
+    """The ids of those receipts that the database has as well, which never change there. Raises
+    `NotWhatWasSealed` where it has something else than the archive."""
+    stored = read_receipts(connection, [transaction.id for transaction in transactions])
+    for transaction in transactions:
+        own = stored.get(transaction.id)
+        if own is not None and own != transaction.receipts:
+            raise NotWhatWasSealed(
+                f"the archive has other receipts of ledger transaction {transaction.id} than the "
+                "database"
+            )
+    return [receipt.event_id for receipts in stored.values() for receipt in receipts]
 
 
 def _has_rows(engine: Engine, span: Span) -> bool:
@@ -161,24 +193,3 @@ def _has_rows(engine: Engine, span: Span) -> bool:
     )
     with _reading(engine).begin() as connection:
         return connection.scalar(query.limit(1)) is not None
-
-
-def _drop(connection: Connection, transactions: list[ArchivedTransaction]) -> None:
-    """Raises `NotWhatWasSealed` where the database has something else than the archive."""
-    ids = [transaction.id for transaction in transactions]
-    stored = read_receipts(connection, ids)
-    for transaction in transactions:
-        own = stored.get(transaction.id)
-        if own is not None and own != transaction.receipts:
-            raise NotWhatWasSealed(
-                f"the archive has other receipts of ledger transaction {transaction.id} than the "
-                "database"
-            )
-    for some in _event_ids(stored):
-        connection.execute(delete(_line).where(_line.c.event_id.in_(some)))
-        connection.execute(delete(_event).where(_event.c.id.in_(some)))
-
-
-def _event_ids(stored: dict[str, list[ReceiptRecord]]) -> Iterator[list[str]]:
-    ids = [receipt.event_id for receipts in stored.values() for receipt in receipts]
-    yield from map(list, blocks_of(ids, 1_000))
