@@ -50,7 +50,7 @@ def requests_file(database: Database, organization_id: str, query: UsageQuery) -
 def csv_file(name: str, blocks: Iterator[bytes] | AsyncIterator[bytes]) -> Stream:
     """A download of this name."""
     headers = {"Content-Disposition": f'attachment; filename="{name}.csv"'}
-    return Stream(blocks, media_type="text/csv; charset=utf-8", headers=headers)
+    return Stream(blocks, media_type="text/csv", headers=headers)
 
 
 def _name(subject: str, query: UsageQuery) -> str:
