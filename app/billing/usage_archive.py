@@ -24,6 +24,7 @@ from app.core.failpoints import failpoint
 from app.core.ids import id_parts
 from app.core.storage import fsync_directory
 
+NUM_FOUND_KEPT = 16
 _NAME = re.compile(r"(\d{12})-(\d{12})\.usage")
 
 
@@ -41,6 +42,7 @@ class UsageArchive:
         self.directory = directory
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._headers: dict[Span, Header] = {}
+        self._found: dict[str, ArchivedTransaction] = {}  # of late
 
     def spans(self) -> list[Span]:
         """In order."""
@@ -78,14 +80,24 @@ class UsageArchive:
 
     def find(self, request_id: str) -> ArchivedTransaction | None:
         """The transaction that settled a request last."""
-        found: ArchivedTransaction | None = None
+        found = self._found.get(request_id)
+        if found is not None:
+            return found
         for span in self.spans():
             if self._may_have(span, request_id):
                 for transaction in self.transactions(span):
                     events = (receipt.event_id for receipt in transaction.receipts)
                     if any(event.rpartition(":")[0] == request_id for event in events):
                         found = transaction
+        if found is not None:
+            self._remember(request_id, found)
         return found
+
+    def _remember(self, request_id: str, found: ArchivedTransaction) -> None:
+        """Whoever asks for a receipt asks for its proof next, and reading a file takes long."""
+        if len(self._found) >= NUM_FOUND_KEPT:
+            self._found.clear()
+        self._found[request_id] = found
 
     def _may_have(self, span: Span, request_id: str) -> bool:
         """Whether a file is worth reading as a whole: an id tells when it was made, and its random
