@@ -4,7 +4,7 @@ Two judges: `invariants.py` reads the tables alone, `model.py` says what they sh
 """
 
 import os
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
@@ -12,27 +12,14 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from app.core import clock
-from app.core.database import create_writer_engine
-from app.core.migration import upgrade
-from tests.evidence.machine.base import START
 from tests.evidence.machine.people import Money
+from tests.evidence.simulation import world
 
 
 @pytest.fixture
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> type[Money]:
-    path = tmp_path / "template.db"
-    engine = create_writer_engine(f"sqlite:///{path}")
-    upgrade(engine)
-    engine.dispose()
-    instant = [START]
-    monkeypatch.setattr(clock, "now", lambda: instant[0])
-
-    class Bound(Money):
-        template = path
-        set_clock = staticmethod(lambda at: instant.__setitem__(0, at))
-
-    return Bound
+def machine() -> Iterator[type[Money]]:
+    with world() as money_class:
+        yield money_class
 
 
 QUICK = settings(

@@ -1,6 +1,7 @@
 """What clients do: ask, be refused, get tokens, leave; and what becomes of it, crashes included."""
 
 import shutil
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,6 +17,7 @@ from app.billing.prices import PriceTable
 from app.billing.rating import Settlement, decoder_worst_case, rate
 from app.metering.journal import read_unsettled
 from app.metering.records import AdmitRecord, FinishRecord, Usage, use_of
+from app.metering.segments import MAGIC, PREFIX, segment_numbers, segment_path
 from runtime.protocol import FinishReason, SequenceOutput
 from tests.evidence import model
 from tests.evidence.machine.base import ENDPOINTS, KEYS, Base, Running, organizations, small
@@ -223,12 +225,14 @@ class Requests(Base):
             account.forced = min(account.forced, account.lacking(account.limit))
         self.journal.settled([settlement.request_id for settlement in batch])
 
-    @rule()
-    def crash(self) -> None:
-        """The process is gone, with all it had not written; the next one recovers."""
+    @rule(share=st.floats(0, 1))
+    def crash(self, share: float = 1.0) -> None:
+        """The machine stops, with all that was not written, and of what was written but not
+        synced all but a share; the next process recovers."""
         old, number = self.journal, self.journal_number + 1
         fresh = self.directory / f"journal{number}"
         shutil.copytree(old.directory, fresh)
+        _tear(fresh, share)
         self.do(old.close())
         shutil.rmtree(old.directory)
         before = {usage.admitted.request_id for usage in read_unsettled(fresh).usages}
@@ -252,6 +256,22 @@ class Requests(Base):
             for request_id in list(account.holds):
                 account.free(request_id)
                 assert request_id in orphans
+
+
+def _tear(directory: Path, share: float) -> None:
+    """Cuts the last segment somewhere behind its last step, up to which all of it was synced."""
+    numbers = segment_numbers(directory)
+    if not numbers:
+        return
+    path = segment_path(directory, numbers[-1])
+    data = path.read_bytes()
+    offset = synced = len(MAGIC)
+    while offset < len(data):
+        length, _ = PREFIX.unpack_from(data, offset)
+        start, offset = offset, offset + PREFIX.size + length
+        if b"step" in data[start : start + PREFIX.size + 8]:
+            synced = offset
+    path.write_bytes(data[: synced + round((len(data) - synced) * share)])
 
 
 def _expected(usage: Usage, prices: PriceTable) -> int:
