@@ -117,7 +117,8 @@ def books(draw: st.DrawFn) -> Book:
         thresholds,
         windows,
     )
-    found = draw(st.lists(keys, min_size=1, max_size=30, unique=True))
+    usual = [("*", name, "standard", 0, (0, 1440)) for name in FIRST_PRICES]
+    found = usual + draw(st.lists(keys, max_size=30, unique=True))
     items = [
         item(
             *(name, dimension, service_class, price.price_nano, price.unit_scale),
@@ -285,6 +286,15 @@ def test_three_lines_of_a_prompt_that_all_round_up_are_held() -> None:
     lines = lines_of(counts, "completed", BILLED["decoder"], rates)
     assert [line.amount_nano for line in lines] == [2, 2, 2]
     assert worst_case(rates, "decoder", 9, {}) == 6
+
+
+def test_holds_by_hand() -> None:
+    # 1,000 x 100, rounded in two lines at most: 1 more; 3 x 50 x 400; a request 100.
+    assert decoder_worst_case(RATES, 1_000, 50, 3) == 100_000 + 1 + 60_000 + 100
+    assert embedder_worst_case(RATES, 1_000) == 100_000 + 1 + 100
+    plain = Rates("pb", "usd", {"input": Price(7, 2), "device_ms": Price(9, 1)})
+    assert worst_case(plain, "decoder", 3, {"device_ms": 5}) == 10  # 10.5, half to even
+    assert worst_case(plain, "tensor", 3, {"device_ms": 5}) == 45
 
 
 def test_the_hold_of_a_prediction_follows_the_build_s_measurement() -> None:

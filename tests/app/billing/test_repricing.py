@@ -98,6 +98,22 @@ async def test_the_same_book_gives_the_same_amounts(
     assert [model.difference_nano for model in found.models] == [0] * len(found.models)
 
 
+async def test_requests_that_ended_together_are_all_counted(
+    database: Database,
+    accounts: AccountWriter,
+    settlement: Callable[..., Settlement],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(repricing, "CHUNK", 2)
+    at_ns = _ns(NOW) - 10**9
+    for i in range(7):
+        accounts.settle(settlement(f"req_{i}", finished_at_ns=at_ns + 10**9 * (i == 6)))
+    await accounts.flush()
+    found = await reprice(database, book_of(*first_items()), SINCE, UNTIL, DETAIL_DAYS)
+    assert (found.num_events, found.new_nano) == (7, found.old_nano)
+    assert found.old_nano == 7 * (10_000 + 400_000 + 100)
+
+
 async def test_each_event_gives_its_amount_again(settlements: list[Settlement]) -> None:
     book = intricate_book()
     for settlement in settlements:
