@@ -12,6 +12,7 @@ from litestar.params import FromQuery
 
 from app.api.auth import bearer_principal
 from app.api.relay import HOLD_SECONDS, LATE_SECONDS
+from app.billing.payments.service import Payments
 from app.billing.reconciliation.check import Check
 from app.billing.reconciliation.engines import REST_NS, EngineCounts, EngineState
 from app.billing.reconciliation.journal import JournalState
@@ -25,6 +26,7 @@ from app.deployments.metered import Counts
 from app.deployments.replica import RunningReplica
 from app.metering.journal import Journal
 from app.organizations.service import default_organization_id
+from app.organizations.tables import Organization
 from app.settings import Settings
 
 AnyRequest = Request[Any, Any, Any]
@@ -119,8 +121,10 @@ async def make_reconciler(state: State, settings: Settings) -> Reconciler:
     longest_seconds = (
         settings.request_timeout_seconds + LATE_SECONDS + HOLD_SECONDS + SETTLING_SECONDS
     )
+    payments: Payments = state.payments
     async with database.read() as session:
         organization_id = await default_organization_id(session)
+        organization = await session.get_one(Organization, organization_id)
     return Reconciler(
         database,
         settings.sync_database_url,
@@ -130,6 +134,8 @@ async def make_reconciler(state: State, settings: Settings) -> Reconciler:
         detail_days=settings.usage_detail_days,
         archive=state.records.archive,
         public_key=state.records.public_key,
+        stripe=payments.link.stripe if payments.is_configured else None,
+        stripe_since=organization.created_at,
     )
 
 

@@ -6,12 +6,13 @@ of the box come from is the composition root's to say, as `Sources`.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
 from sqlalchemy import Connection
 
+from app.billing.ledger import STRIPE_CLEARING
 from app.billing.payments import notices
 from app.billing.reconciliation.balances import check_balances, check_credit, check_lots
 from app.billing.reconciliation.budgets import BudgetWalk
@@ -24,8 +25,11 @@ from app.billing.reconciliation.journal import JournalState, check_journal
 from app.billing.reconciliation.ledger import check_complete, check_zero
 from app.billing.reconciliation.runs import Run, add_run, confirmed, latest_run, make_run, prune
 from app.billing.reconciliation.seals import SealWalk
+from app.billing.reconciliation.stripe_checks import SUBJECTS
+from app.billing.reconciliation.stripe_walk import NOT_CONFIGURED, StripeWalk
 from app.billing.reconciliation.sums import LedgerSums
 from app.billing.reconciliation.usage import UsageWalk
+from app.billing.stripe import Stripe
 from app.billing.usage_archive import UsageArchive
 from app.core import clock
 from app.core.database import Database
@@ -45,7 +49,6 @@ class Sources(NamedTuple):
 
     journal: Callable[[], JournalState]
     engines: Callable[[], Sequence[EngineState]]
-    others: Sequence[Callable[[], Awaitable[list[Check]]]] = ()
 
 
 class Reconciler:
@@ -62,7 +65,10 @@ class Reconciler:
         detail_days: int,
         archive: UsageArchive,
         public_key: str,
+        stripe: Stripe | None = None,
+        stripe_since: datetime | None = None,
     ) -> None:
+        """`stripe_since`: before, this box had no payments at Stripe."""
         self._database = database
         self._engine = reading_engine(url)
         self._sources = sources
@@ -74,6 +80,9 @@ class Reconciler:
         self._hours = HourSums()
         self._usage = UsageWalk()
         self._seals = SealWalk(self._engine, archive, public_key)
+        self._stripe: StripeWalk | None = None
+        if stripe is not None:
+            self._stripe = StripeWalk(self._engine, stripe, stripe_since or clock.now())
         self._is_first = True
         self._budgets = BudgetWalk()
         self._recounted_at: datetime | None = None
@@ -99,8 +108,7 @@ class Reconciler:
         journal, engines = self._sources.journal(), self._sources.engines()
         checks = await asyncio.to_thread(self._compare, journal, started_at)
         checks += self._compare_engines(engines)
-        for source in self._sources.others:
-            checks += await source()
+        checks += await asyncio.to_thread(self._compare_stripe)
         checks = confirmed(checks, before.checks if before else [])
         run = make_run(started_at, clock.now(), checks, self._positions())
         await self._store(run)
@@ -116,13 +124,16 @@ class Reconciler:
 
     def _positions(self) -> dict[str, int]:
         seals = self._seals
-        return {"usage": self._usage.until, "seals": seals.until, "old_seals": seals.old}
+        positions = {"usage": self._usage.until, "seals": seals.until, "old_seals": seals.old}
+        return positions | (self._stripe.positions if self._stripe else {})
 
     def _go_on(self, positions: dict[str, int]) -> None:
         """Where an earlier process stopped."""
         self._usage.until = positions.get("usage", 0)
         self._seals.until = positions.get("seals", 0)
         self._seals.old = positions.get("old_seals", 0)
+        if self._stripe is not None:
+            self._stripe.go_on(positions)
 
     # --- on a thread ----------------------------------------------------------------------
 
@@ -149,6 +160,13 @@ class Reconciler:
                 self._budgets.check(connection, now),
             ]
         return [*checks, self._seals.check()]
+
+    def _compare_stripe(self) -> list[Check]:
+        if self._stripe is None:
+            return [subject.not_compared(NOT_CONFIGURED) for subject in SUBJECTS]
+        return self._stripe.check(
+            lambda connection: self._sums.read(connection)[0].by_account[STRIPE_CLEARING]
+        )
 
     def _compare_sums(self, connection: Connection, now: datetime) -> list[Check]:
         totals, lot_uses = self._sums.read(connection)
