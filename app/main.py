@@ -51,6 +51,7 @@ from app.billing.archiving import Archivist
 from app.billing.clerk import Clerk
 from app.billing.ledger import open_account
 from app.billing.payments import invoice_ending
+from app.billing.payments.calls import Calls
 from app.billing.payments.invoice_books import refresh_invoice
 from app.billing.payments.month_jobs import add_month_jobs
 from app.billing.payments.service import Payments
@@ -262,9 +263,11 @@ def choose_launcher(settings: Settings, storage: Storage) -> Launcher:
 
 async def start_payments(state: State, settings: Settings, stack: AsyncExitStack) -> None:
     """What an earlier process was asking of Stripe is taken up again."""
+    calls = Calls()
+    stack.callback(calls.close)
 
     async def follow_invoice(stripe_invoice_id: str) -> None:
-        await refresh_invoice(state.database, payments.link.stripe, stripe_invoice_id)
+        await refresh_invoice(state.database, payments.link.stripe, calls, stripe_invoice_id)
 
     kinds = invoice_ending.kinds()
     state.payments = payments = Payments(state.database, settings, kinds, follow_invoice)

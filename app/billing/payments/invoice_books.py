@@ -4,7 +4,6 @@ Owns that translation. Webhooks and the outbox bring what they read at Stripe he
 order and however often; the postings are `invoice_payments.py`'s.
 """
 
-import asyncio
 from datetime import timedelta
 
 from sqlalchemy import select
@@ -12,6 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.billing.ledger import OTHER_CLEARING, STRIPE_CLEARING, lock_account
 from app.billing.payments import mirror
+from app.billing.payments.calls import Calls
 from app.billing.payments.cents import NANO_PER_CENT, write_cents
 from app.billing.payments.invoice_payments import advance, post_payments, standing, write_off
 from app.billing.payments.invoices import hold_back, release
@@ -28,13 +28,15 @@ from app.core.failpoints import failpoint
 AT_STRIPE = ("pushed", "differs", "finalised", "past_due")
 
 
-async def refresh_invoice(database: Database, stripe: Stripe, stripe_invoice_id: str) -> None:
+async def refresh_invoice(
+    database: Database, stripe: Stripe, calls: Calls, stripe_invoice_id: str
+) -> None:
     """Reads an invoice again and brings it into the books, if it is one of ours. Raises what
     `Stripe.get_invoice` does."""
     organization_id = await _organization_of(database, stripe_invoice_id)
     if organization_id is None:
         return
-    seen = await asyncio.to_thread(_read, stripe, stripe_invoice_id)
+    seen = await calls(_read, stripe, stripe_invoice_id)
     failpoint("invoice_books.after_read")
     async with database.write() as session:
         await lock_account(session, organization_id, "")

@@ -78,17 +78,24 @@ class MonthCloser:
         for period in _months(first, last):
             is_new = await self._freeze(organization_id, period)
             failpoint("invoices.after_freeze")
-            async with self._database.read() as session:
-                usage = await month_usage(session, organization_id, period)
-            async with self._database.write() as session:
-                invoice = await self._invoice(session, organization_id, usage, is_new)
-                failpoint("invoices.before_invoice_commit")
-            failpoint("invoices.after_invoice_commit")
-            num_made += invoice is not None
-            if await self._is_held_back(organization_id, period):
-                return num_made  # no further month until a person has seen to this one
+            before = await self._read(organization_id, period)
+            if before is None or is_held_back(before):
+                num_made += await self._make(organization_id, period, is_new=is_new)
+                after = await self._read(organization_id, period)
+                if after is not None and is_held_back(after):
+                    return num_made  # no further month until a person has seen to this one
         self._closed[organization_id] = last
         return num_made
+
+    async def _make(self, organization_id: str, period: Period, *, is_new: bool) -> bool:
+        """Whether there is one now that was not before, or was held back."""
+        async with self._database.read() as session:
+            usage = await month_usage(session, organization_id, period)
+        async with self._database.write() as session:
+            invoice = await self._invoice(session, organization_id, usage, is_new)
+            failpoint("invoices.before_invoice_commit")
+        failpoint("invoices.after_invoice_commit")
+        return invoice is not None
 
     async def _freeze(self, organization_id: str, period: Period) -> bool:
         """Nothing is posted to this month from here on. Whether that was not so before."""
@@ -108,11 +115,8 @@ class MonthCloser:
         and no longer does is made good."""
         account = await lock_account(session, organization_id, self._currency)
         before = await invoice_of(session, organization_id, usage.period)
-        if before is not None and (
-            before.state != "differs"
-            or before.stripe_invoice_id
-            or usage.usage_nano != usage.posted_nano
-        ):
+        differs = usage.usage_nano != usage.posted_nano
+        if before is not None and (differs or not is_held_back(before)):
             return None
         total_nano = await _total_nano(session, account, usage)
         if not usage.lines and (not is_new or _due_cents(account, total_nano) == 0):
@@ -122,7 +126,7 @@ class MonthCloser:
         session.add(invoice)
         await session.flush()
         await _put_lines(session, invoice, usage)
-        if usage.usage_nano != usage.posted_nano:
+        if differs:
             invoice.state = "differs"
             await hold_back(session, invoice, _difference(usage))
             return invoice
@@ -138,10 +142,14 @@ class MonthCloser:
             return "settled"
         return "frozen" if self._has_stripe else "finalised"
 
-    async def _is_held_back(self, organization_id: str, period: Period) -> bool:
+    async def _read(self, organization_id: str, period: Period) -> Invoice | None:
         async with self._database.read() as session:
-            invoice = await invoice_of(session, organization_id, period)
-        return invoice is not None and invoice.state == "differs" and not invoice.stripe_invoice_id
+            return await invoice_of(session, organization_id, period)
+
+
+def is_held_back(invoice: Invoice) -> bool:
+    """Because its lines are not what the ledger took."""
+    return invoice.state == "differs" and invoice.stripe_invoice_id is None
 
 
 async def invoice_of(session: AsyncSession, organization_id: str, period: Period) -> Invoice | None:

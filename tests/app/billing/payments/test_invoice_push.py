@@ -12,6 +12,7 @@ from sqlalchemy import select
 
 from app.billing.ledger import BAD_DEBT, OTHER_CLEARING, STRIPE_CLEARING, lock_account, on_account
 from app.billing.payments import invoice_ending
+from app.billing.payments.calls import Calls
 from app.billing.payments.invoice_books import refresh_invoice
 from app.billing.payments.invoice_lines import MAX_USAGE_LINES, whole_cents
 from app.billing.payments.invoice_push import push_invoices
@@ -42,12 +43,13 @@ class Post:
     def __init__(self, months: Months, settings: Settings, stripe: StandIn) -> None:
         self.months, self.stripe = months, stripe
         self._settings = settings
+        self.calls = Calls()
         self.payments = self._new()
 
     def _new(self) -> Payments:
         async def follow(stripe_invoice_id: str) -> None:
-            link = self.payments.link
-            await refresh_invoice(self.months.database, link.stripe, stripe_invoice_id)
+            stripe = self.payments.link.stripe
+            await refresh_invoice(self.months.database, stripe, self.calls, stripe_invoice_id)
 
         kinds = invoice_ending.kinds()
         return Payments(self.months.database, self._settings, kinds, follow)
@@ -86,9 +88,9 @@ class Post:
         """What Stripe says of it now."""
         invoice = await self.months.invoice()
         assert invoice.stripe_invoice_id is not None
-        link = self.payments.link
+        stripe, id = self.payments.link.stripe, invoice.stripe_invoice_id
         for _ in range(2):  # twice does no harm
-            await refresh_invoice(self.months.database, link.stripe, invoice.stripe_invoice_id)
+            await refresh_invoice(self.months.database, stripe, self.calls, id)
         return await self.months.invoice()
 
     def at_stripe(self) -> list[Object]:
@@ -133,6 +135,7 @@ async def post(
     yield post
     await months.check_books()
     await post.payments.close()
+    post.calls.close()
     months.close()
 
 
@@ -359,6 +362,44 @@ async def test_paying_brings_the_money_into_the_books(post: Post) -> None:
     assert await post.months.entries(STRIPE_CLEARING) == -100 * CENT
     (told,) = await post.notices("invoice")
     assert told.ended_at is not None
+
+
+@pytest.mark.parametrize("is_reversed", [False, True])
+async def test_webhooks_in_any_order_and_number_come_to_the_same(
+    post: Post, is_reversed: bool
+) -> None:
+    invoice = await post.sent(100 * CENT)
+    id = invoice.stripe_invoice_id or ""
+    post.stripe.pay_invoice(id, "4000000000000002")
+    post.stripe.pay_invoice(id)
+    told = list(post.stripe.webhooks.take())
+    for delivery in [*told, *told][:: -1 if is_reversed else 1]:
+        assert delivery.headers is not None
+        await post.payments.receive(delivery.body, delivery.headers["Stripe-Signature"])
+        await post.payments.link.inbox.turn()
+    invoice = await post.months.invoice()
+    assert invoice.state == "paid"
+    assert await post.owed() == 0
+    # All that is at Stripe is what was paid less its fee.
+    balance = sum(each["net"] for each in post.stripe.account.all("balance_transaction"))
+    assert -await post.months.entries(STRIPE_CLEARING) == balance * CENT
+    assert balance < 100
+
+
+async def test_a_refund_of_a_paid_invoice_is_on_the_next(post: Post) -> None:
+    invoice = await post.sent(100 * CENT)
+    post.stripe.pay_invoice(invoice.stripe_invoice_id or "")
+    assert (await post.hear()).state == "paid"
+    (payment,) = post.stripe.account.all("payment_intent")
+    post.stripe.refund_by_hand(payment["id"], 60)
+    for delivery in post.stripe.webhooks.take():
+        assert delivery.headers is not None
+        await post.payments.receive(delivery.body, delivery.headers["Stripe-Signature"])
+    await post.payments.link.inbox.turn()
+    post.months.clock.set("2026-03-01T01:00:00")
+    await post.months.close_months(has_stripe=True)
+    _, second = await post.months.invoices()
+    assert (second.usage_nano, second.carry_in_nano, second.due_cents) == (0, 60 * CENT, 60)
 
 
 async def test_a_declined_card_makes_it_past_due_until_it_is_paid(post: Post) -> None:
