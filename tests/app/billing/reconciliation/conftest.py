@@ -37,20 +37,29 @@ class Books:
 
     def __init__(self, database: Database, settings: Settings) -> None:
         self.database = database
+        self._url = settings.sync_database_url
+        self._archive_dir = settings.data_dir / "archive"
         self.state = JournalState(num_admitted=0, num_settled=0, num_open=0)
         self.key = SigningKey(Ed25519PrivateKey.generate())
         self.sealer = Sealer(settings.sync_database_url, self.key)
         self.engines: Sequence[EngineState] = ()
-        self.reconciler = Reconciler(
-            database,
-            settings.sync_database_url,
+        self.reconcilers: list[Reconciler] = []
+        self.reconciler = self.anew()
+
+    def anew(self) -> Reconciler:
+        """That of a process that has just started."""
+        made = Reconciler(
+            self.database,
+            self._url,
             Sources(lambda: self.state, lambda: self.engines),
             organization_id=OPERATOR,
             longest_request_ms=720_000,
             detail_days=62,
-            archive=UsageArchive(settings.data_dir / "archive"),
+            archive=UsageArchive(self._archive_dir),
             public_key=self.key.public_hex,
         )
+        self.reconcilers.append(made)
+        return made
 
     async def compare(self) -> dict[str, Check]:
         return {check.name: check for check in (await self.reconciler.run()).checks}
@@ -135,7 +144,8 @@ async def books(
     await accounts.hold("req_running", ORGANIZATION, 777)
     made = Books(database, settings)
     yield made
-    await made.reconciler.close()
+    for reconciler in made.reconcilers:
+        await reconciler.close()
     await made.sealer.close()
 
 
