@@ -1,0 +1,36 @@
+"""That the tests of money notice when its code changes; see `mutation.py`."""
+
+import os
+
+import pytest
+
+from tests.evidence.mutation import all_mutants, run, sample
+from tests.evidence.simulation import simulate, world
+
+NUM_MUTANTS = int(os.environ.get("QUICK_MUTANTS", "10"))
+
+
+def test_the_walks_that_mutants_must_survive() -> None:
+    with world() as money_class:
+        for seed in range(3):
+            simulate(money_class, seed, num_steps=60)
+
+
+EQUIVALENT: dict[str, str] = {}
+
+
+def unexplained(names: list[str]) -> list[str]:
+    return [name for name in names if not any(part in name for part in EQUIVALENT)]
+
+
+@pytest.mark.timeout(600)
+def test_a_sample_of_changes_is_noticed() -> None:
+    survivors = [mutant.name for mutant in run(sample(NUM_MUTANTS))]
+    assert unexplained(survivors) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(0)
+def test_every_change_is_noticed() -> None:
+    survivors = [mutant.name for mutant in run(all_mutants())]
+    assert unexplained(survivors) == []
