@@ -13,6 +13,7 @@ from app.billing.ledger import OTHER_CLEARING, lock_account
 from app.billing.payments.invoice_books import apply, finish
 from app.billing.payments.invoice_payments import post_payments, standing, write_off
 from app.billing.payments.invoice_push import AddLines, CreateInvoice, FinaliseInvoice, retry
+from app.billing.payments.invoices import is_held_back
 from app.billing.payments.operations import Answer, Kind, Operation, plan
 from app.billing.payments.tables import Invoice
 from app.billing.stripe import Stripe
@@ -31,6 +32,8 @@ async def mark_paid(session: AsyncSession, invoice_id: str) -> Invoice:
     if invoice.state == "paid":
         return invoice
     _require(invoice, "marked paid")
+    if is_held_back(invoice):
+        raise _usage_differs()
     if invoice.stripe_invoice_id is not None:
         raise Conflict(
             "This invoice is at Stripe. Mark it as paid there; it follows here.",
@@ -70,12 +73,8 @@ async def try_again(session: AsyncSession, invoice_id: str) -> Invoice:
     invoice = await lock_invoice(session, invoice_id)
     if not invoice.error or invoice.state not in ("frozen", "differs"):
         raise Conflict("This invoice is not held back.", code="invoice_not_held_back")
-    if invoice.state == "differs" and invoice.stripe_invoice_id is None:
-        raise Conflict(
-            "The usage of this month is not what the ledger took. The invoice is made again by "
-            "itself as soon as both agree; the page Books shows what differs.",
-            code="usage_differs",
-        )
+    if is_held_back(invoice):
+        raise _usage_differs()
     await retry(session, invoice)
     return invoice
 
@@ -88,6 +87,15 @@ async def lock_invoice(session: AsyncSession, invoice_id: str) -> Invoice:
         raise NotFound(f"There is no invoice {invoice_id!r}.", code="invoice_not_found")
     await lock_account(session, *found)
     return await session.get_one(Invoice, invoice_id, populate_existing=True)
+
+
+def _usage_differs() -> Conflict:
+    return Conflict(
+        "The usage of this month is not what the ledger took. The invoice is made again by itself "
+        "as soon as both agree; the page Books shows what differs. Void, it asks for nothing, and "
+        "what the ledger took is carried into the next.",
+        code="usage_differs",
+    )
 
 
 def _require(invoice: Invoice, words: str) -> None:

@@ -119,7 +119,9 @@ class MonthCloser:
         if before is not None and (differs or not is_held_back(before)):
             return None
         total_nano = await _total_nano(session, account, usage)
-        if not usage.lines and (not is_new or _due_cents(account, total_nano) == 0):
+        # What a refund or a dispute left owing is asked for without usage too, once.
+        is_owing = is_new and _due_cents(account, total_nano) > 0
+        if not (usage.lines or differs or is_owing):
             return None
         invoice = before or await _new_invoice(session, organization_id, usage.period)
         _fill(invoice, account, usage, total_nano)

@@ -109,28 +109,37 @@ async def owed_for_usage_since(session: AsyncSession, organization_id: str, peri
 
 
 async def first_period(session: AsyncSession, organization_id: str) -> Period | None:
-    """The month of the organization's first usage."""
+    """The month from which on there is something in the organization's books."""
     hour = await session.scalar(
         select(func.min(UsageHour.hour))
         .join(UsageSeries, UsageSeries.id == UsageHour.series_id)
         .where(UsageSeries.organization_id == organization_id)
     )
-    return None if hour is None else period_of(EPOCH + hour * HOUR)
+    posted_at = await session.scalar(
+        select(func.min(LedgerEntry.created_at)).where(
+            LedgerEntry.account.in_(_accounts(organization_id))
+        )
+    )
+    found = [] if posted_at is None else [posted_at]
+    if hour is not None:
+        found.append(EPOCH + hour * HOUR)
+    return period_of(min(found)) if found else None
+
+
+def _accounts(organization_id: str) -> list[str]:
+    credit = (credit_account(organization_id, kind) for kind in CREDIT_KINDS)
+    return [on_account(organization_id), *credit]
 
 
 async def _posted(
     session: AsyncSession, organization_id: str, *when: ColumnElement[bool]
 ) -> dict[str, int]:
     """What usage took from each of the organization's accounts."""
-    accounts = [
-        on_account(organization_id),
-        *(credit_account(organization_id, kind) for kind in CREDIT_KINDS),
-    ]
     rows = await session.execute(
         select(LedgerEntry.account, func.sum(LedgerEntry.amount_nano))
         .join(LedgerTransaction, LedgerTransaction.id == LedgerEntry.transaction_id)
         .where(
-            LedgerEntry.account.in_(accounts),
+            LedgerEntry.account.in_(_accounts(organization_id)),
             LedgerTransaction.kind == "usage",
             *when,
         )

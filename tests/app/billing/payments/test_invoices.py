@@ -9,14 +9,15 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from sqlalchemy import func, select, update
+from sqlalchemy import delete, func, select, update
 
 from app.billing.credits import take_back
 from app.billing.ledger import OTHER_CLEARING, REVENUE, lock_account, on_account
-from app.billing.payments import invoice_payments
+from app.billing.payments import invoice_ending, invoice_payments
 from app.billing.payments.periods import Period, period_named, period_of
 from app.billing.payments.tables import Invoice, Notice
 from app.core.database import Database
+from app.core.errors import Conflict
 from app.core.failpoints import Countdown, Reached, observed
 from app.metering.tables import UsageHour
 from app.settings import Settings
@@ -263,6 +264,29 @@ async def test_usage_that_is_not_what_the_ledger_took_is_never_invoiced(months: 
         kept = await session.get_one(Notice, alarm.id)
     assert kept.ended_at is not None
     await months.check_books()
+
+
+async def test_an_invoice_that_differs_can_only_be_voided(months: Months) -> None:
+    """What the ledger took is then carried into the next."""
+    months.use(100 * CENT)
+    async with months.database.write() as session:
+        await session.execute(delete(UsageHour))
+    months.clock.set("2026-02-10")
+    months.use(70 * CENT)
+    await months.close_months()
+    invoice = await months.invoice()
+    assert (invoice.state, invoice.usage_nano, invoice.due_cents) == ("differs", 0, 0)
+    for act in (invoice_ending.mark_paid, invoice_ending.try_again):
+        async with months.database.write() as session:
+            with pytest.raises(Conflict, match="not what the ledger took"):
+                await act(session, invoice.id)
+    async with months.database.write() as session:
+        await invoice_ending.give_up(session, invoice.id, "void")
+    months.clock.set("2026-03-10")
+    await months.close_months()
+    void, march = await months.invoices()
+    assert void.state == "void"
+    assert (march.usage_nano, march.carry_in_nano, march.due_cents) == (70 * CENT, 100 * CENT, 170)
 
 
 async def test_closing_beside_settlements_loses_and_doubles_nothing(months: Months) -> None:
