@@ -8,14 +8,24 @@ layout.
 
 import hashlib
 import lzma
+from collections import deque
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime, timedelta
+from itertools import accumulate, islice
 from typing import Any, BinaryIO, NamedTuple
 
 import msgspec
 
-from app.billing.columns import IdColumn, Numbers, Table, ids_in, numbers_in, signed_numbers_in
+from app.billing.columns import (
+    RANDOM_BYTES,
+    IdColumn,
+    Numbers,
+    Table,
+    numbers_in,
+    signed_numbers_in,
+)
 from app.billing.digests import Line, ReceiptRecord, instant_text, merkle_root
+from app.core.ids import id_with
 from app.core.money import price_of
 
 MAGIC = b"tapeout usage 1\n"
@@ -46,6 +56,7 @@ NUMBERS = (
     "amount_nano",  # of lines that are not quantity x price
 )
 UNSIGNED = {"num_receipts", "attempt", "who", "ending", "shape"}
+OF_EVENTS = ("attempt", "who", "ending", "started_at", "rounding", "duration_ns", "first_token_ns")
 
 
 class ArchivedTransaction(NamedTuple):
@@ -188,61 +199,102 @@ def read_random(file: BinaryIO) -> bytes:
 
 def read_transactions(file: BinaryIO) -> Iterator[ArchivedTransaction]:
     """Everything in the file, in its order. Raises `DamagedArchive` before the first."""
-    header = read_header(file)
-    body = file.read()
-    if hashlib.sha256(body).hexdigest() != header.sha256:
-        raise DamagedArchive("the columns are damaged: their SHA-256 is not the header's")
-    columns: dict[str, bytes] = {}
-    start = 0
-    for name, length in header.columns.items():
-        columns[name] = body[start : start + length]
-        start += length
-    return _transactions(header, columns)
+    columns = _Columns(file)
+    for place, count in enumerate(columns.counts):
+        yield columns.transaction(place, count)
 
 
-def _transactions(header: Header, columns: dict[str, bytes]) -> Iterator[ArchivedTransaction]:
-    tables = msgspec.msgpack.decode(lzma.decompress(columns["tables"]), type=_Tables)
-    number = {
-        name: (numbers_in if name in UNSIGNED else signed_numbers_in)(
-            lzma.decompress(columns[name])
-        )
-        for name in NUMBERS
-    }
-    ids = ids_in(lzma.decompress(columns["made_at"]), columns["random"], tables.odd_ids)
-    for place in range(header.num_transactions):
-        receipts = [
-            _receipt(next(ids), number, tables) for _ in range(next(number["num_receipts"]))
-        ]
-        name = tables.transaction_ids.get(place)
+def read_transaction_at(file: BinaryIO, event: int) -> ArchivedTransaction:
+    """The transaction of the n-th event in the file, without what it takes to make the others.
+    Raises `DamagedArchive`."""
+    columns = _Columns(file)
+    first = 0
+    for place, count in enumerate(columns.counts):
+        if event < first + count:
+            columns.skip(first)
+            return columns.transaction(place, count)
+        first += count
+    raise DamagedArchive("there are fewer requests than the header says")
+
+
+class _Columns:
+    """The columns of a file, read along from the first event to the last."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        header = read_header(file)
+        body = file.read()
+        if hashlib.sha256(body).hexdigest() != header.sha256:
+            raise DamagedArchive("the columns are damaged: their SHA-256 is not the header's")
+        columns: dict[str, bytes] = {}
+        start = 0
+        for name, length in header.columns.items():
+            columns[name] = body[start : start + length]
+            start += length
+        self._random = columns["random"]
+        self._tables = msgspec.msgpack.decode(lzma.decompress(columns["tables"]), type=_Tables)
+        self._made_ms = accumulate(signed_numbers_in(lzma.decompress(columns["made_at"])))
+        self._event = 0
+        self._numbers = {
+            name: (numbers_in if name in UNSIGNED else signed_numbers_in)(
+                lzma.decompress(columns[name])
+            )
+            for name in NUMBERS
+        }
+        self.counts = list(self._numbers["num_receipts"])
+
+    def transaction(self, place: int, count: int) -> ArchivedTransaction:
+        """The next, which is the n-th of all."""
+        receipts = [self._receipt() for _ in range(count)]
+        name = self._tables.transaction_ids.get(place)
         if name is None:
             name = _usual_id(merkle_root([receipt.canonical for receipt in receipts]))
-        yield ArchivedTransaction(name, receipts)
+        return ArchivedTransaction(name, receipts)
+
+    def skip(self, count: int) -> None:
+        """Goes past so many events."""
+        shapes = [self._tables.shapes[each] for each in islice(self._numbers["shape"], count)]
+        num_lines = sum(len(kinds) for _, kinds in shapes)
+        num_amounts = sum(1 + len(kinds) for is_computed, kinds in shapes if not is_computed)
+        for column in (self._made_ms, *(self._numbers[name] for name in OF_EVENTS)):
+            _consume(column, count)
+        _consume(self._numbers["quantity"], num_lines)
+        _consume(self._numbers["amount_nano"], num_amounts)
+        self._event += count
+
+    def _receipt(self) -> ReceiptRecord:
+        number, tables = self._numbers, self._tables
+        made_ms, event = next(self._made_ms), self._event
+        self._event += 1
+        request_id = tables.odd_ids.get(event)
+        if request_id is None:
+            random = self._random[event * RANDOM_BYTES : (event + 1) * RANDOM_BYTES]
+            request_id = id_with("req", made_ms, random)
+        else:
+            made_ms = 0
+        attempt = next(number["attempt"])
+        who = dict(zip(WHO, tables.who[next(number["who"])], strict=True))
+        outcome, finish_reason = tables.endings[next(number["ending"])]
+        started_us = made_ms * 1000 + next(number["started_at"])
+        duration_ns = next(number["duration_ns"])
+        finished_us = started_us + duration_ns // 1000 + next(number["rounding"])
+        first_token_ns = next(number["first_token_ns"]) - 1
+        amount_nano, lines = _lines(number, tables)
+        return ReceiptRecord(
+            event_id=f"{request_id}:{attempt}",
+            **who,
+            outcome=outcome,
+            finish_reason=finish_reason,
+            amount_nano=amount_nano,
+            started_at=instant_text(EPOCH + started_us * MICROSECOND),
+            finished_at=instant_text(EPOCH + finished_us * MICROSECOND),
+            duration_ns=duration_ns,
+            first_token_ns=None if first_token_ns == -1 else first_token_ns,
+            lines=lines,
+        )
 
 
-def _receipt(
-    made: tuple[str, int], number: dict[str, Iterator[int]], tables: _Tables
-) -> ReceiptRecord:
-    request_id, made_ms = made
-    attempt = next(number["attempt"])
-    who = dict(zip(WHO, tables.who[next(number["who"])], strict=True))
-    outcome, finish_reason = tables.endings[next(number["ending"])]
-    started_us = made_ms * 1000 + next(number["started_at"])
-    duration_ns = next(number["duration_ns"])
-    finished_us = started_us + duration_ns // 1000 + next(number["rounding"])
-    first_token_ns = next(number["first_token_ns"]) - 1
-    amount_nano, lines = _lines(number, tables)
-    return ReceiptRecord(
-        event_id=f"{request_id}:{attempt}",
-        **who,
-        outcome=outcome,
-        finish_reason=finish_reason,
-        amount_nano=amount_nano,
-        started_at=instant_text(EPOCH + started_us * MICROSECOND),
-        finished_at=instant_text(EPOCH + finished_us * MICROSECOND),
-        duration_ns=duration_ns,
-        first_token_ns=None if first_token_ns == -1 else first_token_ns,
-        lines=lines,
-    )
+def _consume(numbers: Iterator[int], count: int) -> None:
+    deque(islice(numbers, count), maxlen=0)
 
 
 def _lines(number: dict[str, Iterator[int]], tables: _Tables) -> tuple[int, list[Line]]:

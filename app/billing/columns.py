@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from app.core.ids import id_parts, id_with
+from app.core.ids import id_parts
 
 RANDOM_BYTES = 10  # of an id, after its milliseconds
 
@@ -75,18 +75,6 @@ class IdColumn:
             self.until_ms = max(self.until_ms, made_ms)
         self.random += random
         return made_ms
-
-
-def ids_in(steps: bytes, random: bytes, odd: dict[int, str]) -> Iterator[tuple[str, int]]:
-    """Ids, and when they were made."""
-    made_ms = 0
-    for position, step in enumerate(signed_numbers_in(steps)):
-        made_ms += step
-        if position in odd:
-            yield odd[position], 0
-            continue
-        start = position * RANDOM_BYTES
-        yield id_with("req", made_ms, random[start : start + RANDOM_BYTES]), made_ms
 
 
 class Table:

@@ -17,6 +17,7 @@ from app.billing.archive_file import (
     Header,
     read_header,
     read_random,
+    read_transaction_at,
     read_transactions,
 )
 from app.billing.columns import RANDOM_BYTES
@@ -84,14 +85,22 @@ class UsageArchive:
         if found is not None:
             return found
         for span in self.spans():
-            if self._may_have(span, request_id):
-                for transaction in self.transactions(span):
-                    events = (receipt.event_id for receipt in transaction.receipts)
-                    if any(event.rpartition(":")[0] == request_id for event in events):
-                        found = transaction
+            for event in self._places(span, request_id):
+                transaction = self._at(span, event)
+                events = (receipt.event_id for receipt in transaction.receipts)
+                if any(each.rpartition(":")[0] == request_id for each in events):
+                    found = transaction
         if found is not None:
             self._remember(request_id, found)
         return found
+
+    def _at(self, span: Span, event: int) -> ArchivedTransaction:
+        path = self.path(span)
+        try:
+            with path.open("rb") as file:
+                return read_transaction_at(file, event)
+        except DamagedArchive as error:
+            raise DamagedArchive(f"{path}: {error}") from error
 
     def _remember(self, request_id: str, found: ArchivedTransaction) -> None:
         """Whoever asks for a receipt asks for its proof next, and reading a file takes long."""
@@ -99,22 +108,24 @@ class UsageArchive:
             self._found.clear()
         self._found[request_id] = found
 
-    def _may_have(self, span: Span, request_id: str) -> bool:
-        """Whether a file is worth reading as a whole: an id tells when it was made, and its random
+    def _places(self, span: Span, request_id: str) -> Iterator[int]:
+        """Which events of a file may be the request's. An id tells when it was made, and its random
         bytes can be looked for as they are."""
         header = self._header(span)
         parts = id_parts(request_id, "req")
         if parts is None:
-            return header.odd_ids
+            yield from range(header.num_events if header.odd_ids else 0)
+            return
         made_ms, random = parts
         if not header.from_ms <= made_ms <= header.until_ms:
-            return False
+            return
         with self.path(span).open("rb") as file:
             column = read_random(file)
         start = column.find(random)
-        while start >= 0 and start % RANDOM_BYTES:
+        while start >= 0:
+            if start % RANDOM_BYTES == 0:
+                yield start // RANDOM_BYTES
             start = column.find(random, start + 1)
-        return start >= 0
 
     def _header(self, span: Span) -> Header:
         header = self._headers.get(span)

@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 
 from app.billing import archiving
 from app.billing.accounts import AccountWriter
-from app.billing.archive_file import ArchiveWriter, DamagedArchive, read_header, read_transactions
+from app.billing.archive_file import (
+    ArchiveWriter,
+    DamagedArchive,
+    read_header,
+    read_transaction_at,
+    read_transactions,
+)
 from app.billing.archiving import Archivist, NotWhatWasSealed, finish_dropping
 from app.billing.digests import ReceiptRecord, instant_text, merkle_root
 from app.billing.proofs import verify_proof
@@ -262,6 +268,11 @@ def test_a_file_gives_back_what_was_put_in(
         writer.add(name, own, merkle_root([receipt.canonical for receipt in own]))
     content = writer.finish(3, 7)
     assert [tuple(each) for each in read_transactions(io.BytesIO(content))] == transactions
+    event = 0
+    for name, own in transactions:
+        for _ in own:
+            assert tuple(read_transaction_at(io.BytesIO(content), event)) == (name, own)
+            event += 1
     header = read_header(io.BytesIO(content))
     assert (header.first_seal, header.last_seal) == (3, 7)
     assert header.num_events == sum(len(own) for _, own in transactions)
