@@ -116,8 +116,7 @@ class World:
 
 @pytest.fixture
 async def world(settings: Settings) -> AsyncIterator[World]:
-    async with running(settings) as application:
-        await application.state.clerk.close()  # nothing moves but what is called
+    async with running(settings, has_clerk=False) as application:
         operator = await add_tenant(application, "operators", is_operator=True)
         owner = await add_tenant(application, f"{MARK} limited")
         other = await add_tenant(application, "stranger")

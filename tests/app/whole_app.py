@@ -4,11 +4,13 @@ import re
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, cast
+from unittest.mock import patch
 
 import httpx
 import msgspec
 from litestar import Litestar
 
+from app.billing.clerk import Clerk
 from app.core import clock
 from app.core.database import Database
 from app.core.ids import new_id
@@ -38,10 +40,13 @@ class Tenant(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @asynccontextmanager
-async def running(settings: Settings) -> AsyncIterator[Litestar]:
-    """Started like `tapeout serve` starts it, and stopped at the end."""
+async def running(settings: Settings, *, has_clerk: bool = True) -> AsyncIterator[Litestar]:
+    """Started like `tapeout serve` starts it, and stopped at the end. Without its clerk, nothing
+    moves but what is called."""
     application = create_app(settings)
     async with AsyncExitStack() as stack:
+        if not has_clerk:
+            stack.enter_context(patch.object(Clerk, "start"))
         await start(application.state, settings, lambda line: None, stack)
         yield application
 

@@ -1,0 +1,141 @@
+"""Invoices, notice settings, and the operator's page of organizations, over a whole box."""
+
+import re
+from collections.abc import AsyncIterator
+
+import pytest
+from sqlalchemy import select
+
+from app.billing.credits import open_lots
+from app.billing.payments.tables import BillingProfile, Notice
+from app.billing.tables import AccountBalance
+from app.settings import Settings
+from tests.app.console.test_billing_pages import HERE, Desk
+from tests.app.tenancy_objects import add_objects
+from tests.app.whole_app import add_tenant, client, running
+
+PLACES = "/console/organizations"
+
+
+@pytest.fixture
+async def operator(settings: Settings) -> AsyncIterator[Desk]:
+    async with running(settings, has_clerk=False) as application, client(application) as http:
+        tenant = await add_tenant(application, "operators", is_operator=True)
+        http.cookies.update(tenant.cookies)
+        yield Desk(application, http, tenant)
+
+
+async def test_an_invoice_is_read_down_to_its_file(operator: Desk) -> None:
+    owned = await add_objects(operator.application, operator.tenant)
+    page = await operator.page()
+    assert f"{HERE}/invoices/{owned.invoice_id}" in page
+    page = await operator.page(f"{HERE}/invoices/{owned.invoice_id}")
+    for said in ("Invoice 1", "to be paid", "quibble-model", "$7.123456000", "$7,123.45"):
+        assert said in page, said
+    line = await operator.page(f"{HERE}/invoices/{owned.invoice_id}/lines/1")
+    assert "The single requests are no longer kept" in line
+    file = await operator.http.get(f"{HERE}/invoices/{owned.invoice_id}/file")
+    assert file.headers["content-type"].startswith("text/csv")
+    assert "invoice-1.csv" in file.headers["content-disposition"]
+    assert "7.123456" in file.text
+    assert (
+        await operator.http.get(f"{HERE}/invoices/{owned.invoice_id}/lines/9")
+    ).status_code == 404
+
+
+async def test_the_secret_of_notices_is_shown_once(operator: Desk) -> None:
+    refused = await operator.refused(f"{HERE}/notices", notify_url="ftp://example.com")
+    assert "Enter an https address" in refused
+    assert 'value="ftp://example.com"' in refused
+    assert "This is not an amount" in await operator.refused(f"{HERE}/notices", low_balance="low")
+    shown = await operator.post(
+        f"{HERE}/notices", notify_url="https://example.com/told", low_balance="20"
+    )
+    assert shown.status_code == 200
+    secret = re.findall(r"nsec_[\w-]+", shown.text)[0]
+    async with operator.database.read() as session:
+        profile = await session.get_one(BillingProfile, operator.tenant.id)
+    assert (profile.notify_secret, profile.low_balance_nano) == (secret, 20 * 10**9)
+    page = await operator.page()
+    assert secret not in page
+    assert 'value="https://example.com/told"' in page
+    # Saving the same address again keeps the secret; a new one is asked for.
+    await operator.done(f"{HERE}/notices", notify_url="https://example.com/told")
+    renewed = await operator.post(
+        f"{HERE}/notices", notify_url="https://example.com/told", new_secret="1"
+    )
+    assert secret not in renewed.text
+    assert "nsec_" in renewed.text
+
+
+async def test_a_test_is_sent_to_the_address_and_disturbs_nobody(operator: Desk) -> None:
+    answer = await operator.post(f"{HERE}/notices/test")
+    assert answer.status_code == 409
+    await operator.post(f"{HERE}/notices", notify_url="https://example.com/told")
+    for _ in range(2):
+        await operator.done(f"{HERE}/notices/test")
+    async with operator.database.read() as session:
+        rows = (await session.scalars(select(Notice))).all()
+    assert len(rows) == 2
+    page = await operator.page()
+    assert "This is a test" in page.split('id="notices"')[1]
+    assert "/dismiss" not in page
+
+
+async def test_the_operator_sets_how_an_organization_pays(operator: Desk) -> None:
+    customer = await add_tenant(operator.application, "Acme & Sons")
+    here = f"{PLACES}/{customer.id}"
+    assert "Acme & Sons" in await operator.page(PLACES)
+    for fields, limit_nano in (
+        ({"mode": "prepaid"}, 0),
+        ({"mode": "limited", "limit": "12.50"}, 12_500_000_000),
+        ({"mode": "unlimited"}, None),
+    ):
+        await operator.done(f"{here}/limit", **fields)
+        async with operator.database.read() as session:
+            account = await session.get_one(AccountBalance, customer.id)
+        assert account.credit_limit_nano == limit_nano
+    for fields, complaint in (
+        ({"mode": "limited", "limit": ""}, "A spending limit is an amount"),
+        ({"mode": "limited", "limit": "0"}, "A limit of nothing is prepaid"),
+        ({"mode": "free"}, "Choose how it pays"),
+    ):
+        assert complaint in await operator.refused(f"{here}/limit", **fields)
+    assert (await operator.post(f"{PLACES}/org_none/limit", mode="prepaid")).status_code == 404
+    assert (await operator.http.get(f"{PLACES}/org_none")).status_code == 404
+
+
+async def test_credit_is_given_once_for_each_form(operator: Desk) -> None:
+    customer = await add_tenant(operator.application, "acme")
+    here = f"{PLACES}/{customer.id}"
+    grant_id = re.findall(r'name="grant_id" value="(\w+)"', await operator.page(here))[0]
+    gift = {"credit": "5", "kind": "promotional", "note": "Hello", "grant_id": grant_id}
+    for _ in range(2):
+        await operator.done(f"{here}/credits", **gift, expires_on="2999-01-31")
+    async with operator.database.read() as session:
+        (lot,) = await open_lots(session, customer.id)
+    assert (lot.remaining_nano, lot.note, lot.kind) == (5 * 10**9, "Hello", "promotional")
+    assert lot.expires_at is not None
+    assert lot.expires_at.isoformat() == "2999-01-31T00:00:00+00:00"
+    for wrong, complaint in (
+        ({"credit": "0"}, "Credit is more than nothing"),
+        ({"credit": "-5"}, "Credit is an amount"),
+        ({"expires_on": "2020-01-01"}, "That day is past"),
+        ({"expires_on": "soon"}, "Give the day it ends"),
+        ({"kind": "stolen"}, "Choose whether it is given or paid"),
+        ({"note": "x" * 201}, "A note has at most 200"),
+        ({"grant_id": ""}, "This form is out of date"),
+    ):
+        assert complaint in await operator.refused(f"{here}/credits", **(gift | wrong)), wrong
+
+
+async def test_customers_have_no_page_of_organizations(operator: Desk) -> None:
+    customer = await add_tenant(operator.application, "acme")
+    async with client(operator.application) as http:
+        http.cookies.update(customer.cookies)
+        answer = await http.get(PLACES)
+        assert answer.status_code == 403
+        page = (await http.get("/console/usage")).text
+    assert "/console/billing" in page
+    for path in (PLACES, "/console/prices", "/console/books", "/console/earnings"):
+        assert path not in page
