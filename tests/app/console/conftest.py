@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -20,6 +21,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from app import console as console_pages
 from app.billing.records import Records
+from app.billing.signing import open_key
 from app.billing.usage_archive import UsageArchive
 from app.core.broadcast import Broadcast
 from app.core.database import Database
@@ -112,7 +114,8 @@ async def console(database: Database, settings: Settings) -> AsyncIterator[Conso
     builder = FakeBuilder()
     optimiser = FakeOptimiser()
     archive = UsageArchive(storage.usage_archive)
-    records = Records(settings.sync_database_url, archive, public_key="")
+    key = open_key(storage.receipt_key)
+    records = Records(settings.sync_database_url, archive, key.public_hex)
     state = State(
         {
             "settings": settings,
@@ -153,10 +156,19 @@ class Box(msgspec.Struct):
 @pytest.fixture(scope="session")
 def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
     """The real thing on SQLite: `tapeout serve` with a data directory of its own."""
+    with serving(tmp_path_factory.mktemp("box"), free_port()) as box:
+        yield box
+
+
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    directory = tmp_path_factory.mktemp("box")
+        return listener.getsockname()[1]
+
+
+@contextmanager
+def serving(directory: Path, port: int, **settings: str) -> Iterator[Box]:
+    """A box of its own, with more settings (`TAPEOUT_...`)."""
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("TAPEOUT_")
     } | {
@@ -164,6 +176,7 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Box]:
         "TAPEOUT_BUILD_THREADS": "1",
         "TAPEOUT_OPTIMISE": "0",
         "PYTHONUNBUFFERED": "1",
+        **settings,
     }
     command = [sys.executable, "-c", "from app.cli import main; main()", "serve"]
     command += ["--data-dir", str(directory / "data"), "--port", str(port)]
