@@ -162,7 +162,7 @@ async def away_for_three_days(cashier: Cashier) -> None:
 
 @cases
 async def test_several_outboxes_make_each_call_once(cashier: Cashier, case: Case) -> None:
-    """Each with its own connections, as several processes have."""
+    """Each with its own connections, as several processes have; Stripe takes its time."""
     await prepare(cashier, case)
     before = len(cashier.stripe.requests_to(case.path.removesuffix("$")))
     cashier.stripe.go_away()
@@ -170,9 +170,16 @@ async def test_several_outboxes_make_each_call_once(cashier: Cashier, case: Case
     cashier.stripe.start()
     cashier.time.passes(minutes=6)
     boxes = [Payments(cashier.database, cashier.settings) for _ in range(4)]
-    for _ in range(2):
-        await asyncio.gather(*(box.link.outbox.turn() for box in boxes))
-        cashier.time.passes(minutes=6)
+    cashier.stripe.faults.add("slow", case.path, seconds=1)
+
+    async def turns(box: Payments) -> None:
+        for _ in range(4):
+            await box.link.outbox.turn()
+            await asyncio.sleep(0.1)
+
+    await asyncio.gather(*(turns(box) for box in boxes))
+    cashier.time.passes(minutes=6)
+    await boxes[0].link.outbox.turn()
     for box in boxes:
         await box.close()
     assert len(cashier.stripe.requests_to(case.path.removesuffix("$"))) == before + 1
