@@ -184,9 +184,9 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
-def format_tidy(nano: int, currency: str = "usd") -> str:
-    """`$12.50`, `$0.000104`: two decimals, and more where there are any."""
-    text = format_nano(nano, currency, 6)
+def format_tidy(nano: int, currency: str = "usd", places: int = 6) -> str:
+    """`$12.50`, `$0.000104`: two decimals, and up to `places` where there are any."""
+    text = format_nano(nano, currency, places)
     amount, gap, code = text.partition(" ")
     units, _, decimals = amount.partition(".")
     return f"{units}.{decimals.rstrip('0').ljust(2, '0')}{gap}{code}"
