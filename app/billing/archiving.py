@@ -6,6 +6,7 @@ database, in the archive or in both. Ledger and hourly sums stay.
 """
 
 import asyncio
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from datetime import datetime, timedelta
@@ -46,21 +47,26 @@ class Archivist:
         self._engine = create_writer_engine(sync_database_url)
         self._archive = archive
         self._detail_days = detail_days
+        self._stopping = threading.Event()
 
     async def turn(self) -> int:
         """Moves all that is old enough; returns how many receipts that were."""
         return await asyncio.to_thread(self._move)
 
     async def close(self) -> None:
+        """A turn under way ends soon; the next one goes on where it was."""
+        self._stopping.set()
         await asyncio.to_thread(self._engine.dispose)
 
     def _move(self) -> int:
-        finish_dropping(self._engine, self._archive)
+        finish_dropping(self._engine, self._archive, self._stopping)
         before = clock.now() - timedelta(days=self._detail_days)
-        return archive_before(self._engine, self._archive, before)
+        return archive_before(self._engine, self._archive, before, self._stopping)
 
 
-def finish_dropping(engine: Engine, archive: UsageArchive) -> None:
+def finish_dropping(
+    engine: Engine, archive: UsageArchive, stopping: threading.Event | None = None
+) -> None:
     """Deletes what is archived but still in the database: an earlier process did not live to do
     it, or the database is an older one that was restored. Files are dropped in their order, so
     that none before one without rows has any."""
@@ -69,12 +75,17 @@ def finish_dropping(engine: Engine, archive: UsageArchive) -> None:
     while spans and _has_rows(engine, spans[-1]):
         unfinished.append(spans.pop())
     for span in reversed(unfinished):
-        drop_archived(engine, archive, span)
+        drop_archived(engine, archive, span, stopping)
 
 
-def archive_before(engine: Engine, archive: UsageArchive, before: datetime) -> int:
+def archive_before(
+    engine: Engine,
+    archive: UsageArchive,
+    before: datetime,
+    stopping: threading.Event | None = None,
+) -> int:
     """Moves the receipts of all seals made before an instant, if the oldest of them are a day
-    older than that. Returns how many they were."""
+    older than that, or until it is to stop. Returns how many they were."""
     num_events = 0
     spans = archive.spans()
     start = spans[-1].last_seal + 1 if spans else 1
@@ -83,13 +94,15 @@ def archive_before(engine: Engine, archive: UsageArchive, before: datetime) -> i
         writer = ArchiveWriter()
         first = last = numbers[0]
         for number in numbers:
+            if stopping is not None and stopping.is_set():
+                return num_events
             last = number
             _add_seal(engine, number, writer)
             if writer.num_events >= EVENTS_PER_FILE:
                 break
         span = Span(first, last)
         archive.write(span, writer.finish(first, last))
-        drop_archived(engine, archive, span)
+        drop_archived(engine, archive, span, stopping)
         num_events += writer.num_events
         numbers = [number for number in numbers if number > last]
     return num_events
@@ -140,10 +153,14 @@ def _checked_root(transaction_id: str, receipts: list[ReceiptRecord], content_sh
     return root
 
 
-def drop_archived(engine: Engine, archive: UsageArchive, span: Span) -> None:
+def drop_archived(
+    engine: Engine, archive: UsageArchive, span: Span, stopping: threading.Event | None = None
+) -> None:
     """Deletes what a file has, as it is read back from the disk, from the database: little at a
     time, with as long a pause for those who settle."""
     for some in _batches(archive.transactions(span)):
+        if stopping is not None and stopping.is_set():
+            return
         with _reading(engine).begin() as connection:
             event_ids = _same_in_database(connection, some)
         if not event_ids:

@@ -43,7 +43,10 @@ class Sealer:
 
     async def turn(self) -> int:
         """Seals all that is queued now; returns how many transactions that were."""
-        return await asyncio.to_thread(seal_all, self._engine, self._key)
+        num_sealed = 0
+        while count := await asyncio.to_thread(seal_some, self._engine, self._key):
+            num_sealed += count
+        return num_sealed
 
     async def close(self) -> None:
         await asyncio.to_thread(self._engine.dispose)

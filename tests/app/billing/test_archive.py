@@ -1,6 +1,7 @@
 """Old usage moves to files: each receipt is in the database, the archive or both, at any moment."""
 
 import io
+import threading
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 
@@ -18,7 +19,12 @@ from app.billing.archive_file import (
     read_transaction_at,
     read_transactions,
 )
-from app.billing.archiving import Archivist, NotWhatWasSealed, finish_dropping
+from app.billing.archiving import (
+    Archivist,
+    NotWhatWasSealed,
+    archive_before,
+    finish_dropping,
+)
 from app.billing.digests import ReceiptRecord, instant_text, merkle_root
 from app.billing.proofs import verify_proof
 from app.billing.rating import Settlement
@@ -174,6 +180,20 @@ async def test_no_crash_loses_a_request(books: Books, settings: Settings, place:
     )
     assert books.count("usage_event") == books.count("usage_line") == 0
     assert not [path for path in books.archive.directory.iterdir() if path.suffix != ".usage"]
+
+
+async def test_it_stops_when_the_box_does_and_goes_on_later(books: Books) -> None:
+    stopping = threading.Event()
+    before = START + OLD_DAYS * DAY
+    with observed(Countdown("archiving.after_commit", lambda name: stopping.set())):
+        archive_before(books.engine, books.archive, before, stopping)
+    assert books.archive.spans() == [Span(1, 3)]
+    assert NUM_REQUESTS - 9 < books.count("usage_event") < NUM_REQUESTS
+    assert archive_before(books.engine, books.archive, before, stopping) == 0
+    finish_dropping(books.engine, books.archive)
+    assert books.count("usage_event") == NUM_REQUESTS - 9
+    assert books.archive_before(before) == NUM_OLD - 9
+    assert books.check().problem is None
 
 
 async def test_what_was_changed_is_not_archived(books: Books) -> None:
