@@ -40,8 +40,8 @@ lint: setup ## Format, then check style, types and layers
 	@$(BIN)/pyright
 	@$(BIN)/lint-imports
 
-soak: setup ## The long forms of the tests
-	@$(BIN)/python -m pytest tests -m slow
+soak: setup ## The long forms of the tests of money; SOAK_KILLS, SOAK_SEEDS and others say how long
+	@$(BIN)/python -m pytest tests -m soak -s
 
 test-docker: setup ## The compose file on a real Docker engine
 	@bash tests/docker/run.sh

@@ -19,6 +19,15 @@ from tests.evidence.seen import Totals, compare
 __all__ = ["database_url", "settings", "template_database"]
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The long forms take minutes to hours, so they run where they are asked for alone."""
+    if "soak" in config.option.markexpr:
+        return
+    for item in items:
+        if item.get_closest_marker("soak") is not None:
+            item.add_marker(pytest.mark.skip(reason="a long form, for `make soak`"))
+
+
 @pytest.fixture(scope="module")
 def zygote() -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(

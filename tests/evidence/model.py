@@ -141,7 +141,7 @@ class Account:
     def expire(self, lot_id: str) -> None:
         """All but what running requests hold."""
         lot = self.lots[lot_id]
-        amount = min(lot.remaining, max(0, self.posted - self.held))
+        amount = min(lot.remaining, max(0, self.in_lots - self.held))
         lot.remaining -= amount
         if amount:
             self.forced = self.lacking(self.limit)

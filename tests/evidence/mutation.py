@@ -32,7 +32,7 @@ WALK = "tests/evidence/test_mutants.py::test_the_walks_that_mutants_must_survive
 ACCOUNTS = "tests/app/billing/test_accounts.py"
 # Which tests look after a module, the quickest first.
 MODULES: dict[str, list[str]] = {
-    "app/core/money.py": ["tests/app/core/test_money.py"],
+    "app/core/money.py": ["tests/app/core/test_money.py", "tests/evidence/test_money_edges.py"],
     "app/billing/rating.py": [
         "tests/app/billing/test_rating.py",
         "tests/app/billing/test_golden_bills.py",

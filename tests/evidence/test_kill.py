@@ -51,7 +51,7 @@ def test_a_kill_at_any_failpoint_loses_and_doubles_nothing(
     [
         pytest.param(4, id="short"),
         pytest.param(
-            NUM_KILLS, id="long", marks=[pytest.mark.slow, pytest.mark.timeout(NUM_KILLS * 10 + 60)]
+            NUM_KILLS, id="long", marks=[pytest.mark.soak, pytest.mark.timeout(NUM_KILLS * 10 + 60)]
         ),
     ],
 )

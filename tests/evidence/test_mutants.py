@@ -29,7 +29,7 @@ def test_a_sample_of_changes_is_noticed() -> None:
     assert unexplained(survivors) == []
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(0)
 def test_every_change_is_noticed() -> None:
     survivors = [mutant.name for mutant in run(all_mutants())]

@@ -27,7 +27,7 @@ def test_a_seed_always_gives_the_same_history(money_class: type[Money]) -> None:
     assert simulate(money_class, 3, num_steps=40) == first
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(0)
 def test_thousands_of_histories_leave_the_books_right(money_class: type[Money]) -> None:
     for seed in range(1_000, 1_000 + NUM_SEEDS):

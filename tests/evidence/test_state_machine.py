@@ -45,7 +45,7 @@ def test_every_history_leaves_the_books_right(machine: type[Money]) -> None:
     run_state_machine_as_test(machine, settings=QUICK)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(0)
 def test_many_long_histories_leave_the_books_right(machine: type[Money]) -> None:
     run_state_machine_as_test(machine, settings=LONG)
