@@ -42,7 +42,7 @@ unset TEST_DATABASE_URL
 part "tests (SQLite)" $bin/python -m pytest tests -q -n 2 --dist loadfile
 [ -n "$url" ] && export TEST_DATABASE_URL=$url
 if start_postgres; then
-    part "control plane tests (PostgreSQL)" $bin/python -m pytest tests/app tests/evidence -q -n 2 --dist loadfile -m "not browser"
+    part "control plane tests (PostgreSQL)" $bin/python -m pytest tests/app tests/evidence/test_{kill,overspend,migrations}.py -q -n 2 --dist loadfile -m "not browser"
 else
     printf '\n== control plane tests (PostgreSQL): skipped, no PostgreSQL server is installed\n'
 fi
