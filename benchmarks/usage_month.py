@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 from pathlib import Path
 
 import msgspec
@@ -26,7 +27,6 @@ from app.billing.archiving import archive_before
 from app.billing.posting import post_settlements
 from app.billing.prices import FIRST_PRICES, Rates
 from app.billing.rating import Settlement, rate
-from app.billing.records import Records
 from app.billing.seal_check import check_chain
 from app.billing.sealing import seal_all
 from app.billing.signing import open_key
@@ -267,7 +267,7 @@ async def ask(url: str, organizations: list[Organization], now: datetime) -> Non
     await database.close()
 
 
-def archive(engine: Engine, url: str, directory: Path, num_events: int, before: datetime) -> None:
+def archive(engine: Engine, directory: Path, num_events: int, before: datetime) -> None:
     """Seals, verifies and archives what was settled."""
     key = open_key(directory / "receipts.key")
     files = UsageArchive(directory / "archive")
@@ -290,17 +290,16 @@ def archive(engine: Engine, url: str, directory: Path, num_events: int, before: 
         flush=True,
     )
     wanted = [
-        next(files.transactions(span)).receipts[0].event_id.removesuffix(":1")
-        for span in files.spans()[:5]
+        transaction.receipts[-1].event_id.removesuffix(":1")
+        for span in files.spans()
+        for transaction in islice(files.transactions(span), 0, None, 1_000)
     ]
-    records = Records(url, files, key.public_hex)
     took_ms: list[float] = []
-    for request_id in wanted * 3:
-        started = time.perf_counter()
-        assert files.find(request_id) is not None
-        took_ms.append((time.perf_counter() - started) * 1e3)
-    asyncio.run(records.close())
-    print(f"an archived receipt is found in {statistics.median(took_ms):.0f} ms", flush=True)
+    for request_id in wanted:
+        started = time.process_time()
+        assert UsageArchive(files.directory).find(request_id) is not None
+        took_ms.append((time.process_time() - started) * 1e3)
+    print(f"an archived receipt is found in {statistics.median(took_ms):.0f} ms of CPU", flush=True)
 
 
 LEDGER = ("ledger_transaction", "ledger_entry", "sealed_transaction", "unsealed_transaction")
@@ -340,7 +339,7 @@ def measure(url: str, directory: Path, options: argparse.Namespace) -> None:
         f"({total / transactions:.2f} requests each)",
         flush=True,
     )
-    archive(engine, settings.sync_database_url, directory, total, now + timedelta(days=3))
+    archive(engine, directory, total, now + timedelta(days=3))
     engine.dispose()
 
 
