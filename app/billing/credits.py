@@ -145,7 +145,10 @@ async def expire_due(session: AsyncSession, lot_id: str) -> str | None:
     await session.refresh(lot)
     if lot.expires_at is None or lot.expires_at > clock.now():
         return None
-    amount_nano = min(lot.remaining_nano, max(0, account.posted_nano - account.held_nano))
+    # Not the balance: credit ends whatever else is owed.
+    lots = await open_lots(session, lot.organization_id)
+    in_lots = sum(each.remaining_nano for each in lots)
+    amount_nano = min(lot.remaining_nano, max(0, in_lots - account.held_nano))
     if amount_nano == 0:
         return None
     to_account = PROMOTIONAL_COST if lot.kind == "promotional" else BREAKAGE

@@ -68,6 +68,16 @@ async def test_what_running_requests_hold_ends_after_them(months: Months) -> Non
     assert (await months.account()).posted_nano == 0
 
 
+async def test_credit_ends_whatever_else_is_owed(months: Months) -> None:
+    months.use(500 * CENT)
+    await months.credit(100 * CENT, expires_at=FEBRUARY)  # for what is used from here on
+    months.clock.set("2026-02-01")
+    assert await expire_credit(months.database) == 1
+    months.use(10 * CENT)
+    assert (await months.account()).posted_nano == -510 * CENT
+    assert await months.entries(PROMOTIONAL_COST) == 0
+
+
 @pytest.mark.parametrize("place", ["expiry.before_commit", "expiry.after_commit"])
 async def test_a_crash_ends_no_credit_twice(months: Months, place: str) -> None:
     for _ in range(2):
