@@ -8,7 +8,7 @@ from collections import defaultdict
 from sqlalchemy import Connection, text
 
 from app.billing.reconciliation.check import Check, Subject, differing
-from app.billing.reconciliation.dialects import month_of_hour
+from app.billing.reconciliation.dialects import join_in_order, month_of_hour
 from app.billing.reconciliation.sums import LedgerTotals
 
 HOURS = Subject(
@@ -51,7 +51,7 @@ def _sums(connection: Connection, first: int, end: int | None) -> dict[str, int]
     rows = connection.execute(
         text(
             f"SELECT s.organization_id, {month} AS month, sum(h.amount_nano)"  # noqa: S608
-            " FROM usage_series s JOIN usage_hour h"
+            f" FROM usage_series s {join_in_order(connection)} usage_hour h"
             f" ON h.series_id = s.id AND h.hour >= :first{bound}"
             " GROUP BY s.organization_id, month"
         ),

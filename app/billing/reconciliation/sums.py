@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 
 from sqlalchemy import Connection, text
 
-from app.billing.reconciliation.dialects import month_of
+from app.billing.reconciliation.dialects import join_in_order, month_of
 
 USAGE = "usage"
 CUSTOMER = "customer:"
@@ -99,13 +99,13 @@ def _add(sums: dict[Key, int], more: dict[Key, int]) -> None:
 
 
 def _entry_sums(connection: Connection, source: str, bounds: dict[str, int]) -> dict[SumKey, int]:
-    month = month_of(connection, "t.created_at")
+    month, join = month_of(connection, "t.created_at"), join_in_order(connection)
     rows = connection.execute(
         text(
             f"SELECT t.currency, t.kind, {month} AS month, e.account, sum(e.amount_nano)"  # noqa: S608
             f" FROM (SELECT ledger_transaction_id AS id FROM {source}) q"
-            " JOIN ledger_transaction t ON t.id = q.id"
-            " JOIN ledger_entry e ON e.transaction_id = t.id"
+            f" {join} ledger_transaction t ON t.id = q.id"
+            f" {join} ledger_entry e ON e.transaction_id = t.id"
             " GROUP BY t.currency, t.kind, month, e.account"
         ),
         bounds,
@@ -114,11 +114,12 @@ def _entry_sums(connection: Connection, source: str, bounds: dict[str, int]) -> 
 
 
 def _lot_sums(connection: Connection, source: str, bounds: dict[str, int]) -> dict[str, int]:
+    join = join_in_order(connection)
     rows = connection.execute(
         text(
             "SELECT u.lot_id, sum(u.amount_nano)"  # noqa: S608 - nothing of a caller's
             f" FROM (SELECT ledger_transaction_id AS id FROM {source}) q"
-            " JOIN lot_use u ON u.ledger_transaction_id = q.id GROUP BY u.lot_id"
+            f" {join} lot_use u ON u.ledger_transaction_id = q.id GROUP BY u.lot_id"
         ),
         bounds,
     )
