@@ -141,7 +141,7 @@ def test_pushed_called_and_billed(compose: Compose, digits_file: Path) -> None:
     tapeout = str(Path(sys.executable).with_name("tapeout"))
     environment = {"TAPEOUT_URL": URL, "TAPEOUT_API_KEY": KEY}
     printed = run(tapeout, "push", str(digits_file), "--name", "digits", environment=environment)
-    assert printed.strip() == "http://localhost:8080/models/digits"
+    assert printed.strip() == f"{URL}/models/digits"
     response = predict_until_answered()
     receipt = httpx.get(
         f"{URL}/v1/receipts/{response.headers['x-request-id']}", headers=HEADERS
