@@ -54,7 +54,7 @@ class Desk:
 
 
 async def desk_of(settings: Settings, *, is_operator: bool) -> AsyncIterator[Desk]:
-    async with running(settings) as application, client(application) as http:
+    async with running(settings, has_clerk=False) as application, client(application) as http:
         tenant = await add_tenant(application, "acme", is_operator=is_operator)
         http.cookies.update(tenant.cookies)
         yield Desk(application, http, tenant)

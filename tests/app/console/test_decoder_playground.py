@@ -66,7 +66,7 @@ class Playground:
 
 @pytest.fixture
 async def playground(settings: Settings) -> AsyncIterator[Playground]:
-    async with running(settings) as application, client(application) as http:
+    async with running(settings, has_clerk=False) as application, client(application) as http:
         tenant = await add_tenant(application, "ada")
         http.cookies.update(tenant.cookies)
         fleet, application.state.fleet = application.state.fleet, FakeFleet()
