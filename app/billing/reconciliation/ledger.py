@@ -20,7 +20,7 @@ COMPLETE = Subject(
     name="complete",
     title="Ledger = sealed and queued",
     description="Every transaction of the ledger is sealed or waits for its seal, and every entry "
-    "belongs to one. All of the ledger is counted for this, so it is done once a day.",
+    "belongs to one. All of the ledger is counted for this, of a large one once a day.",
     left_label="Entries in the ledger",
     right_label="Entries of known transactions",
     unit="count",
