@@ -108,6 +108,9 @@ class Account:
         for window in hold.windows if hold else []:
             window.held -= hold.amount if hold else 0
             window.posted += spent
+
+    def calm(self) -> None:
+        """After what was freed and spent together: no more is forced than is still lacking."""
         self.forced = min(self.forced, self.lacking(self.limit))
 
     def use(self, amount: int, month: str) -> None:

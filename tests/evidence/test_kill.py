@@ -60,18 +60,19 @@ def test_kills_at_random_moments_lose_and_double_nothing(
 ) -> None:
     """One box and its books live through all of them."""
     rng = random.Random(num_kills)  # noqa: S311
-    totals = Totals()
+    totals, num_dead = Totals(), 0
     for kill in range(num_kills):
         if kill % 2:
             end = {"kill_after_seconds": 0.1 + rng.expovariate(4)}
         else:
             end = {"failpoint": f"*:{int(10 ** rng.uniform(1, 3.5))}"}
-        assert mortal_box.live(seed=kill, seconds=SECONDS, **end) == KILLED
+        num_dead += mortal_box.live(seed=kill, seconds=SECONDS, **end) == KILLED
         if kill % 10 == 0 or kill == num_kills - 1:
             assert mortal_box.live() == 0
             totals = mortal_box.examine()
-    totals.kills = num_kills
+    totals.kills = num_dead
     print(f"\n{totals}")  # noqa: T201 - the figures to record
+    assert num_dead > num_kills * 9 // 10, "too few were reached in time"
     assert totals.delivered_tokens > num_kills
 
 

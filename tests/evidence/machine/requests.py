@@ -189,7 +189,9 @@ class Requests(Base):
         del self.running[request_id]
         with self.engine.begin() as connection:
             holds.void_holds(connection, [request_id, request_id, "req_unknown"])
-        self.accounts[running.tally.admitted.organization_id].free(request_id)
+        account = self.accounts[running.tally.admitted.organization_id]
+        account.free(request_id)
+        account.calm()
         self.journal.settled([request_id])
 
     @precondition(lambda self: self.pending)
@@ -222,7 +224,7 @@ class Requests(Base):
         for name, amount in by_account.items():
             account = self.accounts[name]
             account.use(amount, f"{self.now:%Y-%m}")
-            account.forced = min(account.forced, account.lacking(account.limit))
+            account.calm()
         self.journal.settled([settlement.request_id for settlement in batch])
 
     @rule(share=st.floats(0, 1))
@@ -256,6 +258,7 @@ class Requests(Base):
             for request_id in list(account.holds):
                 account.free(request_id)
                 assert request_id in orphans
+            account.calm()
 
 
 def _tear(directory: Path, share: float) -> None:
