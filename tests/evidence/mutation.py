@@ -38,7 +38,7 @@ MODULES: dict[str, list[str]] = {
         "tests/app/billing/test_golden_bills.py",
         WALK,
     ],
-    "app/billing/posting.py": [WALK, ACCOUNTS],
+    "app/billing/posting.py": ["tests/evidence/test_instants.py", WALK, ACCOUNTS],
     "app/billing/holds.py": [WALK, ACCOUNTS, "tests/evidence/test_refusals.py"],
     "app/billing/budget_holds.py": [
         WALK,
