@@ -232,7 +232,7 @@ async def start_records(state: State, settings: Settings, stack: AsyncExitStack)
     url = settings.sync_database_url
     archive = UsageArchive(state.storage.usage_archive)
     state.sealer = Sealer(url, key)
-    state.archivist = Archivist(url, archive, settings.usage_detail_days)
+    state.archivist = Archivist(url, archive, settings.usage_detail_days, state.journal.sync)
     state.records = Records(url, archive, key.public_hex)
     for part in (state.sealer, state.archivist, state.records):
         stack.push_async_callback(part.close)

@@ -272,8 +272,14 @@ class _Writer:
         try:
             refused = self._attempt(asked, answers)
             if refused and (self._settlements or self._voids):
+                given_up = set(self._voids)  # a hold taken after its void would stay for good
                 self._settle_all()
-                refused = self._attempt([hold for hold, _ in refused], answers)
+                again = [hold for hold, _ in refused if hold.request.request_id not in given_up]
+                refused = [
+                    (hold, refusal)
+                    for hold, refusal in refused
+                    if hold.request.request_id in given_up
+                ] + self._attempt(again, answers)
             for hold, refusal in refused:
                 answers[hold.waiter] = refusal_of(hold.request, refusal)
         except Exception:

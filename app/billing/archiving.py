@@ -8,7 +8,7 @@ database, in the archive or in both. Ledger and hourly sums stay.
 import asyncio
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from datetime import datetime, timedelta
 
 from sqlalchemy import Connection, Engine, delete, select
@@ -43,7 +43,16 @@ class NotWhatWasSealed(Exception):
 class Archivist:
     """Moves what is old. One per process."""
 
-    def __init__(self, sync_database_url: str, archive: UsageArchive, detail_days: int) -> None:
+    def __init__(
+        self,
+        sync_database_url: str,
+        archive: UsageArchive,
+        detail_days: int,
+        sync_journal: Callable[[], Awaitable[None]],
+    ) -> None:
+        """`sync_journal` makes durable what was settled: a journal that does not know would have a
+        request settled again that the database no longer names."""
+        self._sync_journal = sync_journal
         self._engine = create_writer_engine(sync_database_url)
         self._archive = archive
         self._detail_days = detail_days
@@ -51,6 +60,7 @@ class Archivist:
 
     async def turn(self) -> int:
         """Moves all that is old enough; returns how many receipts that were."""
+        await self._sync_journal()
         return await asyncio.to_thread(self._move)
 
     async def close(self) -> None:

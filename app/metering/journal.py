@@ -170,12 +170,19 @@ class Journal:
         self._defer(Entry(encode(record)))
 
     def settled(self, request_ids: list[str]) -> None:
-        """These are in the database for good. Any thread may call this; the mark only spares
-        recovery work, so it is written with whatever comes next."""
+        """These are in the database for good. Any thread may call this. The mark spares recovery
+        work for as long as the database tells what it has; see `sync`."""
         self.open_requests.settle(request_ids)
         if not self._entries.is_ended:
             payload = encode(SettledRecord(request_ids))
             self._entries.deferred.append(Entry(payload, settled=tuple(request_ids)))
+            self._loop.call_soon_threadsafe(self._flush_soon)
+
+    async def sync(self) -> None:
+        """Returns once everything told so far is durable, marks of what is settled included. To be
+        called before usage leaves the database, which from then on cannot tell that a request was
+        settled. Raises `Unavailable`."""
+        await self._commit(b"")
 
     def _defer(self, entry: Entry) -> None:
         """Written with the next commit, which it must not wake the thread for. Once the thread
@@ -183,6 +190,9 @@ class Journal:
         if self._entries.is_ended:
             return
         self._entries.deferred.append(entry)
+        self._flush_soon()
+
+    def _flush_soon(self) -> None:
         if self._flush is None:
             self._flush = self._loop.call_later(LAZY_SECONDS, self._flush_deferred)
 

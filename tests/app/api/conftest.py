@@ -130,7 +130,7 @@ class Box:
         archive = UsageArchive(self.storage.usage_archive)
         url = self.settings.sync_database_url
         self.sealer = Sealer(url, key)
-        self.archivist = Archivist(url, archive, self.settings.usage_detail_days)
+        self.archivist = Archivist(url, archive, self.settings.usage_detail_days, self.journal.sync)
         self.records = Records(url, archive, key.public_hex)
         self.key_ring = KeyRing(self.database)
         await self._add_keys()

@@ -2,6 +2,7 @@
 
 import asyncio
 import sqlite3
+import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -457,3 +458,38 @@ async def test_the_table_itself_refuses_what_cannot_be_counted(
     with pytest.raises((IntegrityError, DataError)):
         async with database.write() as session:
             await session.execute(update(AccountBalance).values({column: literal_column(nano)}))
+
+
+async def test_a_hold_given_up_before_it_was_taken_is_not_taken(
+    accounts: AccountWriter, database: Database, settlement: MakeSettlement
+) -> None:
+    """The database was away for longer than the caller waited: hold and void come together."""
+    settled = settlement("req_1")
+    async with database.write() as session:
+        await set_spending_limit(session, ORGANIZATION, settled.amount_nano + 1, "usd")
+    await accounts.hold("req_1", ORGANIZATION, settled.amount_nano + 1)
+    writer = accounts._writer
+    assert writer is not None
+    turn, gate, begun = writer._turn, threading.Event(), threading.Event()
+
+    def slow(*arguments: Any, **options: Any) -> None:
+        begun.set()
+        gate.wait()
+        turn(*arguments, **options)
+
+    writer._turn = slow  # type: ignore[method-assign]
+    flushing = asyncio.create_task(accounts.flush())
+    await asyncio.to_thread(begun.wait)
+    accounts.settle(settled)
+    asking = asyncio.create_task(accounts.hold("req_2", ORGANIZATION, 1))
+    await asyncio.sleep(0)
+    asking.cancel()
+    accounts.void("req_2")
+    gate.set()
+    await flushing
+    await accounts.flush()
+    async with database.read() as session:
+        assert (await session.scalars(select(Hold))).all() == []
+        balance = await session.get(AccountBalance, ORGANIZATION)
+        assert balance is not None
+        assert balance.held_nano == 0

@@ -157,6 +157,25 @@ FAILPOINTS = (
 )
 
 
+async def nothing_to_sync() -> None:
+    """These receipts came from no journal."""
+
+
+async def test_what_was_settled_is_durable_in_the_journal_before_anything_leaves(
+    books: Books, settings: Settings
+) -> None:
+    num_left: list[int] = []
+
+    async def sync() -> None:
+        num_left.append(books.count("usage_event"))
+
+    archivist = Archivist(settings.sync_database_url, books.archive, 1, sync)
+    await archivist.turn()
+    await archivist.close()
+    assert num_left == [NUM_REQUESTS]
+    assert books.count("usage_event") < NUM_REQUESTS
+
+
 @pytest.mark.parametrize("place", [f"{name}:{n}" for name in FAILPOINTS for n in (1, 2)])
 async def test_no_crash_loses_a_request(books: Books, settings: Settings, place: str) -> None:
     def crash(name: str) -> None:
@@ -169,7 +188,8 @@ async def test_no_crash_loses_a_request(books: Books, settings: Settings, place:
     for n, name in enumerate(requests_of(books)):
         assert await books.records.proof(owner(n), name) is not None, name
     # The next process finishes it.
-    archivist = Archivist(settings.sync_database_url, UsageArchive(books.archive.directory), 90)
+    archive = UsageArchive(books.archive.directory)
+    archivist = Archivist(settings.sync_database_url, archive, 90, nothing_to_sync)
     await archivist.turn()
     await archivist.close()
     checked = books.check()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from app.core.errors import Conflict, Unavailable
-from app.metering.journal import Journal, read_unsettled
+from app.metering.journal import LAZY_SECONDS, Journal, read_unsettled
 from app.metering.records import AdmitRecord, FinishRecord, Usage
 from app.metering.segments import Segment, SegmentReader, segment_numbers, segment_path
 from runtime.protocol import FinishReason, SequenceOutput
@@ -343,3 +343,21 @@ async def test_a_step_of_any_size_can_be_read_again(journal: Journal, tmp_path: 
         "a": "completed",
         "b": "completed",
     }
+
+
+async def test_marks_of_what_is_settled_reach_the_disk_of_an_idle_box(
+    journal: Journal,
+) -> None:
+    journal.admit(admitted("req_1"))
+    await journal.commit_step([output("req_1", finish_reason="stop")])
+    await asyncio.to_thread(journal.settled, ["req_1"])
+    await asyncio.sleep(10 * LAZY_SECONDS)
+    assert read_unsettled(journal.directory).usages == []
+
+
+async def test_sync_makes_marks_durable_at_once(journal: Journal) -> None:
+    journal.admit(admitted("req_1"))
+    await journal.commit_step([output("req_1", finish_reason="stop")])
+    journal.settled(["req_1"])
+    await journal.sync()
+    assert read_unsettled(journal.directory).usages == []
