@@ -1,10 +1,15 @@
-"""CSV for spreadsheets (RFC 4180), in which no text is taken for a formula."""
+"""CSV for spreadsheets (RFC 4180), in which no text is taken for a formula.
+
+Everything is quoted. That alone is not enough: a spreadsheet that is set to another separator than
+the comma splits a text at it, and what comes behind begins a cell.
+"""
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Iterator, Sequence
 
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+FORMULA = re.compile(r"""(^|[;,|\t\r\n])(?=[\s"]*[=+@-])""")  # where a cell may begin with one
 BLOCK_ROWS = 500
 
 Value = str | int
@@ -13,7 +18,7 @@ Value = str | int
 def csv_blocks(header: Sequence[str], rows: Iterable[Sequence[Value]]) -> Iterator[bytes]:
     """The file in UTF-8, some hundred rows at a time. Without a header, more rows of one."""
     text = io.StringIO()
-    writer = csv.writer(text)
+    writer = csv.writer(text, quoting=csv.QUOTE_ALL)
     if header:
         writer.writerow(header)
     for count, row in enumerate(rows, 1):
@@ -26,7 +31,5 @@ def csv_blocks(header: Sequence[str], rows: Iterable[Sequence[Value]]) -> Iterat
 
 
 def safe(value: Value) -> Value:
-    """Text that a spreadsheet would calculate gets an apostrophe before it; numbers do not."""
-    if isinstance(value, str) and value.startswith(FORMULA_STARTS):
-        return f"'{value}"
-    return value
+    """What a spreadsheet would calculate gets an apostrophe before it; numbers do not."""
+    return FORMULA.sub(r"\1'", value) if isinstance(value, str) else value

@@ -86,4 +86,4 @@ async def test_the_commands(box: Box, client: openai.AsyncOpenAI, tmp_path: Path
     assert output.startswith("1 seals, 1 transactions and 1 receipts (0 of them archived)")
     assert (await command(box, OTHER, "ledger", "verify"))[0] == 1
     code, output = await command(box, ORGANIZATION, "usage", "--by", "hour", "--csv")
-    assert output.splitlines()[0].startswith("hour,requests,")
+    assert output.splitlines()[0].startswith('"hour","requests",')
