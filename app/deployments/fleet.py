@@ -161,6 +161,10 @@ class Fleet:
             key=lambda view: view.name,
         )
 
+    def endpoint_names(self) -> set[str]:
+        """Of every organization."""
+        return set(self._views)
+
     def live(self, deployment_id: str) -> list[LiveReplica]:
         """The deployment's replicas as they are now, oldest first."""
         return [_live(replica) for replica in self._reconciler.replicas(deployment_id)]

@@ -3,6 +3,8 @@
 Owns what is counted of each request that ends. Nothing is billed from them: that is the ledger's.
 """
 
+from collections.abc import Collection
+
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from app.metering.records import Usage
@@ -15,6 +17,7 @@ class Meters:
     """One per process. An endpoint's name is the only label that people choose."""
 
     def __init__(self) -> None:
+        self._endpoints: set[str] = set()
         self.registry = CollectorRegistry()
         self._requests = Counter(
             "tapeout_requests",
@@ -58,6 +61,7 @@ class Meters:
     def observe(self, usage: Usage) -> None:
         """Counts a request that has ended."""
         endpoint = usage.admitted.endpoint_name
+        self._endpoints.add(endpoint)
         self._requests.labels(endpoint, usage.outcome).inc()
         for kind, count in (
             ("input", usage.input_tokens),
@@ -72,6 +76,19 @@ class Meters:
         if usage.first_token_ns is not None:
             seconds = usage.first_token_ns / NANO_PER_SECOND
             self._first_token_seconds.labels(endpoint).observe(seconds)
+
+    def keep(self, endpoints: Collection[str]) -> None:
+        """Forgets all others: names that no longer serve would fill every scrape for good."""
+        for gone in self._endpoints.difference(endpoints):
+            for metric in (
+                self._requests,
+                self._tokens,
+                self._device_seconds,
+                self._seconds,
+                self._first_token_seconds,
+            ):
+                metric.remove_by_labels({"endpoint": gone})
+            self._endpoints.remove(gone)
 
     def refuse(self, code: str) -> None:
         """Counts a request that was refused for want of money."""

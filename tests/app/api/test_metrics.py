@@ -25,10 +25,10 @@ async def app(settings: Settings) -> AsyncIterator[Litestar]:
         yield app
 
 
-def usage(outcome: Outcome = "completed", num_cached: int = 7) -> Usage:
+def usage(outcome: Outcome = "completed", num_cached: int = 7, endpoint: str = "tiny") -> Usage:
     started = time.time_ns()
     admitted = AdmitRecord(
-        *("req_1", "org_1", "key_1", "k", "tiny", 1, "/v1/completions"),
+        *("req_1", "org_1", "key_1", "k", endpoint, 1, "/v1/completions"),
         *("decoder", "standard", "pb_1", started),
     )
     return Usage(
@@ -67,6 +67,31 @@ async def test_the_operator_reads_what_was_served(app: Litestar) -> None:
     assert samples["tapeout_refusals_total", "budget_reached"] == 1
     assert samples["tapeout_request_seconds_sum", "tiny"] == 4
     assert samples["tapeout_unsettled_requests",] == 0
+
+
+async def test_a_model_that_is_gone_is_in_one_more_scrape(app: Litestar) -> None:
+    meters: Meters = app.state.meters
+    async with client(app) as http:
+        empty = (await http.get("/metrics", headers=OPERATOR)).text
+        for index in range(1_000):
+            meters.observe(usage(endpoint=f"model-{index}"))
+        last = (await http.get("/metrics", headers=OPERATOR)).text
+        after = (await http.get("/metrics", headers=OPERATOR)).text
+    assert last.count('tapeout_requests_total{endpoint="model-') == 1_000
+    assert "model-" not in after
+    assert after.count("\n") == empty.count("\n")
+
+
+def test_a_model_that_serves_keeps_its_counters() -> None:
+    meters = Meters()
+    for _ in range(2):
+        meters.observe(usage())
+        meters.observe(usage(endpoint="gone"))
+        meters.keep({"tiny", "idle"})
+    counted = {"endpoint": "tiny", "outcome": "completed"}
+    assert meters.registry.get_sample_value("tapeout_requests_total", counted) == 2
+    gone = {**counted, "endpoint": "gone"}
+    assert meters.registry.get_sample_value("tapeout_requests_total", gone) is None
 
 
 async def test_nobody_else_does(app: Litestar) -> None:
