@@ -11,12 +11,12 @@ import pytest
 from sqlalchemy import Engine, create_engine, make_url
 
 from app.core.database import create_writer_engine
-from tests.app.conftest import database_url, settings, template_database
+from tests.app.conftest import database, database_url, settings, template_database
 from tests.evidence.invariants import problems
 from tests.evidence.lives import Life
 from tests.evidence.seen import Totals, compare
 
-__all__ = ["database_url", "settings", "template_database"]
+__all__ = ["database", "database_url", "settings", "template_database"]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -45,7 +45,11 @@ MODULES: dict[str, list[str]] = {
         "tests/app/billing/test_budgets.py",
         "tests/evidence/test_refusals.py",
     ],
-    "app/billing/credits.py": [WALK, "tests/app/billing/test_credits.py"],
+    "app/billing/credits.py": [
+        "tests/evidence/test_credit_edges.py",
+        WALK,
+        "tests/app/billing/test_credits.py",
+    ],
     "app/billing/ledger.py": [WALK, "tests/app/billing/test_credits.py"],
 }
 TIMEOUT_SECONDS = 120
