@@ -98,6 +98,8 @@ async def post(
         )
     )
     await session.flush()  # entries refer to it
+    # Queued first: a trigger refuses entries of what is sealed.
+    await session.execute(insert(UnsealedTransaction), {"ledger_transaction_id": transaction_id})
     await session.execute(
         insert(LedgerEntry),
         [
@@ -110,7 +112,6 @@ async def post(
             for name, amount_nano in sorted(entries.items())
         ],
     )
-    await session.execute(insert(UnsealedTransaction), {"ledger_transaction_id": transaction_id})
     await _move(session, account, _own(entries, organization_id))
     return transaction_id
 

@@ -109,7 +109,9 @@ class _Rows:
     def __init__(self, sql: Statements) -> None:
         self._sql = sql
         self._inserted: dict[str, list[dict[str, Any]]] = {
-            name: [] for name in ("transaction", "event", "line", "entry", "unsealed", "lot_use")
+            # Queued before its entries: a trigger refuses those of what is sealed.
+            name: []
+            for name in ("transaction", "unsealed", "event", "line", "entry", "lot_use")
         }
         self._draws: list[Draw] = []
         self._series: dict[str, dict[str, Any]] = {}

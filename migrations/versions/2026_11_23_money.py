@@ -14,7 +14,18 @@ down_revision = "0003"
 branch_labels = None
 depends_on = None
 
-APPEND_ONLY = ("ledger_transaction", "ledger_entry", "seal", "sealed_transaction", "lot_use")
+# What makes a new row of an append-only table take the place of an old one, see `refuse_changes`.
+APPEND_ONLY = {
+    "ledger_transaction": "id = NEW.id OR idempotency_key = NEW.idempotency_key",
+    "ledger_entry": "(transaction_id = NEW.transaction_id AND account = NEW.account)",
+    "seal": "number = NEW.number OR sha256 = NEW.sha256",
+    "sealed_transaction": "ledger_transaction_id = NEW.ledger_transaction_id"
+    " OR (seal_number = NEW.seal_number AND position = NEW.position)",
+    "lot_use": "(ledger_transaction_id = NEW.ledger_transaction_id AND lot_id = NEW.lot_id)",
+}
+# What may be added to while its transaction waits for its seal, and the column that names it.
+ACTIONS = ("update", "delete", "replace")
+UNTIL_SEALED = {"ledger_entry": "transaction_id", "lot_use": "ledger_transaction_id"}
 SERIES_COLUMNS = (
     "e.organization_id",
     "e.api_key_id",
@@ -476,36 +487,88 @@ def upgrade() -> None:
 
 
 def refuse_changes() -> None:
-    """The ledger is only ever added to, whoever asks for something else."""
+    """The ledger is only ever added to, whoever asks for something else, and a transaction to
+    which nothing is to be added any more is not."""
     if op.get_bind().dialect.name == "sqlite":
-        for table in APPEND_ONLY:
-            for action in ("UPDATE", "DELETE"):
-                op.execute(
-                    f"CREATE TRIGGER {table}_no_{action.lower()} BEFORE {action} ON {table} "
-                    f"BEGIN SELECT RAISE(ABORT, '{table} is append-only'); END"
-                )
+        refuse_changes_in_sqlite()
         return
-    op.execute(
-        "CREATE FUNCTION refuse_change() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
-        "RAISE EXCEPTION '% is append-only', TG_TABLE_NAME "
-        "USING ERRCODE = 'integrity_constraint_violation'; END $$"
-    )
+    refuse("refuse_change", "TG_TABLE_NAME || ' is append-only'")
     for table in APPEND_ONLY:
         op.execute(
             f"CREATE TRIGGER {table}_append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON {table} "
             "FOR EACH STATEMENT EXECUTE FUNCTION refuse_change()"
         )
+    for table, column in UNTIL_SEALED.items():
+        refuse(
+            f"refuse_late_{table}",
+            f"NEW.{column} || ' is not waiting for its seal: nothing is added to it'",
+            "NOT EXISTS (SELECT FROM unsealed_transaction "
+            f"WHERE ledger_transaction_id = NEW.{column})",
+        )
+        op.execute(
+            f"CREATE TRIGGER {table}_until_sealed BEFORE INSERT ON {table} "
+            f"FOR EACH ROW EXECUTE FUNCTION refuse_late_{table}()"
+        )
+    refuse(
+        "refuse_queueing",
+        "NEW.ledger_transaction_id || ' is sealed'",
+        "EXISTS (SELECT FROM sealed_transaction "
+        "WHERE ledger_transaction_id = NEW.ledger_transaction_id)",
+    )
+    op.execute(
+        "CREATE TRIGGER unsealed_transaction_once BEFORE INSERT ON unsealed_transaction "
+        "FOR EACH ROW EXECUTE FUNCTION refuse_queueing()"
+    )
+
+
+def refuse(function: str, message: str, where: str = "true") -> None:
+    """Makes PostgreSQL's function for a trigger; both texts are SQL."""
+    op.execute(
+        f"CREATE FUNCTION {function}() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+        f"IF {where} THEN RAISE EXCEPTION '%', {message} "
+        "USING ERRCODE = 'integrity_constraint_violation'; END IF; RETURN NEW; END $$"
+    )
+
+
+def refuse_changes_in_sqlite() -> None:
+    for table, is_same in APPEND_ONLY.items():
+        is_append_only = f"SELECT RAISE(ABORT, '{table} is append-only')"
+        for action in ("UPDATE", "DELETE"):
+            op.execute(
+                f"CREATE TRIGGER {table}_no_{action.lower()} BEFORE {action} ON {table} "
+                f"BEGIN {is_append_only}; END"
+            )
+        # INSERT OR REPLACE deletes without calling the trigger above, by any unique key.
+        op.execute(
+            f"CREATE TRIGGER {table}_no_replace BEFORE INSERT ON {table} "
+            f"WHEN EXISTS (SELECT 1 FROM {table} WHERE rowid = NEW.rowid OR {is_same}) "
+            f"BEGIN {is_append_only}; END"
+        )
+    for table, column in UNTIL_SEALED.items():
+        op.execute(
+            f"CREATE TRIGGER {table}_until_sealed BEFORE INSERT ON {table} WHEN NOT EXISTS "
+            f"(SELECT 1 FROM unsealed_transaction WHERE ledger_transaction_id = NEW.{column}) "
+            "BEGIN SELECT RAISE(ABORT, 'a transaction that is not waiting for its seal: "
+            "nothing is added to it'); END"
+        )
+    op.execute(
+        "CREATE TRIGGER unsealed_transaction_once BEFORE INSERT ON unsealed_transaction "
+        "WHEN EXISTS (SELECT 1 FROM sealed_transaction "
+        "WHERE ledger_transaction_id = NEW.ledger_transaction_id) "
+        "BEGIN SELECT RAISE(ABORT, 'a transaction that is sealed'); END"
+    )
 
 
 def allow_changes() -> None:
     if op.get_bind().dialect.name == "sqlite":
-        for table in APPEND_ONLY:
-            for action in ("update", "delete"):
-                op.execute(f"DROP TRIGGER {table}_no_{action}")
+        names = [f"{table}_no_{action}" for table in APPEND_ONLY for action in ACTIONS]
+        names += [f"{table}_until_sealed" for table in UNTIL_SEALED]
+        for name in [*names, "unsealed_transaction_once"]:
+            op.execute(f"DROP TRIGGER {name}")
         return
-    for table in APPEND_ONLY:
-        op.execute(f"DROP TRIGGER {table}_append_only ON {table}")
-    op.execute("DROP FUNCTION refuse_change()")
+    # With their triggers.
+    for name in ("change", "queueing", *(f"late_{table}" for table in UNTIL_SEALED)):
+        op.execute(f"DROP FUNCTION refuse_{name}() CASCADE")
 
 
 def add_up_usage() -> None:
