@@ -61,5 +61,6 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
             service_class=self.service_class,
             price_book_id=rates.book_id,
             started_at_ns=self.started_at_ns,
+            is_stream=self.is_stream,
             **counts,
         )

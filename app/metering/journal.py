@@ -364,6 +364,9 @@ def _closed(tally: Tally, end: FinishRecord | None, last_at_ns: int | None) -> U
         tally.close(end)
         return tally.usage(end.outcome, end.finish_reason, end.at_ns)
     outcome, reason = tally.outcome()
+    if outcome == "cancelled" and not tally.admitted.is_stream:
+        # Nothing of it was delivered, and nobody knows any more who ended it.
+        outcome, reason = "lost", "lost"
     return tally.usage(outcome, reason, last_at_ns or tally.admitted.started_at_ns)
 
 

@@ -36,6 +36,7 @@ class AdmitRecord(Record, frozen=True, tag="admit"):
     num_prompt_tokens: int = 0
     num_choices: int = 1
     max_device_ms: int = 0  # what the hold covers; no more is ever charged
+    is_stream: bool = True  # the caller gets output as it is made
 
 
 class SequenceUse(msgspec.Struct, frozen=True, array_like=True):

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from app.core.errors import Conflict, Unavailable
@@ -361,3 +362,23 @@ async def test_sync_makes_marks_durable_at_once(journal: Journal) -> None:
     journal.settled(["req_1"])
     await journal.sync()
     assert read_unsettled(journal.directory).usages == []
+
+
+@pytest.mark.parametrize(
+    ("is_stream", "reason", "outcome"),
+    [
+        (True, "abort", "cancelled"),
+        (True, "refused", "cancelled"),
+        (False, "abort", "lost"),
+        (False, "refused", "lost"),
+        # Written ahead: the answer may have left, so it counts as delivered.
+        (False, "stop", "completed"),
+    ],
+)
+async def test_a_crash_does_not_charge_for_an_end_without_an_answer(
+    journal: Journal, is_stream: bool, reason: FinishReason, outcome: str
+) -> None:
+    journal.admit(msgspec.structs.replace(admitted("req_1"), is_stream=is_stream))
+    await journal.commit_step([output("req_1", num_tokens=3, finish_reason=reason)])
+    [usage] = read_unsettled(journal.directory).usages
+    assert usage.outcome == outcome
