@@ -124,12 +124,19 @@ def _reading(engine: Engine) -> Engine:
 
 
 def _seals(engine: Engine, start: int, before: datetime) -> list[int]:
-    query = select(_seal.c.number, _seal.c.created_at).where(
-        _seal.c.number >= start, _seal.c.created_at < before
-    )
+    """Up to the first that is to be kept, as a file has all the seals it is named by. One that is
+    stamped after now, by a clock that was wrong, is as old as those on both sides of it."""
+    later = select(_seal.c.number, _seal.c.created_at).where(_seal.c.number >= start)
+    in_order = later.order_by(_seal.c.number)
+    kept = in_order.where(_seal.c.created_at >= before, _seal.c.created_at <= clock.now())
     with _reading(engine).begin() as connection:
-        rows = connection.execute(query.order_by(_seal.c.number)).all()
-    if not rows or rows[0].created_at >= before - LEAST_AGE:
+        first_kept = connection.scalar(kept.limit(1))
+        if first_kept is not None:
+            in_order = in_order.where(_seal.c.number < first_kept)
+        rows = list(connection.execute(in_order))
+    while rows and rows[-1].created_at >= before:
+        rows.pop()
+    if not any(row.created_at < before - LEAST_AGE for row in rows):
         return []
     return [row.number for row in rows]
 

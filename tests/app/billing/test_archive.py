@@ -148,6 +148,42 @@ async def test_a_file_is_made_once_a_day_at_most(books: Books) -> None:
     assert books.archive_before(START + (OLD_DAYS + 1) * DAY + timedelta(hours=1)) == 6
 
 
+async def test_a_seal_from_a_clock_that_was_wrong_goes_with_those_about_it(
+    books: Books, clock_at: Callable[[datetime], None]
+) -> None:
+    async def seal_at(now: datetime) -> None:
+        clock_at(now)
+        await books.settle(books.settlement(books.new_request(NOW)))
+        books.seal()
+
+    for days in (0, 3650, 1, 3650):
+        await seal_at(NOW + days * DAY)
+    clock_at(NOW + 5 * DAY)
+    assert books.archive_before(NOW + 0.5 * DAY) == NUM_REQUESTS + 1  # what lies about it does not
+    assert books.archive_before(NOW + 4 * DAY) == 2
+    await seal_at(NOW + 5 * DAY)
+    clock_at(NOW + 70 * DAY)
+    assert books.archive_before(NOW + 8 * DAY) == 2
+    assert books.count("usage_event") == 0
+    spans = books.archive.spans()
+    assert [span.first_seal for span in spans] == [1, *(span.last_seal + 1 for span in spans[:-1])]
+    checked = books.check()
+    assert (checked.num_archived, checked.problem) == (NUM_REQUESTS + 5, None)
+
+
+async def test_a_file_ends_before_a_seal_that_is_kept(
+    books: Books, clock_at: Callable[[datetime], None]
+) -> None:
+    for days in (20, 0):  # set back, between two seals
+        clock_at(NOW + days * DAY)
+        await books.settle(books.settlement(books.new_request(NOW)))
+        books.seal()
+    clock_at(NOW + 30 * DAY)
+    assert books.archive_before(NOW + 10 * DAY) == NUM_REQUESTS
+    assert books.archive_before(NOW + 29 * DAY) == 2
+    assert books.count("usage_event") == 0
+
+
 FAILPOINTS = (
     "usage_archive.before_fsync",
     "usage_archive.before_rename",
