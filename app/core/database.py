@@ -3,7 +3,8 @@
 Owns how transactions begin and what is durable; the tables live in each area's `tables.py`.
 """
 
-from collections.abc import AsyncGenerator
+import asyncio
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any
@@ -122,13 +123,26 @@ class Database:
 
     @asynccontextmanager
     async def write(self) -> AsyncGenerator[AsyncSession]:
-        async with self._writing.begin() as session:
-            yield session
+        async with self._writing() as session:
+            await _to_its_end(session.connection())
+            yield session  # left by an exception, the session undoes it
             failpoint("database.before_commit")
+            await _to_its_end(session.commit())
         failpoint("database.after_commit")
 
     async def close(self) -> None:
         await self.engine.dispose()
+
+
+async def _to_its_end(work: Coroutine[Any, Any, object]) -> None:
+    """Lets the beginning or the end of a transaction happen although its task is cancelled: left
+    half-way in the driver's thread, it would keep SQLite's write lock until somebody notices."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
 
 
 def create_writer_engine(url: str) -> Engine:

@@ -4,7 +4,7 @@ import asyncio
 from datetime import datetime, timedelta, timezone
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, text
 
 from app.billing.tables import AccountBalance
 from app.core.database import Database
@@ -49,3 +49,20 @@ async def test_concurrent_read_then_write_loses_no_update(database: Database) ->
     await asyncio.gather(*(add_one() for _ in range(30)))
     async with database.read() as session:
         assert (await session.scalars(select(AccountBalance.posted_nano))).one() == 30
+
+
+async def test_a_cancelled_transaction_lets_go_of_its_lock(database: Database) -> None:
+    """Wherever its task is cancelled: while it begins, works, or ends."""
+    for turn in range(60):
+
+        async def change() -> None:
+            async with database.write() as session:
+                await session.execute(text("UPDATE organization SET name = name"))
+
+        tasks = [asyncio.create_task(change()) for _ in range(3)]
+        await asyncio.sleep(turn / 20_000)
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        async with asyncio.timeout(2), database.write() as session:
+            await session.execute(text("UPDATE organization SET name = name"))
