@@ -155,6 +155,16 @@ class StripeInvoices:
                     return invoice
         return None
 
+    def find_paid_invoice(self, payment_id: str) -> str:
+        """The id at Stripe of the invoice that a payment is for; "" for any other payment."""
+        params: stripe.params.InvoicePaymentListParams = {
+            "payment": {"type": "payment_intent", "payment_intent": payment_id},
+            "limit": 1,
+        }
+        with self._call():
+            found = self._client.v1.invoice_payments.list(params).to_dict(for_json=True)
+        return next((str(each["invoice"]) for each in found["data"]), "")
+
     def list_invoice_lines(self, stripe_invoice_id: str) -> list[InvoiceLine]:
         """All lines of an invoice, whoever added them."""
         with self._call():

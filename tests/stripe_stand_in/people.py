@@ -183,6 +183,16 @@ class People:
 
     # A person in the dashboard
 
+    def charge_by_hand(self, customer_id: str, amount_cents: int, currency: str = "usd") -> Object:
+        """A payment of a customer's card that has nothing to do with the box."""
+        with self.account.lock:
+            account = self.account
+            cards = [each for each in account.all("payment_method") if each["customer"]]
+            card = next(each for each in cards if each["customer"] == customer_id)
+            intent = payments.new_intent(account, amount_cents, currency, customer_id)
+            payments.confirm(account, intent, card, is_off_session=True)
+            return intent
+
     def refund_by_hand(self, payment_id: str, amount_cents: int | None = None) -> Object:
         with self.account.lock:
             return payments.refund(self.account, self._charge_of(payment_id), amount_cents, {})

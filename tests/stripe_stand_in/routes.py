@@ -166,6 +166,18 @@ def create_portal(account: Account, params: Object) -> Object:
     return account.add(session)
 
 
+@route("GET", "/v1/invoice_payments", p.InvoicePaymentListParams)
+def list_invoice_payments(account: Account, params: Object) -> Object:
+    paid_with = params.get("payment", {}).get("payment_intent")
+    found = [
+        each
+        for each in account.all("invoice_payment")
+        if paid_with in (None, each["payment"]["payment_intent"])
+        and params.get("invoice", each["invoice"]) == each["invoice"]
+    ]
+    return page(found[::-1], params, "/v1/invoice_payments")
+
+
 # Checkout and payments
 
 

@@ -13,8 +13,8 @@ from app.billing.payments import mirror
 from app.billing.payments.cents import write_cents
 from app.billing.payments.notices import end, notify
 from app.billing.payments.payment_books import PaymentBooks
-from app.billing.payments.profile import keep_card, organization_of_customer, pause_recharge
-from app.billing.payments.tables import StripeOperation, TopUp
+from app.billing.payments.profile import keep_card, pause_recharge
+from app.billing.payments.tables import Invoice, StripeOperation, TopUp
 from app.billing.stripe import Stripe
 from app.billing.stripe_objects import BalanceTransaction, Dispute, Payment, Refund
 from app.core import clock
@@ -26,9 +26,11 @@ _REFUSED = ("requires_payment_method", "requires_action", "canceled")
 
 
 class Seen(msgspec.Struct, frozen=True):
-    """A payment with all that came of it. `charge` is its own movement of Stripe's balance."""
+    """A payment with all that came of it. `charge` is its own movement of Stripe's balance,
+    `stripe_invoice_id` the invoice that it pays."""
 
     payment: Payment
+    stripe_invoice_id: str = ""
     charge: BalanceTransaction | None = None
     refunds: tuple[Refund, ...] = ()
     disputes: tuple[Dispute, ...] = ()
@@ -40,19 +42,21 @@ def look_up(stripe: Stripe, payment_id: str) -> Seen:
     is_of_others = not payment.top_up_id and not payment.customer_id
     if not payment.is_paid or is_of_others:
         return Seen(payment)
+    stripe_invoice_id = "" if payment.top_up_id else stripe.find_paid_invoice(payment_id)
     charge = None
     if payment.balance_transaction_id:  # it comes a little after the payment
         charge = stripe.get_balance_transaction(payment.balance_transaction_id)
     refunds, disputes = stripe.list_refunds(payment_id), stripe.list_disputes(payment_id)
-    return Seen(payment, charge, tuple(refunds), tuple(disputes))
+    return Seen(payment, stripe_invoice_id, charge, tuple(refunds), tuple(disputes))
 
 
 async def settle(session: AsyncSession, seen: Seen) -> bool:
-    """Brings a payment into the books. False where it is none of ours."""
+    """Brings a payment into the books. False where it is none of ours: neither for a top-up nor
+    for an invoice, even though a customer of ours paid it."""
     payment = seen.payment
     top_up = await _top_up_of(session, payment)
     if top_up is None:
-        organization_id = await organization_of_customer(session, payment.customer_id)
+        organization_id = await _organization_of_invoice(session, seen.stripe_invoice_id)
     else:
         organization_id = top_up.organization_id
     if organization_id is None:
@@ -101,6 +105,11 @@ async def _top_up_of(session: AsyncSession, payment: Payment) -> TopUp | None:
     if payment.top_up_id and (top_up := await session.get(TopUp, payment.top_up_id)):
         return top_up
     return await session.scalar(select(TopUp).where(TopUp.payment_intent_id == payment.id))
+
+
+async def _organization_of_invoice(session: AsyncSession, stripe_invoice_id: str) -> str | None:
+    query = select(Invoice.organization_id).where(Invoice.stripe_invoice_id == stripe_invoice_id)
+    return await session.scalar(query)
 
 
 async def _follow(session: AsyncSession, top_up: TopUp, payment: Payment) -> None:

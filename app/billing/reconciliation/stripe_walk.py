@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from sqlalchemy import Connection, Engine, select
 
 from app.billing.payments.following import EVENT_TYPES
-from app.billing.payments.tables import BillingProfile, Invoice, StripeMirror, TopUp
+from app.billing.payments.tables import Invoice, StripeMirror, TopUp
 from app.billing.reconciliation.check import Check
 from app.billing.reconciliation.dialects import snapshot
 from app.billing.reconciliation.stripe_checks import SUBJECTS, TOTAL_STATES, Facts, check_stripe
@@ -119,8 +119,9 @@ class StripeWalk:
         unheard_of: set[str] = set()
         for payment_id in ids - known:
             payment = self._stripe.get_payment(payment_id)
+            invoice_id = "" if payment.top_up_id else self._stripe.find_paid_invoice(payment_id)
             with snapshot(self._engine) as connection:
-                is_own = _is_own(connection, payment.top_up_id, payment.customer_id)
+                is_own = _is_own(connection, payment.top_up_id, invoice_id)
             if is_own:
                 known.add(payment_id)
                 unheard_of |= {payment_id} if payment.top_up_id else set()
@@ -170,11 +171,10 @@ def _known(connection: Connection, payment_ids: Collection[str]) -> list[str]:
     return [*mirrored, *(payment_id for payment_id in paid if payment_id)]
 
 
-def _is_own(connection: Connection, top_up_id: str, customer_id: str) -> bool:
+def _is_own(connection: Connection, top_up_id: str, stripe_invoice_id: str) -> bool:
+    """Not what else a customer of ours paid through the account."""
     top_up = connection.scalar(select(TopUp.id).where(TopUp.id == top_up_id))
-    profile = connection.scalar(
-        select(BillingProfile.organization_id).where(
-            BillingProfile.stripe_customer_id == customer_id
-        )
+    invoice = connection.scalar(
+        select(Invoice.id).where(Invoice.stripe_invoice_id == stripe_invoice_id)
     )
-    return top_up is not None or (profile is not None and customer_id != "")
+    return top_up is not None or invoice is not None

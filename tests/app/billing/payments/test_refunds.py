@@ -175,3 +175,23 @@ async def test_a_refund_and_a_dispute_of_the_rest(cashier: Cashier) -> None:
     await cashier.hear()
     assert await cashier.balance_cents() == CENTS - 1000
     await cashier.check()
+
+
+@pytest.mark.parametrize("how", ["refund", "dispute"])
+async def test_a_payment_that_was_never_credited_takes_nothing_back(
+    cashier: Cashier, how: str
+) -> None:
+    """Made by the operator in Stripe's dashboard, for something else than this box."""
+    await cashier.pay()
+    profile = await cashier.profile()
+    before = await cashier.accounts()
+    payment = cashier.stripe.charge_by_hand(profile.stripe_customer_id or "", 50_000)
+    await cashier.hear()
+    if how == "refund":
+        cashier.stripe.refund_by_hand(payment["id"], 50_000)
+    else:
+        cashier.stripe.open_dispute(payment["id"])
+    await cashier.hear()
+    assert await cashier.balance_cents() == CENTS
+    assert await cashier.accounts() == before
+    assert await cashier.notices("payment_disputed") == []

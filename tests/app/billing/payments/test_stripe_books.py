@@ -96,6 +96,21 @@ async def test_a_payment_that_nobody_told_us_of_is_found(
     await cashier.check()
 
 
+async def test_what_else_a_customer_paid_is_none_of_ours(
+    cashier: Cashier, compare: Compare
+) -> None:
+    await cashier.pay()
+    profile = await cashier.profile()
+    payment = cashier.stripe.charge_by_hand(profile.stripe_customer_id or "", 50_000)
+    cashier.stripe.refund_by_hand(payment["id"], 20_000)
+    for _ in range(2):
+        await cashier.hear()
+        checks = await compare()
+        assert named(checks) == {}
+        assert "2 movements are none of this box's payments" in checks["stripe"].note
+        cashier.time.passes(minutes=AFTER_GRACE)
+
+
 async def test_a_posting_that_stripe_knows_nothing_of_is_found(
     cashier: Cashier, compare: Compare
 ) -> None:
