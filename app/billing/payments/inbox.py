@@ -94,33 +94,37 @@ class Inbox:
         """Stores what Stripe lists and no webhook brought. Returns how many that were."""
         started_at = clock.now()
         async with self._database.read() as session:
-            since = await self._since(session, started_at)
+            until = await self._until(session, started_at)
+        since = max(until - OVERLAP, started_at - EVENT_LIFETIME)
         num_stored = 0
         # Stripe takes twenty types at once.
         for types in EVENT_TYPES:
             events = await self._calls(self._listed, since, types)
+            # By Stripe's clock, as ours may be ahead.
+            until = max([until, *(min(event.created_at, started_at) for event in events)])
             for start in range(0, len(events), MAX_DUE):
                 async with self._database.write() as session:
                     for event in events[start : start + MAX_DUE]:
                         num_stored += await store(session, event, msgspec.json.encode(event))
         async with self._database.write() as session:
             await _forget_old(session, started_at)
-            await mirror.put(session, CURSOR_ID, "cursor", {"until": started_at.isoformat()})
+            await mirror.put(session, CURSOR_ID, "cursor", {"until": until.isoformat()})
             failpoint("inbox.before_backfill_commit")
         return num_stored
 
     def _listed(self, since: datetime, types: Sequence[str]) -> list[Event]:
         return list(self._stripe.list_events(since, types=types))
 
-    async def _since(self, session: AsyncSession, now: datetime) -> datetime:
-        """Where the last look ended; at first, when Stripe was first asked for anything. Not the
-        newest event that came: one may be missing before it."""
+    async def _until(self, session: AsyncSession, now: datetime) -> datetime:
+        """The newest event that was listed so far; at first, when Stripe was first asked for
+        anything. Not the newest event that came: one may be missing before it."""
         cursor = await mirror.read(session, CURSOR_ID)
         if cursor is None:
             until = await session.scalar(select(func.min(StripeOperation.created_at))) or now
         else:
             until = datetime.fromisoformat(cursor.data["until"])
-        return max(until - OVERLAP, now - EVENT_LIFETIME)
+        # In the future, it is of a clock that was ahead.
+        return until if until <= now else now - EVENT_LIFETIME
 
     async def _due(self) -> Sequence[str]:
         async with self._database.read() as session:

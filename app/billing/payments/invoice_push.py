@@ -149,7 +149,7 @@ class CreateInvoice(Kind):
     def find(self, stripe: Stripe, operation: Operation) -> Answer | None:
         params = operation.params
         return stripe.find_invoice(
-            params["invoice_id"], operation.created_at, params["customer_id"]
+            params["invoice_id"], operation.searched_from, params["customer_id"]
         )
 
     async def confirmed(

@@ -17,6 +17,7 @@ from app.core import clock
 
 OPEN_STATES = ("planned", "sent", "unknown")
 MAX_ERROR_CHARS = 300
+SEARCHED_BACK = timedelta(days=30)
 
 
 class Operation(msgspec.Struct, frozen=True):
@@ -29,6 +30,12 @@ class Operation(msgspec.Struct, frozen=True):
     subject_id: str
     params: dict[str, Any]
     created_at: datetime
+
+    @property
+    def searched_from(self) -> datetime:
+        """Since when Stripe is searched for what it made: from long before it was planned, by a
+        clock that may have been ahead of Stripe's."""
+        return min(self.created_at, clock.now()) - SEARCHED_BACK
 
 
 class Answer(Protocol):

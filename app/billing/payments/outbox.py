@@ -204,6 +204,9 @@ class Outbox:
             is_first = row.first_sent_at is None
             if is_first and not await self._is_prepared(session, row):
                 return None
+            if row.first_sent_at is not None and row.first_sent_at > now:
+                # The clock was ahead: nobody knows how long ago that was, and it is only searched.
+                row.first_sent_at = now - RESEND_WITHIN
             since_first = now - (row.first_sent_at or now)
             may_send = since_first < RESEND_WITHIN
             row.first_sent_at = row.first_sent_at or now

@@ -172,7 +172,7 @@ class CreateCustomer(Kind):
         )
 
     def find(self, stripe: Stripe, operation: Operation) -> Answer | None:
-        return stripe.find_customer(operation.organization_id, operation.created_at)
+        return stripe.find_customer(operation.organization_id, operation.searched_from)
 
     async def confirmed(
         self, session: AsyncSession, operation: Operation, answer: Customer

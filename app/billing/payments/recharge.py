@@ -176,7 +176,7 @@ class ChargeCard(Kind):
 
     def find(self, stripe: Stripe, operation: Operation) -> Answer | None:
         found = stripe.find_payment(
-            operation.subject_id, operation.created_at, operation.params["customer_id"]
+            operation.subject_id, operation.searched_from, operation.params["customer_id"]
         )
         return None if found is None or found.status in _UNTRIED else found
 

@@ -162,7 +162,7 @@ class CreateCheckout(Kind):
 
     def find(self, stripe: Stripe, operation: Operation) -> Answer | None:
         return stripe.find_checkout(
-            operation.subject_id, operation.created_at, operation.params["customer_id"]
+            operation.subject_id, operation.searched_from, operation.params["customer_id"]
         )
 
     async def confirmed(

@@ -4,6 +4,7 @@ import itertools
 import os
 import random
 import re
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,23 @@ async def test_one_missed_between_others_is_found(cashier: Cashier) -> None:
     assert await cashier.payments.link.inbox.backfill() > 0
     await cashier.payments.link.inbox.turn()
     assert await cashier.balance_cents() == 2 * CENTS
+    await cashier.check()
+
+
+async def test_what_was_missed_while_the_clock_was_ahead_is_found(cashier: Cashier) -> None:
+    await cashier.payments.link.inbox.backfill()
+    _, session_id = await begin(cashier)
+    cashier.time.passed += timedelta(days=2)
+    await cashier.payments.link.inbox.backfill()
+    pay(cashier, session_id)
+    for delivery in cashier.stripe.webhooks.take():
+        with pytest.raises(BadSignature):
+            await post(cashier, delivery)
+    cashier.time.passed -= timedelta(days=2)
+    cashier.time.passes(hours=5)
+    await cashier.payments.link.inbox.backfill()
+    await cashier.payments.link.inbox.turn()
+    assert await cashier.balance_cents() == CENTS
     await cashier.check()
 
 

@@ -2,6 +2,7 @@
 a person is told that nobody knows."""
 
 import asyncio
+from datetime import timedelta
 from typing import NamedTuple
 
 import msgspec
@@ -158,6 +159,34 @@ async def away_for_three_days(cashier: Cashier) -> None:
     cashier.stripe.prune_keys()
     cashier.stripe.start()
     await cashier.work_until_idle(rounds=4)
+
+
+@cases
+@pytest.mark.parametrize("fault", ["lose_reply", "lose_request"])
+@pytest.mark.parametrize("hours_until_restart", [0, 26])
+async def test_a_clock_that_was_ahead_repeats_nothing(
+    cashier: Cashier, case: Case, fault: Kind, hours_until_restart: int
+) -> None:
+    """Asked for while our clock is three days ahead of Stripe's; the webhooks are refused then."""
+    await prepare(cashier, case)
+    before = num_made(cashier, case)
+    cashier.time.passed += timedelta(days=3)
+    cashier.stripe.faults.add(fault, case.path, times=SDK_ATTEMPTS)
+    await ask(cashier, case)
+    await cashier.payments.link.inbox.backfill()
+    cashier.stripe.webhooks.take()
+    cashier.time.passed -= timedelta(days=3)
+    cashier.time.passes(hours=hours_until_restart)
+    cashier.stripe.prune_keys()
+    await cashier.restart()
+    for _ in range(4):
+        await cashier.payments.link.outbox.turn()
+        cashier.time.passes(hours=26)
+    is_done = fault == "lose_reply" or case.kind.startswith("create")
+    assert num_made(cashier, case) == before + is_done
+    assert len(await cashier.notices("payment_in_doubt")) == (not is_done)
+    await cashier.payments.link.inbox.backfill()
+    await finish(cashier, case, is_done=is_done)
 
 
 @cases
