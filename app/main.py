@@ -49,6 +49,7 @@ from app.api.relay import Relay
 from app.billing.accounts import AccountWriter
 from app.billing.archiving import Archivist
 from app.billing.clerk import Clerk
+from app.billing.currency import require_currency
 from app.billing.ledger import open_account
 from app.billing.payments import invoice_ending
 from app.billing.payments.calls import Calls
@@ -151,6 +152,7 @@ async def start(
     stack.push_async_callback(database.close)
     setup_token = await bootstrap(database, settings)
     async with database.write() as session:
+        await require_currency(session, settings.currency)
         await open_account(session, await default_organization_id(session), settings.currency)
 
     state.key_ring = KeyRing(database)

@@ -192,7 +192,7 @@ FIELDS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "REQUEST_TIMEOUT_SECONDS": ("request_timeout_seconds", _positive, "a request ends after this"),
     "DRAIN_SECONDS": ("drain_seconds", _positive, "how long SIGTERM lets requests finish"),
     "SESSION_DAYS": ("session_days", _positive, "how long a sign-in lasts"),
-    "CURRENCY": ("currency", str, "currency of the price book"),
+    "CURRENCY": ("currency", str, "currency of prices and accounts; a box has one for good"),
     "USAGE_DETAIL_DAYS": (
         "usage_detail_days",
         _positive,

@@ -17,6 +17,7 @@ from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 
 from app.billing import holds, posting
+from app.billing.currency import WrongCurrency
 from app.billing.holds import HoldRequest, Refusal
 from app.billing.rating import Settlement
 from app.billing.refusals import accounts_unavailable, refusal_of, request_too_dear
@@ -29,6 +30,8 @@ MAX_BATCH = 512  # settlements in one transaction
 MAX_UNSETTLED = 100_000  # beyond this the database is too far behind to admit more
 SETTLE_DELAY_SECONDS = 0.05  # how long settlements may wait for company
 RETRY_SECONDS = (0.05, 0.2, 1.0, 5.0)
+# Trying again would not help; or it is posted already.
+UNPOSTABLE = (IntegrityError, DataError, OverflowError, WrongCurrency)
 
 log = logging.getLogger(__name__)
 
@@ -347,7 +350,7 @@ class _Writer:
             with _transaction(self._durable) as connection:
                 posting.post_settlements(connection, batch)
                 failpoint("accounts.before_settle_commit")
-        except (IntegrityError, DataError, OverflowError):
+        except UNPOSTABLE:
             return [settlement for settlement in batch if self._is_posted(settlement)]
         failpoint("accounts.after_settle_commit")
         return batch
@@ -357,7 +360,7 @@ class _Writer:
             with _transaction(self._durable) as connection:
                 posting.post_settlements(connection, posting.unrecorded(connection, [settlement]))
                 failpoint("accounts.before_lone_settle_commit")
-        except (IntegrityError, DataError, OverflowError):
+        except UNPOSTABLE:
             log.exception("%s cannot be settled and stays in the journal", settlement.event_id)
             return False
         return True

@@ -10,6 +10,7 @@ from datetime import datetime
 from sqlalchemy import insert, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from app.billing.currency import require_same
 from app.billing.statements import open_statement
 from app.billing.tables import (
     AccountBalance,
@@ -79,10 +80,11 @@ async def post(
     accounts. Returns its id, or None when `key` was posted before, which changes nothing.
 
     A posting that takes from an account more than running requests leave is made all the same:
-    they keep what they were promised, and no further one is admitted.
+    they keep what they were promised, and no further one is admitted. Raises `WrongCurrency`.
     """
     assert sum(entries.values()) == 0, "every posting sums to zero"
     account = await lock_account(session, organization_id, currency)
+    require_same(organization_id, account.currency, currency)
     if await is_posted(session, key):
         return None
     transaction_id = new_id("lt")

@@ -14,6 +14,7 @@ from sqlalchemy import Connection
 
 from app.billing.budget_holds import release_windows
 from app.billing.credits import Draw, LotState, draw
+from app.billing.currency import require_same
 from app.billing.digests import ReceiptRecord, instant_text, merkle_root
 from app.billing.holds import move_balances, release_holds
 from app.billing.ledger import REVENUE, credit_account, on_account, posting_time
@@ -28,7 +29,8 @@ def post_settlements(connection: Connection, settlements: Sequence[Settlement]) 
     """Writes events, lines, ledger and hourly sums, uses credit up, frees the holds and moves
     balances and budgets.
 
-    Raises `IntegrityError` when one of them is recorded already: see `unrecorded`.
+    Raises `IntegrityError` when one of them is recorded already, see `unrecorded`, and
+    `WrongCurrency` when one is not in its account's.
     """
     if not settlements:
         return
@@ -76,6 +78,9 @@ def _lock_accounts(
             currency = by_organization[name][0].currency
             connection.execute(open_statement(connection.dialect.name, name, currency))
         rows = connection.exec_driver_sql(sql.lock_accounts, ids).all()
+    for name, _, currency in rows:
+        for settlement in by_organization[name]:
+            require_same(name, currency, settlement.currency)
     return {row[0]: _closed_until(row[1]) for row in rows}
 
 

@@ -152,7 +152,7 @@ class Statements:
         # SQLite's transactions are alone from their start.
         lock = "" if self.is_sqlite else " FOR UPDATE"
         self.lock_accounts = (
-            "SELECT organization_id, closed_until FROM account_balance"  # noqa: S608
+            "SELECT organization_id, closed_until, currency FROM account_balance"  # noqa: S608
             f" WHERE organization_id {one_of} ORDER BY organization_id{lock}"
         )
         self.open_lots = (

@@ -1,5 +1,6 @@
 """`tapeout serve` as a process of its own: what stops its start is one plain sentence."""
 
+import asyncio
 import os
 import socket
 import subprocess
@@ -8,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from app.billing.ledger import open_account
 from app.core.claim import DatabaseClaim
+from app.core.database import Database
 from app.core.lock import hold_data_dir
 from app.settings import Settings
 
@@ -63,3 +66,10 @@ def test_a_second_box_on_one_data_directory_is_refused(tmp_path: Path) -> None:
 )
 def test_a_database_that_is_not_there_is_named(tmp_path: Path, url: str) -> None:
     assert_refused(serve(tmp_path, url), "The database", "TAPEOUT_DATABASE_URL")
+
+
+async def test_a_box_keeps_its_currency(settings: Settings, database: Database) -> None:
+    async with database.write() as session:
+        await open_account(session, "org_1", "eur")
+    done = await asyncio.to_thread(serve, settings.data_dir, settings.database_url)
+    assert_refused(done, "TAPEOUT_CURRENCY is usd", "Set it to eur again")
