@@ -14,7 +14,7 @@ from litestar.response import Stream
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.api.auth import allowed, authenticated, dependencies
-from app.billing.payments import invoice_ending, invoice_view
+from app.billing.payments import invoice_ending, invoice_view, steady_clock
 from app.billing.payments.invoice_payments import standing
 from app.billing.payments.invoice_view import LineRequest
 from app.billing.payments.month_usage import MonthLine
@@ -93,6 +93,12 @@ class Ending(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """`state`: void, for a mistake; uncollectible, which can still be paid."""
 
     state: str
+
+
+class ClockReading(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`now` is the time by another clock than the box's, with its time zone."""
+
+    now: datetime
 
 
 @get("/invoices", guards=[allowed("read")], summary="List invoices")
@@ -207,6 +213,23 @@ async def retry_invoice(
     return await _change(request, principal, invoice_id, invoice_ending.try_again)
 
 
+@post(
+    "/invoices/clock",
+    guards=[allowed("admin")],
+    status_code=204,
+    summary="Confirm the time after the box was off for long (operator)",
+)
+async def confirm_clock(
+    request: AnyRequest, principal: NamedDependency[Principal], data: JSONBody[ClockReading]
+) -> None:
+    """Closing months waits for this once the box's clock is more than 35 days ahead of when the
+    box last ran. Refused if that clock is more than an hour from `now`."""
+    principal.require_operator()
+    async with _database(request).write() as session:
+        await steady_clock.confirm(session, data.now)
+    request.app.state.clerk.wake("months")
+
+
 async def _change(
     request: AnyRequest,
     principal: Principal,
@@ -258,6 +281,7 @@ router = Router(
         mark_paid,
         end_invoice,
         retry_invoice,
+        confirm_clock,
     ],
     guards=[authenticated],
     dependencies=dependencies,

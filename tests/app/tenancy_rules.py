@@ -182,6 +182,12 @@ RULES |= {
     **_same("operator", "POST /api/invoices/{invoice_id}/paid"),
     **_same("operator", "POST /api/invoices/{invoice_id}/end", json={"state": "void"}),
     **_same("operator", "POST /api/invoices/{invoice_id}/retry", is_let_in=False),
+    **_same(
+        "operator",
+        "POST /api/invoices/clock",
+        is_let_in=False,
+        json={"now": "2020-01-01T00:00:00Z"},
+    ),
     **_same("operator", "GET /api/organizations"),
     **_same("operator", "POST /api/organizations", json={"name": "another"}),
     **_same("operator", "PATCH /api/organizations/{organization_id}", json={"spending_limit": "5"}),

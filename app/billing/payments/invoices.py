@@ -29,6 +29,7 @@ from app.billing.payments.month_usage import (
 )
 from app.billing.payments.notices import alarm, end_alarm, notify
 from app.billing.payments.periods import Period, period_named, period_of
+from app.billing.payments.steady_clock import is_steady
 from app.billing.payments.tables import Invoice, InvoiceLine
 from app.billing.tables import AccountBalance
 from app.core import clock
@@ -55,7 +56,10 @@ class MonthCloser:
         self._closed: dict[str, Period] = {}  # up to which month this process is done
 
     async def turn(self) -> int:
-        """Returns how many invoices it made."""
+        """Returns how many invoices it made. None while the clock cannot be trusted."""
+        async with self._database.write() as session:
+            if not await is_steady(session):
+                return 0
         last = period_of(clock.now() - SETTLING_TIME).previous
         async with self._database.read() as session:
             organization_ids = (await session.scalars(select(AccountBalance.organization_id))).all()

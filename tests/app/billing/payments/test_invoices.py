@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from itertools import pairwise
 
 import pytest
@@ -13,11 +14,11 @@ from sqlalchemy import delete, func, select, update
 
 from app.billing.credits import take_back
 from app.billing.ledger import OTHER_CLEARING, REVENUE, lock_account, on_account
-from app.billing.payments import invoice_ending, invoice_payments
+from app.billing.payments import invoice_ending, invoice_payments, steady_clock
 from app.billing.payments.periods import Period, period_named, period_of
 from app.billing.payments.tables import Invoice, Notice
 from app.core.database import Database
-from app.core.errors import Conflict
+from app.core.errors import Conflict, InvalidRequest
 from app.core.failpoints import Countdown, Reached, observed
 from app.metering.tables import UsageHour
 from app.settings import Settings
@@ -100,11 +101,16 @@ async def test_what_is_posted_after_the_closing_belongs_to_the_next_month(months
 
 
 async def test_three_months_off_make_three_invoices(months: Months) -> None:
-    for month in (1, 2, 4):
+    months.use(100 * CENT + 5)
+    await months.close_months()
+    for month in (2, 4):
         months.clock.set(f"2026-0{month}-15")
         months.use(month * 100 * CENT + 5)
     months.clock.set("2026-05-20")
     months.use(7 * CENT)
+    assert await months.close_months() == 0
+    assert (await months.account()).closed_until is None
+    await confirm_clock(months)
     assert await months.close_months() == 3
     invoices = await months.invoices()
     assert [(each.number, each.period, each.due_cents) for each in invoices] == [
@@ -114,6 +120,57 @@ async def test_three_months_off_make_three_invoices(months: Months) -> None:
     ]
     assert [each.carry_out_nano for each in invoices] == [5, 10, 15]
     await months.check_books()
+
+
+async def confirm_clock(months: Months) -> None:
+    async with months.database.write() as session:
+        await steady_clock.confirm(session, months.clock.at)
+
+
+async def clock_alarms(months: Months) -> list[Notice]:
+    async with months.database.read() as session:
+        rows = await session.scalars(select(Notice).where(Notice.kind == "clock_leapt"))
+        return list(rows)
+
+
+@pytest.mark.parametrize("has_turned_before", [True, False])
+async def test_a_clock_that_leaps_closes_nothing(months: Months, has_turned_before: bool) -> None:
+    """Ahead for a while, and right again: months go on as if nothing had been."""
+    months.use(100 * CENT)
+    if has_turned_before:
+        await months.close_months()
+    months.clock.set("2029-01-10")
+    for _ in range(3):
+        assert await months.close_months() == 0
+    assert (await months.account()).closed_until is None
+    (alarm,) = await clock_alarms(months)
+    assert alarm.organization_id == OPERATOR
+    assert alarm.ended_at is None
+    months.clock.set("2026-02-01T00:11:00")
+    assert await months.close_months() == 1
+    (alarm,) = await clock_alarms(months)
+    assert alarm.ended_at is not None
+    months.use(200 * CENT)
+    months.clock.set("2026-03-01T00:11:00")
+    assert await months.close_months() == 1
+    assert [each.due_cents for each in await months.invoices()] == [100, 200]
+
+
+async def test_only_the_right_time_confirms_a_clock(months: Months) -> None:
+    months.use(100 * CENT)
+    await months.close_months()
+    months.clock.set("2029-01-10")
+    await months.close_months()
+    async with months.database.write() as session:
+        with pytest.raises(Conflict, match="2029-01-10 00:00 UTC, not 2026-01-10"):
+            await steady_clock.confirm(session, datetime(2026, 1, 10, tzinfo=UTC))
+        with pytest.raises(InvalidRequest, match="time zone"):
+            await steady_clock.confirm(session, datetime(2029, 1, 10))  # noqa: DTZ001
+    assert await months.close_months() == 0
+    await confirm_clock(months)
+    (alarm,) = await clock_alarms(months)
+    assert alarm.ended_at is not None
+    assert await months.close_months() == 1
 
 
 async def test_cents_are_cut_and_the_rest_is_carried_on(months: Months) -> None:
