@@ -60,7 +60,7 @@ from app.billing.prices import PriceTable
 from app.billing.reconciliation import reconciler
 from app.billing.records import Records
 from app.billing.sealing import Sealer
-from app.billing.signing import open_key
+from app.billing.sealing_key import open_sealing_key
 from app.billing.usage_archive import UsageArchive
 from app.core.broadcast import Broadcast
 from app.core.claim import DatabaseClaim, DatabaseInUse
@@ -230,8 +230,8 @@ async def start_money(state: State, settings: Settings, stack: AsyncExitStack) -
 
 async def start_records(state: State, settings: Settings, stack: AsyncExitStack) -> None:
     """What is signed, kept for good and read back: seals, the archive and receipts."""
-    key = await asyncio.to_thread(open_key, state.storage.receipt_key)
     url = settings.sync_database_url
+    key = await asyncio.to_thread(open_sealing_key, url, state.storage.receipt_key)
     archive = UsageArchive(state.storage.usage_archive)
     state.sealer = Sealer(url, key)
     state.archivist = Archivist(url, archive, settings.usage_detail_days, state.journal.sync)
