@@ -137,8 +137,9 @@ async def take_back(
 
 
 async def expire_due(session: AsyncSession, lot_id: str) -> str | None:
-    """Ends what is left of a lot whose time is over, but for what running requests hold: that
-    waits for their settlement. Returns the posting's id if there was one."""
+    """Ends what is left of a lot whose time is over. Where an account has a limit, what running
+    requests hold waits for their settlement: it was promised to them out of this credit. Returns
+    the posting's id if there was one."""
     lot = await session.get(CreditLot, lot_id)
     assert lot is not None
     account = await lock_account(session, lot.organization_id, "")
@@ -148,7 +149,8 @@ async def expire_due(session: AsyncSession, lot_id: str) -> str | None:
     # Not the balance: credit ends whatever else is owed.
     lots = await open_lots(session, lot.organization_id)
     in_lots = sum(each.remaining_nano for each in lots)
-    amount_nano = min(lot.remaining_nano, max(0, in_lots - account.held_nano))
+    promised_nano = 0 if account.credit_limit_nano is None else account.held_nano
+    amount_nano = min(lot.remaining_nano, max(0, in_lots - promised_nano))
     if amount_nano == 0:
         return None
     to_account = PROMOTIONAL_COST if lot.kind == "promotional" else BREAKAGE

@@ -142,9 +142,10 @@ class Account:
         self.forced = self.lacking(self.limit)
 
     def expire(self, lot_id: str) -> None:
-        """All but what running requests hold."""
+        """All but what running requests were promised under a limit."""
         lot = self.lots[lot_id]
-        amount = min(lot.remaining, max(0, self.in_lots - self.held))
+        promised = 0 if self.limit is None else self.held
+        amount = min(lot.remaining, max(0, self.in_lots - promised))
         lot.remaining -= amount
         if amount:
             self.forced = self.lacking(self.limit)

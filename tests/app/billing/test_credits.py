@@ -256,6 +256,8 @@ async def test_a_refund_of_a_payment_that_paid_debt_owes_it_again(
 async def test_credit_ends_at_its_time_but_not_under_a_running_request(
     accounts: AccountWriter, books: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    async with books.write() as session:
+        await set_spending_limit(session, ORGANIZATION, 0, "usd")
     lot_id = await add(books, 1_000, "grant:1", "promotional", 50, clock.now() + timedelta(days=1))
     assert lot_id is not None
     await accounts.hold("req_1", ORGANIZATION, 400)
@@ -275,6 +277,19 @@ async def test_credit_ends_at_its_time_but_not_under_a_running_request(
     accounts.void("req_1")
     await accounts.flush()
     assert await expire() is not None
+    assert await balances(books) == {PROMOTIONAL: 0, PROMOTIONAL_COST: 0}
+
+
+async def test_without_a_limit_credit_ends_whatever_runs(
+    accounts: AccountWriter, books: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lot_id = await add(books, 1_000, "grant:1", "promotional", 50, clock.now() + timedelta(days=1))
+    assert lot_id is not None
+    await accounts.hold("req_1", ORGANIZATION, 400)
+    over = clock.now() + timedelta(days=2)
+    monkeypatch.setattr(clock, "now", lambda: over)
+    async with books.write() as session:
+        assert await credits.expire_due(session, lot_id) is not None
     assert await balances(books) == {PROMOTIONAL: 0, PROMOTIONAL_COST: 0}
 
 
