@@ -231,6 +231,8 @@ class PriceTable:
         self._books: dict[str, Book] = {}
         self._by_time: list[Book] = []  # newest first
         self._refreshing: asyncio.Task[None] | None = None
+        # Else one that read earlier could end later, and forget what the other found.
+        self._one_refresh = asyncio.Lock()
 
     async def start(self) -> None:
         """Creates the first book on a new box, then keeps up with later ones."""
@@ -252,6 +254,10 @@ class PriceTable:
     async def refresh(self) -> None:
         """Loads books that are not in memory yet and forgets those that were cancelled. Call it
         after adding or cancelling one."""
+        async with self._one_refresh:
+            await self._refresh()
+
+    async def _refresh(self) -> None:
         async with self._database.read() as session:
             rows = (await session.scalars(select(PriceBook))).all()
             for row in rows:

@@ -1,11 +1,14 @@
 """Price books: the first one, looking prices up, immutability and editing."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.billing import price_changes
 from app.billing.price_changes import cancel_prices, change_prices
@@ -201,6 +204,34 @@ async def test_changes_at_the_same_moment_never_share_a_number(
     numbers = [book.number for book in prices.books]
     assert sorted(numbers) == list(range(1, 2 + found.count(None)))
     assert found.count(None) > 0
+
+
+async def test_a_slow_refresh_forgets_nothing_that_is_newer(
+    prices: PriceTable, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, gates = database.read, [asyncio.Event()]
+    has_read, gate = asyncio.Event(), gates[0]
+
+    @asynccontextmanager
+    async def slow_once() -> AsyncIterator[AsyncSession]:
+        is_first = bool(gates)
+        gates.clear()
+        async with read() as session:
+            yield session
+        if is_first:
+            has_read.set()
+            await gate.wait()
+
+    monkeypatch.setattr(database, "read", slow_once)
+    slow = asyncio.create_task(prices.refresh())
+    await has_read.wait()
+    async with database.write() as session:
+        book = await change_prices(session, [item()], "usd")
+    quick = asyncio.create_task(prices.refresh())
+    await asyncio.wait([quick], timeout=0.2)  # it ends meanwhile, or waits for the slow one
+    gate.set()
+    await asyncio.gather(slow, quick)
+    assert prices.active.id == book.id
 
 
 async def test_a_scheduled_book_can_be_taken_back_until_it_is_near(
