@@ -110,7 +110,11 @@ class Dispute(msgspec.Struct, frozen=True):
 
     @property
     def is_over(self) -> bool:
-        return self.status in ("won", "lost", "warning_closed", "prevented")
+        return self.is_in_our_favour or self.status == "lost"
+
+    @property
+    def is_in_our_favour(self) -> bool:
+        return self.status in ("won", "warning_closed", "prevented")
 
 
 class Invoice(msgspec.Struct, frozen=True):
@@ -121,6 +125,7 @@ class Invoice(msgspec.Struct, frozen=True):
     total_cents: int
     amount_due_cents: int
     amount_paid_cents: int
+    credited_cents: int  # by credit notes before it was paid
     currency: str
     customer_id: str
     hosted_url: str
@@ -260,6 +265,7 @@ def read_invoice(data: Data) -> Invoice:
         total_cents=data["total"],
         amount_due_cents=data["amount_due"],
         amount_paid_cents=data["amount_paid"],
+        credited_cents=data.get("pre_payment_credit_notes_amount") or 0,
         currency=data["currency"],
         customer_id=_id(data.get("customer")),
         hosted_url=data.get("hosted_invoice_url") or "",

@@ -13,9 +13,9 @@ from app.billing.ledger import OTHER_CLEARING, STRIPE_CLEARING, lock_account
 from app.billing.payments import mirror
 from app.billing.payments.calls import Calls
 from app.billing.payments.cents import NANO_PER_CENT, write_cents
-from app.billing.payments.invoice_payments import advance, post_payments, standing, write_off
+from app.billing.payments.invoice_payments import advance, post_payments, write_off
 from app.billing.payments.invoices import hold_back, release
-from app.billing.payments.notices import end, notify
+from app.billing.payments.notices import alarm, end, notify
 from app.billing.payments.tables import Invoice
 from app.billing.stripe import Stripe
 from app.billing.stripe_errors import StripeRejected
@@ -26,6 +26,7 @@ from app.core.database import Database
 from app.core.failpoints import failpoint
 
 AT_STRIPE = ("pushed", "differs", "finalised", "past_due")
+NOT_FOUND = "Stripe does not know it: is TAPEOUT_STRIPE_API_KEY that of another account or mode?"
 
 
 async def refresh_invoice(
@@ -45,13 +46,13 @@ async def refresh_invoice(
         if invoice is not None and seen is not None:
             await apply(session, invoice, seen)
         elif invoice is not None:
-            await _deleted(session, invoice)
+            await _missing(session, invoice)
         failpoint("invoice_books.before_commit")
     failpoint("invoice_books.after_commit")
 
 
 def _read(stripe: Stripe, stripe_invoice_id: str) -> StripeInvoice | None:
-    """None for a draft that was deleted."""
+    """None where Stripe does not know it, as a draft that was deleted."""
     try:
         return stripe.get_invoice(stripe_invoice_id)
     except StripeRejected as error:
@@ -70,18 +71,33 @@ async def apply(session: AsyncSession, invoice: Invoice, seen: StripeInvoice) ->
         case "open":
             await _open(session, invoice, seen)
         case "paid":
-            # What Stripe calls paid without having been paid it: marked by a person as paid
-            # otherwise, or set off against a balance at Stripe.
-            due_nano = (await standing(session, invoice)).due_nano
-            await post_payments(session, invoice, due_nano, OTHER_CLEARING)
-            await finish(session, invoice, "paid")
+            await _paid(session, invoice, seen)
         case "uncollectible" | "void":
             await write_off(session, invoice)
             await finish(session, invoice, seen.status)
         case "deleted":
-            await _deleted(session, invoice)
+            await _missing(session, invoice)
         case _:
             pass  # a draft says nothing
+
+
+async def _paid(session: AsyncSession, invoice: Invoice, seen: StripeInvoice) -> None:
+    """What Stripe calls paid may not have been paid to it: what it had to collect and did not, a
+    person marked as paid otherwise; the rest, as by a credit note, nobody paid."""
+    collectable_cents = min(seen.amount_due_cents, seen.total_cents - seen.credited_cents)
+    await post_payments(session, invoice, collectable_cents * NANO_PER_CENT, OTHER_CLEARING)
+    given_up_nano = await write_off(session, invoice)
+    if given_up_nano:
+        await alarm(
+            session,
+            "invoice_short",
+            f"Stripe calls invoice {invoice.number} of {invoice.organization_name} paid, but "
+            f"{write_cents(given_up_nano // NANO_PER_CENT, invoice.currency)} of it never came, as "
+            "after a credit note. That much was written off.",
+            {"invoice_id": invoice.id, "number": invoice.number},
+            subject=invoice.id,
+        )
+    await finish(session, invoice, "paid")
 
 
 async def finish(session: AsyncSession, invoice: Invoice, state: str) -> None:
@@ -93,14 +109,23 @@ async def finish(session: AsyncSession, invoice: Invoice, state: str) -> None:
         await end(session, invoice.organization_id, kind, subject=invoice.id)
 
 
-async def _deleted(session: AsyncSession, invoice: Invoice) -> None:
-    if invoice.state in ("frozen", *AT_STRIPE):
+def is_draft(invoice: Invoice) -> bool:
+    """Whether Stripe has at most a draft of it, as far as we know. Only that can be deleted."""
+    return invoice.state in ("frozen", "pushed", "differs") and invoice.hosted_url is None
+
+
+async def _missing(session: AsyncSession, invoice: Invoice) -> None:
+    """Stripe does not know it. An invoice that is to be paid was not deleted: Stripe lets nobody
+    do that, so the key is another account's, and making it again would ask for it twice."""
+    if is_draft(invoice):
         await set_aside(session, invoice, "its draft was deleted at Stripe", is_gone=True)
+    elif invoice.state in AT_STRIPE:
+        await hold_back(session, invoice, NOT_FOUND)
 
 
 async def set_aside(session: AsyncSession, invoice: Invoice, reason: str, *, is_gone: bool) -> None:
     """Leaves it to a person. Whose draft at Stripe is gone may get another."""
-    if is_gone:
+    if is_gone and is_draft(invoice):
         invoice.stripe_invoice_id, invoice.state = None, "frozen"
     elif invoice.stripe_invoice_id is not None:
         invoice.state = "differs"
@@ -112,7 +137,7 @@ async def _open(session: AsyncSession, invoice: Invoice, seen: StripeInvoice) ->
         if invoice.state in AT_STRIPE:
             await set_aside(session, invoice, _totals_differ(invoice, seen), is_gone=False)
         return
-    if advance(invoice, "finalised"):
+    if advance(invoice, "finalised") or invoice.error:
         await release(session, invoice)
     overdue_at = seen.created_at + timedelta(days=DAYS_UNTIL_DUE)
     if seen.attempt_count == 0 and clock.now() < overdue_at:

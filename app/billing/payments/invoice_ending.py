@@ -10,11 +10,11 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.billing.ledger import OTHER_CLEARING, lock_account
-from app.billing.payments.invoice_books import apply, finish
+from app.billing.payments.invoice_books import apply, finish, is_draft
 from app.billing.payments.invoice_payments import post_payments, standing, write_off
 from app.billing.payments.invoice_push import AddLines, CreateInvoice, FinaliseInvoice, retry
-from app.billing.payments.invoices import is_held_back
-from app.billing.payments.operations import Answer, Kind, Operation, plan
+from app.billing.payments.invoices import hold_back, is_held_back
+from app.billing.payments.operations import Answer, Kind, Operation, Refusal, plan
 from app.billing.payments.tables import Invoice
 from app.billing.stripe import Stripe
 from app.billing.stripe_errors import StripeRejected
@@ -62,7 +62,11 @@ async def give_up(session: AsyncSession, invoice_id: str, to: str) -> Invoice:
         f"end_invoice:{invoice.id}:{new_id('end')}",
         invoice.organization_id,
         invoice.id,
-        {"stripe_invoice_id": invoice.stripe_invoice_id, "to": to},
+        {
+            "stripe_invoice_id": invoice.stripe_invoice_id,
+            "to": to,
+            "is_draft": is_draft(invoice),
+        },
     )
     return invoice
 
@@ -135,7 +139,7 @@ class EndInvoice(Kind):
         try:
             seen = stripe.get_invoice(stripe_invoice_id)
         except StripeRejected as error:
-            if error.code != "resource_missing":
+            if error.code != "resource_missing" or not operation.params.get("is_draft"):
                 raise
             return DeletedInvoice(stripe_invoice_id)
         return seen if _is_over(seen, to) else None
@@ -147,6 +151,11 @@ class EndInvoice(Kind):
         else:
             await write_off(session, invoice)
             await finish(session, invoice, "void")
+
+    async def refused(self, session: AsyncSession, operation: Operation, why: Refusal) -> None:
+        invoice = await session.get_one(Invoice, operation.subject_id, populate_existing=True)
+        if invoice.state in UNENDED:
+            await hold_back(session, invoice, why.message)
 
 
 def _is_over(seen: StripeInvoice, to: str) -> bool:

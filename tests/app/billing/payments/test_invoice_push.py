@@ -1,7 +1,8 @@
 """An invoice gets to Stripe once, whole and unaltered, or not at all; what becomes of it there
 comes into the books."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -18,7 +19,7 @@ from app.billing.payments.invoice_lines import MAX_USAGE_LINES, whole_cents
 from app.billing.payments.invoice_push import push_invoices
 from app.billing.payments.profile import open_profile
 from app.billing.payments.service import Payments
-from app.billing.payments.tables import Invoice, Notice
+from app.billing.payments.tables import Invoice, Notice, StripeOperation
 from app.billing.stripe_objects import InvoiceLine
 from app.core import clock
 from app.core.database import Database
@@ -349,6 +350,75 @@ async def test_a_deleted_draft_can_be_made_again(post: Post) -> None:
         await invoice_ending.try_again(session, invoice.id)
     assert (await post.work()).state == "finalised"
     assert len(post.at_stripe()) == 1
+
+
+@contextmanager
+def unknown_to_stripe(post: Post, stripe_invoice_id: str) -> Iterator[None]:
+    """As under the key of another account."""
+    objects = post.stripe.account._objects
+    kept = objects.pop(stripe_invoice_id)
+    yield
+    objects[stripe_invoice_id] = kept
+
+
+async def test_what_is_to_be_paid_is_never_taken_for_deleted(post: Post) -> None:
+    invoice = await post.sent(100 * CENT)
+    with unknown_to_stripe(post, invoice.stripe_invoice_id or ""):
+        held_back = await post.hear()
+    assert (held_back.state, held_back.stripe_invoice_id) == (
+        "finalised",
+        invoice.stripe_invoice_id,
+    )
+    assert "Stripe does not know it" in held_back.error
+    (alarm,) = await post.notices("invoice_differs")
+    assert alarm.organization_id == OPERATOR
+    async with post.months.database.write() as session:
+        with pytest.raises(Conflict):
+            await invoice_ending.try_again(session, invoice.id)
+    invoice = await post.hear()
+    assert (invoice.state, invoice.error) == ("finalised", "")
+    (alarm,) = await post.notices("invoice_differs")
+    assert alarm.ended_at is not None
+    assert len(post.at_stripe()) == 1
+
+
+async def test_what_is_to_be_paid_is_not_void_because_it_is_not_found(post: Post) -> None:
+    invoice = await post.sent(100 * CENT)
+    async with post.months.database.write() as session:
+        await invoice_ending.give_up(session, invoice.id, "void")
+    with unknown_to_stripe(post, invoice.stripe_invoice_id or ""):
+        invoice = await post.work()
+    assert invoice.state == "finalised"
+    assert "No such invoice" in invoice.error
+    assert await post.owed() == 100 * CENT
+
+
+async def test_a_lost_ending_is_not_taken_for_a_deleted_draft(post: Post) -> None:
+    """An earlier attempt may have reached Stripe: the invoice is looked for, and not found."""
+    invoice = await post.sent(100 * CENT)
+    async with post.months.database.write() as session:
+        await invoice_ending.give_up(session, invoice.id, "void")
+        (row,) = await session.scalars(
+            select(StripeOperation).where(StripeOperation.kind == "end_invoice")
+        )
+        row.state, row.first_sent_at = "unknown", clock.now()
+    with unknown_to_stripe(post, invoice.stripe_invoice_id or ""):
+        assert (await post.work()).state == "finalised"
+    assert (await post.work()).state == "void"
+
+
+async def test_a_credit_note_is_not_cash(post: Post) -> None:
+    invoice = await post.sent(500 * CENT)
+    there = post.stripe.account.get("invoice", invoice.stripe_invoice_id or "")
+    there |= {"status": "paid", "amount_due": 300, "amount_paid": 300, "amount_remaining": 0}
+    there |= {"pre_payment_credit_notes_amount": 200}
+    assert (await post.hear()).state == "paid"
+    assert await post.owed() == 0
+    assert await post.months.entries(STRIPE_CLEARING) == -300 * CENT
+    assert await post.months.entries(OTHER_CLEARING) == 0
+    assert await post.months.entries(BAD_DEBT) == -200 * CENT
+    (alarm,) = await post.notices("invoice_short")
+    assert "2.00" in alarm.message
 
 
 async def test_paying_brings_the_money_into_the_books(post: Post) -> None:
