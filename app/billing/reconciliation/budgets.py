@@ -2,10 +2,11 @@
 
 from calendar import timegm
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
-from sqlalchemy import Connection, RowMapping, func, select, text
+from sqlalchemy import Connection, RowMapping, String, TextClause, bindparam, func, select, text
 
-from app.billing.reconciliation.check import Check, Difference, Subject
+from app.billing.reconciliation.check import MAX_NAMED, Check, Difference, Subject
 from app.metering.tables import UsageEvent
 
 BUDGETS = Subject(
@@ -28,28 +29,18 @@ class BudgetWalk:
 
     def __init__(self) -> None:
         self._last = ""
+        self.differing: list[str] = []  # windows that were found last
 
     def check(self, connection: Connection, now: datetime) -> Check:
-        rows = (
-            connection.execute(
-                text(
-                    "SELECT w.budget_id, w.starts_on, w.posted_nano, b.organization_id, b.scope,"
-                    " b.subject, b.subject_name, b.period, b.created_at"
-                    " FROM budget_window w JOIN budget b ON b.id = w.budget_id"
-                    " WHERE w.starts_on >= :first AND w.budget_id || ' ' || w.starts_on > :last"
-                    " ORDER BY w.budget_id || ' ' || w.starts_on LIMIT :most"
-                ),
-                {"first": f"{now - RECENT:%Y-%m-%d}", "last": self._last, "most": NUM_WINDOWS},
-            )
-            .mappings()
-            .all()
-        )
-        self._last = ""
-        if len(rows) == NUM_WINDOWS:
-            self._last = f"{rows[-1]['budget_id']} {rows[-1]['starts_on']}"
+        """Goes on where it stopped. What was found last is looked at again each time."""
+        first = f"{now - RECENT:%Y-%m-%d}"
+        again = _windows(connection, _AGAIN, {"first": first, "names": self.differing})
+        bounds = {"first": first, "last": self._last, "most": NUM_WINDOWS}
+        next_ones = _windows(connection, _NEXT, bounds)
+        self._last = list(next_ones)[-1] if len(next_ones) == NUM_WINDOWS else ""
         found: list[Difference] = []
         left = right = num_windows = 0
-        for row in rows:
+        for name, row in (again | next_ones).items():
             bounds = _spent(connection, row)
             if bounds is None:
                 continue
@@ -59,10 +50,29 @@ class BudgetWalk:
             nearest = min(max(posted, least), most)
             left, right = left + posted, right + nearest
             if posted != nearest:
-                name = f"{row['budget_id']} {row['starts_on']}"
                 note = f"{row['scope']} {row['subject_name'] or row['subject']}".strip()
                 found.append(Difference(name, posted, nearest, note))
+        self.differing = [difference.name for difference in found[:MAX_NAMED]]
         return BUDGETS.compared(left, right, found, note=f"{num_windows} windows looked at.")
+
+
+_WINDOWS = (
+    "SELECT w.budget_id || ' ' || w.starts_on AS name, w.starts_on, w.posted_nano,"
+    " b.organization_id, b.scope, b.subject, b.subject_name, b.period, b.created_at"
+    " FROM budget_window w JOIN budget b ON b.id = w.budget_id WHERE w.starts_on >= :first"
+)
+_NAME = "w.budget_id || ' ' || w.starts_on"
+_NEXT = text(f"{_WINDOWS} AND {_NAME} > :last ORDER BY {_NAME} LIMIT :most")
+_AGAIN = text(f"{_WINDOWS} AND {_NAME} IN :names ORDER BY {_NAME}").bindparams(
+    bindparam("names", type_=String, expanding=True)
+)
+
+
+def _windows(
+    connection: Connection, query: TextClause, values: dict[str, Any]
+) -> dict[str, RowMapping]:
+    rows = connection.execute(query, values).mappings()
+    return {row["name"]: row for row in rows}
 
 
 def _spent(connection: Connection, row: RowMapping) -> tuple[int, int] | None:

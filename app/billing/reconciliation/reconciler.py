@@ -16,20 +16,20 @@ from sqlalchemy import Connection
 from app.billing.ledger import STRIPE_CLEARING
 from app.billing.payments import notices
 from app.billing.reconciliation.balances import check_balances, check_credit, check_lots
-from app.billing.reconciliation.budgets import BudgetWalk
+from app.billing.reconciliation.budgets import BUDGETS, BudgetWalk
 from app.billing.reconciliation.check import Check
 from app.billing.reconciliation.dialects import reading_engine, snapshot
 from app.billing.reconciliation.engines import EngineState, check_engines
 from app.billing.reconciliation.holds import check_holds, check_windows
 from app.billing.reconciliation.hours import HourSums, check_hours
-from app.billing.reconciliation.journal import JournalState, check_journal
+from app.billing.reconciliation.journal import JOURNAL, SETTLED, JournalState, JournalWalk
 from app.billing.reconciliation.ledger import check_complete, check_zero
 from app.billing.reconciliation.runs import Run, add_run, confirmed, latest_run, make_run, prune
 from app.billing.reconciliation.seals import SealWalk
-from app.billing.reconciliation.stripe_checks import SUBJECTS
+from app.billing.reconciliation.stripe_checks import INVOICES, SUBJECTS
 from app.billing.reconciliation.stripe_walk import NOT_CONFIGURED, StripeWalk
 from app.billing.reconciliation.sums import LedgerSums
-from app.billing.reconciliation.usage import UsageWalk
+from app.billing.reconciliation.usage import ORPHANS, UsageWalk
 from app.billing.stripe import Stripe
 from app.billing.usage_archive import UsageArchive
 from app.core import clock
@@ -80,6 +80,7 @@ class Reconciler:
         self._lock = asyncio.Lock()
         self._sums = LedgerSums()
         self._hours = HourSums()
+        self._journal = JournalWalk()
         self._usage = UsageWalk()
         self._seals = SealWalk(self._engine, archive, public_key)
         self._stripe: StripeWalk | None = None
@@ -106,9 +107,10 @@ class Reconciler:
         async with self._database.read() as session:
             before = await latest_run(session)
         if self._is_first and before is not None:
-            self._go_on(before.positions)
+            self._go_on(before)
         self._is_first = False
         journal, engines = self._sources.journal(), self._sources.engines()
+        self._journal.add(journal.settled_ids)
         checks = await asyncio.to_thread(self._compare, journal, started_at)
         checks += self._compare_engines(engines)
         checks += await asyncio.to_thread(self._compare_stripe)
@@ -130,13 +132,20 @@ class Reconciler:
         positions = {"usage": self._usage.until, "seals": seals.until, "old_seals": seals.old}
         return positions | (self._stripe.positions if self._stripe else {})
 
-    def _go_on(self, positions: dict[str, int]) -> None:
-        """Where an earlier process stopped."""
+    def _go_on(self, before: Run) -> None:
+        """Where an earlier process stopped, with what it had found and not confirmed yet."""
+        found = {check.name: check.differences for check in before.checks}
+        names = {check: [difference.name for difference in found[check]] for check in found}
+        self._journal.add(d.name for d in found.get(JOURNAL.name, ()) if d.note == SETTLED)
+        self._usage.orphans = names.get(ORPHANS.name, [])
+        self._budgets.differing = names.get(BUDGETS.name, [])
+        positions = before.positions
         self._usage.until = positions.get("usage", 0)
         self._seals.until = positions.get("seals", 0)
         self._seals.old = positions.get("old_seals", 0)
         if self._stripe is not None:
             self._stripe.go_on(positions)
+            self._stripe.differing_invoices = names.get(INVOICES.name, [])
 
     # --- on a thread ----------------------------------------------------------------------
 
@@ -154,7 +163,7 @@ class Reconciler:
                 self._count(connection, now)
             assert self._complete is not None, "counted in the first run"
             checks = [
-                check_journal(connection, journal, self._longest_request_ms),
+                self._journal.check(connection, journal, self._longest_request_ms),
                 usage,
                 self._usage.check_orphans(connection),
                 check_zero(totals, unbalanced),

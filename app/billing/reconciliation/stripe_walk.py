@@ -13,7 +13,13 @@ from app.billing.payments.following import EVENT_TYPES
 from app.billing.payments.tables import Invoice, StripeMirror, TopUp
 from app.billing.reconciliation.check import Check
 from app.billing.reconciliation.dialects import snapshot
-from app.billing.reconciliation.stripe_checks import SUBJECTS, TOTAL_STATES, Facts, check_stripe
+from app.billing.reconciliation.stripe_checks import (
+    INVOICES,
+    SUBJECTS,
+    TOTAL_STATES,
+    Facts,
+    check_stripe,
+)
 from app.billing.stripe import Stripe
 from app.billing.stripe_errors import StripeError, StripeRejected
 from app.billing.stripe_objects import BalanceTransaction, Event
@@ -42,6 +48,7 @@ class StripeWalk:
         self._checks: list[Check] = []
         self._next_at_seconds = 0.0
         self._invoice_id = ""
+        self.differing_invoices: list[str] = []  # by our ids, that were found last
         self.compared_at = clock.now()
         self._until, self._earlier_cents = since, 0
 
@@ -69,6 +76,12 @@ class StripeWalk:
             checks = check_stripe(connection, facts, clearing(connection))
         self.compared_at = facts.at
         self._checks = checks
+        self.differing_invoices = [
+            difference.name
+            for check in checks
+            if check.name == INVOICES.name
+            for difference in check.differences
+        ]
         is_clean = all(check.is_clean for check in checks)
         self._next_at_seconds = time.monotonic() + (SECONDS if is_clean else 0)
         if is_clean:
@@ -130,22 +143,20 @@ class StripeWalk:
         return known, unheard_of
 
     def _ask_invoices(self) -> list[StripeInvoice]:
-        """The next few, in turn."""
+        """Those that were found last, and the next few, in turn."""
         query = (
             select(Invoice.id, Invoice.stripe_invoice_id)
-            .where(
-                Invoice.id > self._invoice_id,
-                Invoice.stripe_invoice_id.is_not(None),
-                Invoice.state.in_(TOTAL_STATES),
-            )
+            .where(Invoice.stripe_invoice_id.is_not(None), Invoice.state.in_(TOTAL_STATES))
             .order_by(Invoice.id)
-            .limit(NUM_INVOICES)
         )
+        again = query.where(Invoice.id.in_(self.differing_invoices))
+        next_ones = query.where(Invoice.id > self._invoice_id).limit(NUM_INVOICES)
         with snapshot(self._engine) as connection:
-            rows = connection.execute(query).all()
+            rows = connection.execute(next_ones).all()
+            again_rows = connection.execute(again).all()
         self._invoice_id = rows[-1][0] if len(rows) == NUM_INVOICES else ""
         seen: list[StripeInvoice] = []
-        for _, stripe_invoice_id in rows:
+        for _, stripe_invoice_id in dict.fromkeys([*again_rows, *rows]):
             assert stripe_invoice_id is not None, "asked for in the query"
             try:
                 seen.append(self._stripe.get_invoice(stripe_invoice_id))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import NamedTuple
 
-from sqlalchemy import Connection, select, text
+from sqlalchemy import Connection, bindparam, select, text
 
 from app.billing.digests import ReceiptRecord, TransactionRecord, instant_text, merkle_root
 from app.billing.hashed_rows import read_receipts, read_transactions
@@ -42,6 +42,15 @@ SECONDS = 5.0
 CHUNK = 100  # transactions read at once
 MAX_NEW = 20_000
 NUM_EVENTS = 5_000  # that `check_orphans` looks at in one run
+EVENTS_AT_ONCE = 500
+
+_ORPHANS = text(
+    "SELECT v.id, v.amount_nano FROM usage_event v"
+    " LEFT JOIN ledger_transaction t ON t.id = v.ledger_transaction_id"
+    " WHERE v.id IN :ids AND t.id IS NULL"
+    # Requests of before this ledger that cost nothing were never posted.
+    " AND (v.ledger_transaction_id <> '' OR v.amount_nano <> 0)"
+).bindparams(bindparam("ids", expanding=True))
 
 
 class Finding(NamedTuple):
@@ -60,6 +69,7 @@ class UsageWalk:
     def __init__(self, until: int = 0) -> None:
         self.until = until  # the last seal whose transactions were all found clean
         self._event_id = ""
+        self.orphans: list[str] = []  # requests that were found last
 
     def check(self, connection: Connection, kept_from: datetime) -> tuple[Check, list[Difference]]:
         """Requests posted before `kept_from` may be in the archive. Also returns transactions
@@ -85,33 +95,34 @@ class UsageWalk:
         return check, found.unbalanced
 
     def check_orphans(self, connection: Connection) -> Check:
-        """Goes on where it stopped, by the events' ids, and begins again at their end."""
+        """Goes on where it stopped, by the events' ids, and begins again at their end. What was
+        found last is looked at again each time, until it is right."""
         ids = connection.scalars(
             select(UsageEvent.id)
             .where(UsageEvent.id > self._event_id)
             .order_by(UsageEvent.id)
             .limit(NUM_EVENTS)
         ).all()
-        first, self._event_id = self._event_id, ids[-1] if len(ids) == NUM_EVENTS else ""
-        if not ids:
-            return ORPHANS.compared(0, 0)
-        rows = connection.execute(
-            text(
-                "SELECT v.id, v.amount_nano FROM usage_event v"
-                " LEFT JOIN ledger_transaction t ON t.id = v.ledger_transaction_id"
-                " WHERE v.id > :first AND v.id <= :last AND t.id IS NULL"
-                # Requests of before this ledger that cost nothing were never posted.
-                " AND (v.ledger_transaction_id <> '' OR v.amount_nano <> 0)"
-            ),
-            {"first": first, "last": ids[-1]},
-        ).all()
-        found = [
-            Difference(event_id, int(nano), 0, "has no ledger transaction")
-            for event_id, nano in rows[:MAX_NAMED]
-        ]
+        self._event_id = ids[-1] if len(ids) == NUM_EVENTS else ""
+        looked_at = list(dict.fromkeys([*self.orphans, *ids]))
+        found = _orphans(connection, looked_at)
+        named = found[:MAX_NAMED]
+        self.orphans = [difference.name for difference in named]
         return ORPHANS.compared(
-            len(ids), len(ids) - len(rows), found, num_more=max(0, len(rows) - MAX_NAMED)
+            len(looked_at), len(looked_at) - len(found), named, num_more=len(found) - len(named)
         )
+
+
+def _orphans(connection: Connection, event_ids: Sequence[str]) -> list[Difference]:
+    amounts: dict[str, int] = {}
+    for at in range(0, len(event_ids), EVENTS_AT_ONCE):
+        rows = connection.execute(_ORPHANS, {"ids": event_ids[at : at + EVENTS_AT_ONCE]})
+        amounts.update((event_id, int(nano)) for event_id, nano in rows)
+    return [
+        Difference(event_id, amounts[event_id], 0, "has no ledger transaction")
+        for event_id in event_ids
+        if event_id in amounts
+    ]
 
 
 def _sealed(connection: Connection, after: int, until: int) -> list[str]:
