@@ -174,7 +174,7 @@ async def get_book(request: AnyRequest, book_id: FromPath[str]) -> Response[Book
     principal = await bearer_principal(request)
     principal.require_operator()
     prices: PriceTable = request.app.state.prices
-    book = prices.book(book_id)
+    book = prices.listed(book_id)
     if book is None:
         raise NotFound("There is no price book with this id.")
     return Response(answer_of(book))

@@ -6,14 +6,14 @@ Owns what makes a book valid. Books in force, now or once, are never altered.
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import func, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.billing.policy import Policy, check_policy
 from app.billing.prices import ANY_ENDPOINT, Item, add_book
 from app.billing.rating import TOKEN_DIMENSIONS
-from app.billing.tables import MINUTES_PER_DAY, PriceBook, PriceItem
+from app.billing.tables import MINUTES_PER_DAY, PriceBook
 from app.core import clock
 from app.core.errors import Conflict, InvalidRequest, NotFound
 from app.core.failpoints import failpoint
@@ -27,7 +27,8 @@ MAX_PRICE_NANO = 10**15  # a million of the currency per unit scale
 MAX_UNIT_SCALE = 10**15
 MAX_ABOVE_TOKENS = 10**12
 MAX_ITEMS = 10_000
-# A process may hold a book for this long after it was deleted; until then it must not be in force.
+# A process may know a book for this long after it was cancelled; until then it must not be in
+# force.
 CANCEL_MARGIN_SECONDS = 30
 
 _Key = tuple[str, str, str, int]
@@ -51,7 +52,10 @@ async def change_prices(
     if start < now and effective_at is not None:
         raise InvalidRequest("A price book cannot take effect in the past.", param="effective_at")
     last = await session.scalar(
-        select(PriceBook).order_by(PriceBook.effective_at.desc(), PriceBook.number.desc()).limit(1)
+        select(PriceBook)
+        .where(PriceBook.cancelled_at.is_(None))
+        .order_by(PriceBook.effective_at.desc(), PriceBook.number.desc())
+        .limit(1)
     )
     if based_on is not None and (last is None or last.id != based_on):
         raise Conflict(
@@ -77,9 +81,10 @@ async def change_prices(
 
 
 async def cancel_prices(session: AsyncSession, book_id: str) -> None:
-    """Deletes a book that is not in force yet. Call `PriceTable.refresh` after the transaction."""
+    """Takes back a book that is not in force yet; it stays on record, for requests admitted under
+    it before the clock was set back. Call `PriceTable.refresh` after the transaction."""
     book = await session.get(PriceBook, book_id)
-    if book is None:
+    if book is None or book.cancelled_at is not None:
         raise NotFound("There is no price book with this id.")
     if book.effective_at <= clock.now() + timedelta(seconds=CANCEL_MARGIN_SECONDS):
         raise Conflict(
@@ -87,8 +92,8 @@ async def cancel_prices(session: AsyncSession, book_id: str) -> None:
             "To change the prices, add another book.",
             code="price_book_in_force",
         )
-    await session.execute(delete(PriceItem).where(PriceItem.price_book_id == book_id))
-    await session.delete(book)
+    book.cancelled_at = clock.now()
+    await session.flush()
     failpoint("price_changes.before_cancel_commit")
 
 

@@ -252,8 +252,8 @@ class PriceTable:
             await asyncio.wait([self._refreshing])
 
     async def refresh(self) -> None:
-        """Loads books that are not in memory yet and forgets those that were cancelled. Call it
-        after adding or cancelling one."""
+        """Loads books that are not in memory yet, and learns which were cancelled: those come into
+        force no more, but are still found by `book`. Call it after adding or cancelling one."""
         async with self._one_refresh:
             await self._refresh()
 
@@ -263,10 +263,9 @@ class PriceTable:
             for row in rows:
                 if row.id not in self._books:
                     self._books[row.id] = Book(row, await _items(session, row.id))
-        for cancelled in self._books.keys() - {row.id for row in rows}:
-            del self._books[cancelled]
+        scheduled = [self._books[row.id] for row in rows if row.cancelled_at is None]
         self._by_time = sorted(
-            self._books.values(), key=lambda book: (book.effective_at, book.number), reverse=True
+            scheduled, key=lambda book: (book.effective_at, book.number), reverse=True
         )
 
     @property
@@ -278,7 +277,7 @@ class PriceTable:
 
     @property
     def books(self) -> list[Book]:
-        """All of them, the latest to take effect first."""
+        """All that were not cancelled, the latest to take effect first."""
         return list(self._by_time)
 
     def rates(
@@ -292,7 +291,12 @@ class PriceTable:
         Give the start of the request's record as `at`, so that `Book.rates_of` agrees."""
         return self.active.rates(endpoint_name, service_class, num_prompt_tokens, at)
 
+    def listed(self, book_id: str) -> Book | None:
+        """One of `books`."""
+        return next((book for book in self._by_time if book.id == book_id), None)
+
     def book(self, book_id: str) -> Book | None:
+        """Cancelled ones as well."""
         return self._books.get(book_id)
 
     async def _keep_fresh(self) -> None:

@@ -29,7 +29,8 @@ def _within(column: str, lowest: int) -> str:
 
 class PriceBook(Base):
     """An immutable set of prices in force from `effective_at` until the next book. `policy` says
-    which outcomes are charged: see `policy.py`."""
+    which outcomes are charged: see `policy.py`. One that was cancelled before it was in force
+    stays: where the clock was set back, requests may have been admitted under it all the same."""
 
     __tablename__ = "price_book"
 
@@ -40,6 +41,7 @@ class PriceBook(Base):
     policy: Mapped[dict[str, Any]] = mapped_column(server_default="{}", default=dict)
     effective_at: Mapped[datetime]
     created_at: Mapped[datetime]
+    cancelled_at: Mapped[datetime | None]
 
 
 class PriceItem(Base):

@@ -192,7 +192,7 @@ def _prices(request: PageRequest) -> PriceTable:
 
 
 def _book(request: PageRequest, book_id: str) -> Book:
-    book = _prices(request).book(book_id)
+    book = _prices(request).listed(book_id)
     if book is None:
         raise NotFound("There is no such price book.")
     return book

@@ -433,6 +433,7 @@ def upgrade() -> None:
                 nullable=False,
             )
         )
+        batch_op.add_column(sa.Column("cancelled_at", UtcDateTime(), nullable=True))
 
     with op.batch_alter_table("price_item", schema=None) as batch_op:
         batch_op.add_column(
@@ -647,6 +648,11 @@ def downgrade() -> None:
         batch_op.drop_column("from_minute")
         batch_op.drop_column("above_tokens")
 
+    # Before, a book that was cancelled was deleted.
+    cancelled = "(SELECT id FROM price_book WHERE cancelled_at IS NOT NULL)"
+    op.execute(f"DELETE FROM price_item WHERE price_book_id IN {cancelled}")
+    op.execute("DELETE FROM price_book WHERE cancelled_at IS NOT NULL")
+    op.drop_column("price_book", "cancelled_at")
     op.drop_column("price_book", "policy")
     op.drop_column("ledger_transaction", "content_sha256")
     op.drop_column("ledger_transaction", "organization_id")
