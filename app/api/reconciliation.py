@@ -17,7 +17,7 @@ from app.billing.reconciliation.check import Check
 from app.billing.reconciliation.engines import REST_NS, EngineCounts, EngineState
 from app.billing.reconciliation.journal import JournalState
 from app.billing.reconciliation.reconciler import Reconciler, Sources
-from app.billing.reconciliation.runs import PastRun, Run, latest_run, past_differences
+from app.billing.reconciliation.runs import PastRun, Run, past_differences
 from app.core.clock import monotonic_ns
 from app.core.database import Database
 from app.deployments.fleet import Fleet
@@ -66,9 +66,8 @@ async def get_comparison(request: AnyRequest) -> Response[Comparison] | Response
     """Journal, requests, ledger, balances, engines and Stripe side by side. They are compared once
     a minute. Only the operator sees them."""
     await _operator(request)
-    database: Database = request.app.state.database
-    async with database.read() as session:
-        run = await latest_run(session)
+    reconciler: Reconciler = request.app.state.reconciler
+    run = await reconciler.latest()
     return Response(NoComparison()) if run is None else Response(_answer(request, run))
 
 

@@ -7,7 +7,7 @@ from litestar.params import FromQuery
 
 from app.billing.reconciliation.check import Check
 from app.billing.reconciliation.reconciler import SECONDS, Reconciler
-from app.billing.reconciliation.runs import find_run, latest_run, past_differences
+from app.billing.reconciliation.runs import find_run, past_differences
 from app.console.lamps import Lamp
 from app.console.sessions import go, signed_in
 from app.console.templating import PageRequest, page
@@ -24,8 +24,9 @@ async def show_books(request: PageRequest, run: FromQuery[str] = "") -> Response
     signed_in(request).principal.require_operator()
     settings: Settings = request.app.state.settings
     database: Database = request.app.state.database
+    reconciler: Reconciler = request.app.state.reconciler
+    latest = await reconciler.latest()
     async with database.read() as session:
-        latest = await latest_run(session)
         shown = await find_run(session, run) if run else latest
         past = await past_differences(session, NUM_PAST)
 

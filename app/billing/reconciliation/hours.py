@@ -33,8 +33,11 @@ class HourSums:
         self._sums: dict[str, int] = defaultdict(int)
 
     def read(self, connection: Connection, hour: int) -> dict[str, int]:
-        """All hours, of which those before `hour` will hardly change any more."""
-        closed = max(self._until, hour - OPEN_HOURS + 1)
+        """All hours, of which those before `hour` will hardly change any more. What a clock that
+        was ahead took for over is read anew."""
+        closed = hour - OPEN_HOURS + 1
+        if closed < self._until:
+            self.reset()
         for name, nano in _sums(connection, self._until, closed).items():
             self._sums[name] += nano
         self._until = closed

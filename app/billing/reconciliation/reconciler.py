@@ -86,9 +86,9 @@ class Reconciler:
         self._stripe: StripeWalk | None = None
         if stripe is not None:
             self._stripe = StripeWalk(self._engine, stripe, stripe_since or clock.now())
-        self._is_first = True
+        self._latest: Run | None = None
         self._budgets = BudgetWalk()
-        self._recounted_at: datetime | None = None
+        self._recounted_at: float | None = None  # seconds of a clock that nobody sets
         self._complete: Check | None = None
         self._count_seconds = 0.0
         self._engines_before: Sequence[EngineState] = ()
@@ -97,6 +97,14 @@ class Reconciler:
     async def close(self) -> None:
         await asyncio.to_thread(self._engine.dispose)
 
+    async def latest(self) -> Run | None:
+        """The last comparison, whatever the clock said of it; after a start, that which an earlier
+        process stored."""
+        if self._latest is not None:
+            return self._latest
+        async with self._database.read() as session:
+            return await latest_run(session, clock.now())
+
     async def run(self) -> Run:
         """Compares everything once, one run at a time."""
         async with self._lock:
@@ -104,11 +112,9 @@ class Reconciler:
 
     async def _run(self) -> Run:
         started_at = clock.now()
-        async with self._database.read() as session:
-            before = await latest_run(session)
-        if self._is_first and before is not None:
+        before = await self.latest()
+        if self._latest is None and before is not None:
             self._go_on(before)
-        self._is_first = False
         journal, engines = self._sources.journal(), self._sources.engines()
         self._journal.add(journal.settled_ids)
         checks = await asyncio.to_thread(self._compare, journal, started_at)
@@ -117,6 +123,7 @@ class Reconciler:
         checks = confirmed(checks, before.checks if before else [])
         run = make_run(started_at, clock.now(), checks, self._positions())
         await self._store(run)
+        self._latest = run
         return run
 
     def _compare_engines(self, engines: Sequence[EngineState]) -> list[Check]:
@@ -152,10 +159,9 @@ class Reconciler:
     def _compare(self, journal: JournalState, now: datetime) -> list[Check]:
         with snapshot(self._engine) as connection:
             checks = self._compare_sums(connection, now)
-            if not all(check.is_clean for check in checks) and self._may_recount(now):
+            is_clean = all(check.is_clean for check in checks)
+            if self._recounts_after(RECOUNT if is_clean else RECOUNT_AFTER_DIFFERENCE):
                 # What was added up before may have been changed since.
-                checks = self._recount(connection, now)
-            elif self._recounted_at is None or now - self._recounted_at >= RECOUNT:
                 checks = self._recount(connection, now)
             usage, unbalanced = self._usage.check(connection, now - self._kept)
             totals, _ = self._sums.read(connection)
@@ -192,11 +198,12 @@ class Reconciler:
             check_lots(connection, lot_uses),
         ]
 
-    def _may_recount(self, now: datetime) -> bool:
-        return self._recounted_at is None or now - self._recounted_at >= RECOUNT_AFTER_DIFFERENCE
+    def _recounts_after(self, wait: timedelta) -> bool:
+        at = self._recounted_at
+        return at is None or time.monotonic() - at >= wait.total_seconds()
 
     def _recount(self, connection: Connection, now: datetime) -> list[Check]:
-        self._recounted_at = now
+        self._recounted_at = time.monotonic()
         self._count(connection, now)
         self._sums.reset()
         self._hours.reset()
@@ -213,7 +220,7 @@ class Reconciler:
         failpoint("reconciler.before_store")
         async with self._database.write() as session:
             add_run(session, run)
-            await prune(session)
+            await prune(session, run.started_at)
             for check in run.checks:
                 if check.confirmed:
                     await notices.notify(

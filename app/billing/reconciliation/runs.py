@@ -103,9 +103,14 @@ def _run(row: ReconciliationRun) -> Run:
     )
 
 
-async def latest_run(session: AsyncSession) -> Run | None:
+async def latest_run(session: AsyncSession, now: datetime) -> Run | None:
+    """The last one that is stored. Runs of the future are of a clock that was wrong, and may be
+    older than all others."""
     row = await session.scalar(
-        select(ReconciliationRun).order_by(ReconciliationRun.started_at.desc()).limit(1)
+        select(ReconciliationRun)
+        .where(ReconciliationRun.started_at <= now)
+        .order_by(ReconciliationRun.started_at.desc())
+        .limit(1)
     )
     return None if row is None else _run(row)
 
@@ -136,19 +141,18 @@ async def past_differences(session: AsyncSession, limit: int) -> list[PastRun]:
     ]
 
 
-async def prune(session: AsyncSession) -> None:
-    """Of what is older than the last thousand runs, one a day stays: that with most to tell."""
-    rows = await session.execute(
-        select(
-            ReconciliationRun.id, ReconciliationRun.started_at, ReconciliationRun.num_differences
-        )
-        .order_by(ReconciliationRun.started_at.desc())
-        .offset(NUM_KEPT)
-        .limit(MAX_PRUNED)
+async def prune(session: AsyncSession, now: datetime) -> None:
+    """Of what is older than the last thousand runs, and of what a wrong clock put into the future,
+    one a day stays: that with most to tell."""
+    run = ReconciliationRun
+    query = select(run.id, run.started_at, run.num_differences).order_by(run.started_at.desc())
+    old = await session.execute(
+        query.where(run.started_at <= now).offset(NUM_KEPT).limit(MAX_PRUNED)
     )
+    future = await session.execute(query.where(run.started_at > now).limit(MAX_PRUNED))
     best: dict[str, tuple[int, str]] = {}
     ids: set[str] = set()
-    for run_id, started_at, num_differences in rows:
+    for run_id, started_at, num_differences in [*old, *future]:
         day = f"{started_at:%Y-%m-%d}"
         ids.add(run_id)
         best[day] = max(best.get(day, (-1, "")), (num_differences, run_id))

@@ -50,6 +50,7 @@ class StripeWalk:
         self._invoice_id = ""
         self.differing_invoices: list[str] = []  # by our ids, that were found last
         self.compared_at = clock.now()
+        self._since = since
         self._until, self._earlier_cents = since, 0
 
     @property
@@ -106,6 +107,8 @@ class StripeWalk:
 
     def _ask(self) -> Facts:
         at = clock.now()
+        if self._until > max(self._since, at):  # set by a clock that was ahead
+            self._until, self._earlier_cents = self._since, 0
         moves = [
             move
             for move in self._stripe.list_balance_transactions(self._until)

@@ -9,6 +9,8 @@ from app.billing.payments.notices import open_notices
 from app.billing.payments.tables import ReconciliationRun
 from app.billing.reconciliation import runs
 from app.billing.reconciliation.check import MAX_NAMED, Difference, Subject, differing
+from app.billing.reconciliation.dialects import snapshot
+from app.billing.reconciliation.hours import HourSums
 from app.billing.reconciliation.runs import add_run, latest_run, make_run, past_differences, prune
 from app.core import clock
 from app.core.database import Database
@@ -54,7 +56,7 @@ async def test_a_run_is_kept_as_it_was(books: Books) -> None:
     await books.spoil(SPOILT)
     run = await books.reconciler.run()
     async with books.database.read() as session:
-        assert await latest_run(session) == run
+        assert await latest_run(session, clock.now()) == run
         (past,) = await past_differences(session, 10)
     assert past.found == [f"Balances = ledger: {ORGANIZATION}"]
     assert (past.num_differences, past.num_confirmed) == (1, 0)
@@ -83,13 +85,57 @@ async def test_old_runs_leave_one_for_each_day(
             add_run(session, make_run(at, at, [SUBJECT.compared(0, 0, found)], {}))
         for _ in range(2):
             await session.flush()
-            await prune(session)
+            await prune(session, clock.now())
     async with database.read() as session:
         rows = await session.scalars(
             select(ReconciliationRun.started_at).order_by(ReconciliationRun.started_at.desc())
         )
         hours = [at.hour for at in rows]
     assert hours == [23, 22, 21, 20, 5, 5, 5]
+
+
+@pytest.mark.parametrize("is_restarted", [False, True])
+async def test_a_clock_that_was_ahead_hides_no_difference(
+    books: Books, monkeypatch: pytest.MonkeyPatch, is_restarted: bool
+) -> None:
+    with monkeypatch.context() as ahead:
+        real = clock.now
+        ahead.setattr(clock, "now", lambda: real() + timedelta(days=30))
+        await books.compare()
+    if is_restarted:
+        books.reconciler = books.anew()
+    await books.spoil(SPOILT)
+    runs = [await books.reconciler.run() for _ in range(2)]
+    assert [run.num_confirmed for run in runs] == [0, 1]
+    assert await books.reconciler.latest() == runs[-1]
+    assert await books.anew().latest() == runs[-1]
+
+
+async def test_runs_of_the_future_do_not_push_out_those_of_now(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "NUM_KEPT", 4)
+    now = clock.now()
+    first = now.replace(hour=0, minute=0, second=0, microsecond=0) + timedelta(days=3)
+    async with database.write() as session:
+        for minutes in range(10):
+            for at in (now - timedelta(minutes=minutes), first + timedelta(minutes=minutes)):
+                add_run(session, make_run(at, at, [SUBJECT.compared(0, 0)], {}))
+        await session.flush()
+        await prune(session, now)
+        kept = (await session.scalars(select(ReconciliationRun.started_at))).all()
+    assert sum(at <= now for at in kept) in (5, 6)  # and one more for each older day
+    assert sum(at > now for at in kept) == 1
+
+
+async def test_hours_that_a_clock_took_for_over_are_read_again(books: Books) -> None:
+    hour = int(clock.now().timestamp()) // 3600
+    sums = HourSums()
+    with snapshot(books.reconciler._engine) as connection:
+        before = sums.read(connection, hour + 1000)
+    await books.spoil("UPDATE usage_hour SET amount_nano = amount_nano + 1 WHERE amount_nano > 0")
+    with snapshot(books.reconciler._engine) as connection:
+        assert sums.read(connection, hour) == HourSums().read(connection, hour) != before
 
 
 def test_differences_have_names_and_a_bound() -> None:
