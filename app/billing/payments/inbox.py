@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.billing.payments import following, mirror
 from app.billing.payments.calls import Calls
 from app.billing.payments.following import EVENT_TYPES
-from app.billing.payments.notices import notify
+from app.billing.payments.notices import alarm
 from app.billing.payments.operations import MAX_ERROR_CHARS, after_seconds, backoff_seconds
 from app.billing.payments.tables import StripeEvent, StripeOperation
 from app.billing.stripe import Stripe
@@ -29,7 +29,6 @@ from app.billing.stripe_objects import Event, read_event
 from app.core import clock
 from app.core.database import Database
 from app.core.failpoints import failpoint
-from app.organizations.service import default_organization_id
 
 WAITING_STATES = ("received", "parked")
 MAX_DUE = 100  # taken up at once
@@ -244,9 +243,8 @@ def _event_of(row: StripeEvent) -> Event:
 
 
 async def _raise_alarm(session: AsyncSession, row: StripeEvent) -> None:
-    await notify(
+    await alarm(
         session,
-        await default_organization_id(session),
         "webhook_dead",
         f"What Stripe told in event {row.id} ({row.type}) could not be followed up: {row.error}",
         {"event_id": row.id, "type": row.type},

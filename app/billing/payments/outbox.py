@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.billing.ledger import lock_account
 from app.billing.payments import mirror
 from app.billing.payments.calls import Calls
-from app.billing.payments.notices import end, notify
+from app.billing.payments.notices import alarm, end_alarm, notify
 from app.billing.payments.operations import (
     MAX_ERROR_CHARS,
     OPEN_STATES,
@@ -133,8 +133,7 @@ class Outbox:
             reason = "The operator saw that Stripe did not do it."
             row.state, row.error = "rejected", reason
             await self._kinds[row.kind].refused(session, operation_of(row), Refusal(reason))
-            operator_id = await default_organization_id(session)
-            await end(session, operator_id, "payment_in_doubt", operation_id)
+            await end_alarm(session, "payment_in_doubt", operation_id)
             failpoint("outbox.before_abandon_commit")
             return row
 
@@ -157,8 +156,20 @@ class Outbox:
             try:
                 async with self._slots:
                     await self._work(organization_id, operation_id)
-            except Exception:
+            except Exception as error:
                 log.exception("operation %s could not be worked on", operation_id)
+                await self._put_off(organization_id, operation_id, repr(error))
+
+    async def _put_off(self, organization_id: str, operation_id: str, reason: str) -> None:
+        """What fails here would be due again at once, and keep others from their turn."""
+        async with self._database.write() as session:
+            await lock_account(session, organization_id, self._currency)
+            row = await locked(session, operation_id)
+            if row.state in OPEN_STATES:
+                row.num_attempts += 1
+                row.error = reason[:MAX_ERROR_CHARS]
+                wait_seconds = backoff_seconds(row.num_attempts, LONGEST_WAIT_SECONDS)
+                row.next_at = max(row.next_at, after_seconds(wait_seconds))
 
     async def _work(
         self, organization_id: str, operation_id: str, *, may_send: bool = True
@@ -254,9 +265,8 @@ class Outbox:
             await mirror.store(session, answer)
             await self._kinds[operation.kind].confirmed(session, operation, answer)
             if claim.num_attempts > 1:
-                operator_id = await default_organization_id(session)
-                await end(session, operator_id, "payment_in_doubt", operation.id)
-                await end(session, operator_id, "stripe_unauthorized")
+                await end_alarm(session, "payment_in_doubt", operation.id)
+                await end_alarm(session, "stripe_unauthorized", "")
             failpoint("outbox.before_result_commit")
 
     async def _refuse(self, claim: Claim, error: StripeRejected) -> None:
@@ -284,15 +294,21 @@ class Outbox:
                 row.state = "unknown"
             row.error = str(error)[:MAX_ERROR_CHARS]
             row.next_at = after_seconds(max(_wait(claim), error.retry_after_seconds))
-            if isinstance(error, StripeUnauthorized):
-                await notify(
-                    session,
-                    await default_organization_id(session),
-                    "stripe_unauthorized",
-                    "Stripe does not accept TAPEOUT_STRIPE_API_KEY, so that payments wait: set one "
-                    f"that may do everything, and restart the box. {error}",
-                    {},
-                )
+        if isinstance(error, StripeUnauthorized):
+            await self._tell_of_key(error)
+
+    async def _tell_of_key(self, error: StripeUnauthorized) -> None:
+        """One notice however many wait for the key: by itself, as it locks the operator's
+        account."""
+        async with self._database.write() as session:
+            await notify(
+                session,
+                await default_organization_id(session),
+                "stripe_unauthorized",
+                "Stripe does not accept TAPEOUT_STRIPE_API_KEY, so that payments wait: set one "
+                f"that may do everything, and restart the box. {error}",
+                {},
+            )
 
     async def _doubt(self, claim: Claim, reason: str, seconds: int) -> None:
         async with self._database.write() as session:
@@ -325,16 +341,14 @@ class Outbox:
 
     async def _quarantine(self, claim: Claim, reason: str) -> None:
         operation = claim.operation
-        log.error("a person must look at Stripe operation %s: %s", operation.id, reason)
         async with self._database.write() as session:
             row = await self._still_open(session, operation)
             if row is None:
                 return
             row.state, row.error = "quarantined", reason[:MAX_ERROR_CHARS]
             await self._kinds[operation.kind].doubted(session, operation, reason)
-            await notify(
+            await alarm(
                 session,
-                await default_organization_id(session),
                 "payment_in_doubt",
                 f"It is not known whether Stripe did {operation.id} ({operation.kind}): {reason}. "
                 "Look for it at Stripe; it is not tried again.",

@@ -5,7 +5,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.billing.ledger import lock_account
 from app.billing.payments.cents import write_cents
-from app.billing.payments.notices import notify
+from app.billing.payments.notices import alarm
 from app.billing.payments.operations import Answer, Kind, Operation, Refusal, plan
 from app.billing.payments.settling import settle_refund
 from app.billing.payments.tables import StripeOperation, TopUp
@@ -13,7 +13,6 @@ from app.billing.stripe import Stripe
 from app.billing.stripe_objects import Refund
 from app.core.errors import Conflict, InvalidRequest, NotFound
 from app.core.ids import new_id
-from app.organizations.service import default_organization_id
 
 _UNDECIDED = ("planned", "sent", "unknown", "quarantined")
 
@@ -73,9 +72,8 @@ class MakeRefund(Kind):
         await settle_refund(session, top_up, answer)
 
     async def refused(self, session: AsyncSession, operation: Operation, why: Refusal) -> None:
-        await notify(
+        await alarm(
             session,
-            await default_organization_id(session),
             "refund_refused",
             f"Stripe did not refund {operation.subject_id}: {why.message}",
             {"operation_id": operation.id, "top_up_id": operation.subject_id},

@@ -11,14 +11,18 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.billing.ledger import lock_account
 from app.billing.payments import mirror
 from app.billing.payments.cents import write_cents
-from app.billing.payments.notices import end, notify
+from app.billing.payments.notices import end, end_alarm, notify
 from app.billing.payments.payment_books import PaymentBooks
-from app.billing.payments.profile import keep_card, pause_recharge
+from app.billing.payments.profile import (
+    keep_card,
+    mark_card,
+    open_profile,
+    pause_recharge,
+)
 from app.billing.payments.tables import Invoice, StripeOperation, TopUp
 from app.billing.stripe import Stripe
 from app.billing.stripe_objects import BalanceTransaction, Dispute, Payment, Refund
 from app.core import clock
-from app.organizations.service import default_organization_id
 
 MAX_ERROR_CHARS = 300
 # A payment in these was refused, and waits for somebody to pay in another way.
@@ -79,6 +83,11 @@ async def settle(session: AsyncSession, seen: Seen) -> bool:
         await _tell_of_dispute(session, organization_id, payment, disputed_cents)
     elif disputed_cents < 0:
         await end(session, organization_id, "payment_disputed", payment.id)
+    if seen.disputes and payment.payment_method_id:
+        is_disputed = any(not dispute.is_in_our_favour for dispute in seen.disputes)
+        await mark_card(session, payment.payment_method_id, payment.id, is_disputed=is_disputed)
+    if refunded_cents > 0 or disputed_cents > 0:
+        await _stop_recharging(session, organization_id, payment.id)
     await session.flush()
     return True
 
@@ -87,7 +96,10 @@ async def settle_refund(session: AsyncSession, top_up: TopUp, refund: Refund) ->
     """A refund of a top-up that Stripe has just made. The account is locked."""
     assert top_up.payment_intent_id is not None, "only what was paid is refunded"
     books = PaymentBooks(session, top_up.organization_id, top_up.payment_intent_id, top_up.currency)
-    _take_back(top_up, await books.refund(refund), 0)
+    refunded_cents = await books.refund(refund)
+    _take_back(top_up, refunded_cents, 0)
+    if refunded_cents > 0:
+        await _stop_recharging(session, top_up.organization_id, top_up.payment_intent_id)
     await session.flush()
 
 
@@ -156,8 +168,7 @@ async def _end_doubt(session: AsyncSession, top_up: TopUp, payment_id: str) -> N
             .where(StripeOperation.id == operation_id)
             .values(state="confirmed", stripe_id=payment_id, error="")
         )
-        operator_id = await default_organization_id(session)
-        await end(session, operator_id, "payment_in_doubt", operation_id)
+        await end_alarm(session, "payment_in_doubt", operation_id)
 
 
 def _take_back(top_up: TopUp, refunded_cents: int, disputed_cents: int) -> None:
@@ -168,6 +179,14 @@ def _take_back(top_up: TopUp, refunded_cents: int, disputed_cents: int) -> None:
     else:
         is_refunded = top_up.refunded_cents >= top_up.amount_cents
         top_up.state = "refunded" if is_refunded else "paid"
+
+
+async def _stop_recharging(session: AsyncSession, organization_id: str, payment_id: str) -> None:
+    """What is taken back leaves little credit, which the card would pay for again."""
+    profile = await open_profile(session, organization_id)
+    if profile.recharge_below_nano is not None:
+        reason = "a payment was refunded or is disputed. Set it again to go on."
+        await pause_recharge(session, organization_id, reason, {"payment_id": payment_id})
 
 
 async def _tell_of_dispute(

@@ -8,10 +8,14 @@ from typing import NamedTuple
 import msgspec
 import pytest
 
+from app.billing.ledger import lock_account, open_account
+from app.billing.payments import outbox
 from app.billing.payments.operations import plan
 from app.billing.payments.service import Payments
+from app.billing.payments.top_ups import begin
 from app.core import clock
 from app.core.errors import Conflict, NotFound
+from app.organizations.service import default_organization_id
 from tests.app.billing.payments.cashier import CENTS, Cashier
 from tests.stripe_stand_in.faults import Kind
 
@@ -245,6 +249,42 @@ async def test_a_wrong_key_of_the_api_only_waits(cashier: Cashier) -> None:
     await finish(cashier, CASES[1])
 
 
+async def test_what_cannot_be_prepared_keeps_nobody_waiting(
+    cashier: Cashier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox, "MAX_DUE", 3)
+    async with cashier.database.write() as session:
+        for number in range(3):
+            await plan(session, "unheard_of", f"key{number}", f"org_{number}", "x", {})
+        await begin(session, cashier.organization_id, CENTS, "usd", "https://box.test")
+    for attempt in range(1, 4):
+        await cashier.payments.link.outbox.turn()
+        stuck = await cashier.operations("unheard_of")
+        assert [row.num_attempts for row in stuck] == [attempt] * 3
+        assert all(row.next_at > clock.now() and "unheard_of" in row.error for row in stuck)
+        cashier.time.passes(minutes=6)
+    assert (await cashier.operation("create_checkout")).state == "confirmed"
+
+
+async def test_an_alarm_does_not_wait_for_the_operators_account(cashier: Cashier) -> None:
+    """Two accounts locked in no set order wait for each other: for PostgreSQL, where another
+    transaction has the operator's."""
+    if cashier.settings.database_url.startswith("sqlite"):
+        pytest.skip("locks no rows")
+    case = CASES[3]
+    await prepare(cashier, case)
+    cashier.stripe.faults.add("reject", case.path)
+    async with cashier.database.write() as session:
+        operator_id = await default_organization_id(session)
+        await open_account(session, operator_id, "usd")
+    async with cashier.database.write() as session:
+        await lock_account(session, operator_id, "usd")
+        async with asyncio.timeout(5):
+            await ask(cashier, case)
+    assert (await cashier.operation(case.kind)).state == "rejected"
+    assert len(await cashier.notices("refund_refused")) == 1
+
+
 async def test_a_key_is_planned_once(cashier: Cashier) -> None:
     for _ in range(2):
         async with cashier.database.write() as session:
@@ -269,27 +309,27 @@ async def in_doubt(cashier: Cashier, case: Case, fault: Kind) -> str:
 @pytest.mark.parametrize("case", CASES[2:], ids=[case.kind for case in CASES[2:]])
 async def test_a_person_can_have_it_looked_for_again(cashier: Cashier, case: Case) -> None:
     operation_id = await in_doubt(cashier, case, "lose_reply")
-    outbox = cashier.payments.link.outbox
-    assert (await outbox.look_again(operation_id)).state == "confirmed"
+    box = cashier.payments.link.outbox
+    assert (await box.look_again(operation_id)).state == "confirmed"
     with pytest.raises(Conflict, match="is confirmed"):
-        await outbox.look_again(operation_id)
+        await box.look_again(operation_id)
     await finish(cashier, case)
 
 
 @pytest.mark.parametrize("case", CASES[2:], ids=[case.kind for case in CASES[2:]])
 async def test_a_person_can_give_it_up(cashier: Cashier, case: Case) -> None:
     operation_id = await in_doubt(cashier, case, "lose_request")
-    outbox = cashier.payments.link.outbox
-    assert (await outbox.look_again(operation_id)).state == "quarantined"
+    box = cashier.payments.link.outbox
+    assert (await box.look_again(operation_id)).state == "quarantined"
     (notice,) = await cashier.notices("payment_in_doubt")
     assert notice.ended_at is None
-    assert (await outbox.abandon(operation_id)).state == "rejected"
+    assert (await box.abandon(operation_id)).state == "rejected"
     (notice,) = await cashier.notices("payment_in_doubt")
     assert notice.ended_at is not None
     with pytest.raises(Conflict, match="is rejected"):
-        await outbox.abandon(operation_id)
+        await box.abandon(operation_id)
     with pytest.raises(NotFound):
-        await outbox.abandon("unknown")
+        await box.abandon("unknown")
     if case.kind == "charge_card":
         await cashier.recharge_below(CENTS + 1)
         await cashier.payments.recharge()
