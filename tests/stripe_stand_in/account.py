@@ -32,6 +32,7 @@ class Account:
         self.cards: dict[str, str] = {}  # number by payment method
         self.intent_params: dict[str, Object] = {}  # payment_intent_data by Checkout session
         self.is_booking_late = False  # charges come into the balance only later
+        self.settlement: tuple[str, int] | None = None  # the balance's currency and its rate
         self.stuck_ids: set[str] = set()  # of invoices that cannot be finalised
         self.overdue_ids: set[str] = set()  # of invoices, said once
         self._objects: dict[str, Object] = {}
@@ -76,8 +77,12 @@ class Account:
 
     def move(self, type: str, amount: int, fee: int, source: Object) -> Object:
         """A movement of the balance, caused by a charge, refund or dispute."""
+        currency = source["currency"]
+        if self.settlement is not None:
+            currency, percent = self.settlement
+            amount, fee = amount * percent // 100, fee * percent // 100
         transaction = objects.balance_transaction(
-            self.new_id("txn"), self.clock.now(), amount, fee, source["currency"]
+            self.new_id("txn"), self.clock.now(), amount, fee, currency
         )
         transaction |= {"type": type, "source": source["id"]}
         transaction["reporting_category"] = "dispute" if type == "adjustment" else type

@@ -183,13 +183,20 @@ class People:
 
     # A person in the dashboard
 
-    def charge_by_hand(self, customer_id: str, amount_cents: int, currency: str = "usd") -> Object:
+    def charge_by_hand(
+        self,
+        customer_id: str,
+        amount_cents: int,
+        currency: str = "usd",
+        metadata: dict[str, str] | None = None,
+    ) -> Object:
         """A payment of a customer's card that has nothing to do with the box."""
         with self.account.lock:
             account = self.account
             cards = [each for each in account.all("payment_method") if each["customer"]]
             card = next(each for each in cards if each["customer"] == customer_id)
             intent = payments.new_intent(account, amount_cents, currency, customer_id)
+            intent["metadata"] = metadata or {}
             payments.confirm(account, intent, card, is_off_session=True)
             return intent
 
@@ -233,6 +240,12 @@ class People:
             self.account.move("payout", -amount_cents, 0, payout)
             self.account.emit("payout.paid", payout)
             return payout
+
+    def settle_in(self, currency: str, percent: int) -> None:
+        """From now on the balance is kept in this currency, of which a cent of any other is worth
+        so many hundredths."""
+        with self.account.lock:
+            self.account.settlement = (currency, percent)
 
     # Time
 

@@ -5,7 +5,6 @@ again, late, twice or in any order posts nothing twice. What is not a top-up's i
 of an invoice, whose own payment `invoice_payments.py` posts.
 """
 
-import logging
 from datetime import datetime
 
 from sqlalchemy import select
@@ -14,11 +13,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.billing.credits import add_lot, take_back
 from app.billing.ledger import STRIPE_CLEARING, STRIPE_FEES, is_posted, on_account, post
 from app.billing.payments.cents import NANO_PER_CENT
+from app.billing.payments.notices import alarm
 from app.billing.payments.returning import give_back
 from app.billing.stripe_objects import BalanceTransaction, Dispute, Refund
 from app.billing.tables import CreditLot
-
-log = logging.getLogger(__name__)
 
 
 class PaymentBooks:
@@ -31,6 +29,10 @@ class PaymentBooks:
         self._organization_id = organization_id
         self._source = f"stripe:{payment_id}"
         self._currency = currency
+
+    def is_own(self, currency: str) -> bool:
+        """Whether it is the account's."""
+        return currency.lower() == self._currency.lower()
 
     async def credit(self, cents: int) -> bool:
         """What came in becomes credit. Whether it did so now, and not before."""
@@ -50,8 +52,16 @@ class PaymentBooks:
         fee_nano = movement.fee_cents * NANO_PER_CENT
         if not fee_nano:
             return
-        if movement.currency.lower() != self._currency.lower():
-            log.error("%s is in %s: its fee is not posted", movement.id, movement.currency)
+        if not self.is_own(movement.currency):
+            await alarm(
+                self._session,
+                "stripe_currency",
+                f"Stripe settles in {movement.currency.upper()} what is paid in "
+                f"{self._currency.upper()}: its fees are not posted, and the books cannot be "
+                "compared with its balance. Have Stripe settle in the currency of the box.",
+                {"currency": movement.currency},
+                subject=movement.currency,
+            )
             return
         await post(
             self._session,
@@ -81,6 +91,9 @@ class PaymentBooks:
         for movement in sorted(dispute.balance_transactions, key=_when):
             key = f"dispute:{movement.id}"
             cents = -movement.amount_cents
+            if not self.is_own(movement.currency):
+                # What was paid, not what Stripe made of it in the currency of its balance.
+                cents = dispute.amount_cents if cents > 0 else -dispute.amount_cents
             if cents > 0:
                 taken_key = taken_key or key
                 change_cents += cents if await self._take(key, "dispute", cents) else 0

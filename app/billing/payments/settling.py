@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.billing.ledger import lock_account
 from app.billing.payments import mirror
 from app.billing.payments.cents import write_cents
-from app.billing.payments.notices import end, end_alarm, notify
+from app.billing.payments.notices import alarm, end, end_alarm, notify
 from app.billing.payments.payment_books import PaymentBooks
 from app.billing.payments.profile import (
     keep_card,
@@ -70,9 +70,9 @@ async def settle(session: AsyncSession, seen: Seen) -> bool:
     if top_up is not None:
         await session.refresh(top_up)
         await _follow(session, top_up, payment)
-    if not payment.is_paid:
-        return True
     books = PaymentBooks(session, organization_id, payment.id, account.currency)
+    if not payment.is_paid or not books.is_own(payment.currency):
+        return True  # nothing was credited that could be taken back
     if seen.charge is not None:
         await books.pay_fee(seen.charge)
     refunded_cents = sum([await books.refund(refund) for refund in seen.refunds])
@@ -140,6 +140,16 @@ async def _follow(session: AsyncSession, top_up: TopUp, payment: Payment) -> Non
 
 async def _credit(session: AsyncSession, top_up: TopUp, payment: Payment) -> None:
     books = PaymentBooks(session, top_up.organization_id, payment.id, top_up.currency)
+    if not books.is_own(payment.currency):
+        await alarm(
+            session,
+            "payment_currency",
+            f"Payment {payment.id} for {top_up.id} was made in {payment.currency.upper()}, not in "
+            f"{top_up.currency.upper()}: it is not credited. Refund it at Stripe.",
+            {"payment_id": payment.id, "top_up_id": top_up.id},
+            subject=payment.id,
+        )
+        return
     if payment.amount_received_cents <= 0 or not await books.credit(payment.amount_received_cents):
         return
     # What came in is what counts, should a top-up be paid twice by some fault.

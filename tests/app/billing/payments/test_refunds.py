@@ -3,7 +3,7 @@
 import pytest
 
 from app.billing.credits import open_lots
-from app.billing.ledger import REVENUE, credit_account, on_account, post
+from app.billing.ledger import REVENUE, STRIPE_FEES, credit_account, on_account, post
 from app.billing.payments.cents import NANO_PER_CENT
 from app.billing.tables import CreditLot
 from app.core.errors import Conflict, InvalidRequest, NotFound
@@ -150,6 +150,26 @@ async def test_a_dispute_takes_back_until_it_is_won(
     (notice,) = await cashier.notices("payment_disputed")
     assert (notice.ended_at is not None) == is_won
     await cashier.check()
+
+
+async def test_what_stripe_settles_in_another_currency_is_taken_back_as_it_was_paid(
+    cashier: Cashier,
+) -> None:
+    cashier.stripe.settle_in("eur", percent=92)
+    top_up = await cashier.pay()
+    assert await cashier.balance_cents() == CENTS
+    await cashier.payments.refund(top_up.id, 1000)
+    dispute = cashier.stripe.open_dispute(top_up.payment_intent_id or "")
+    await cashier.hear()
+    assert await cashier.balance_cents() == 0
+    assert (await cashier.top_up(top_up.id)).disputed_cents == CENTS - 1000
+    cashier.stripe.win_dispute(dispute["id"], is_fee_returned=True)
+    await cashier.hear()
+    assert await cashier.balance_cents() == CENTS - 1000
+    assert STRIPE_FEES not in await cashier.accounts()
+    (notice,) = await cashier.notices("stripe_currency")
+    assert notice.organization_id != cashier.organization_id
+    assert "settles in EUR" in notice.message
 
 
 async def test_an_inquiry_moves_no_money(cashier: Cashier) -> None:

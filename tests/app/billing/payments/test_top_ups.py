@@ -60,6 +60,21 @@ async def test_a_fee_that_is_known_later_is_posted_then(cashier: Cashier) -> Non
     await cashier.check()
 
 
+async def test_what_was_paid_in_another_currency_is_not_credited(cashier: Cashier) -> None:
+    await cashier.pay()
+    top_up = await cashier.begin()
+    customer_id = (await cashier.profile()).stripe_customer_id or ""
+    metadata = {"top_up_id": top_up.id}
+    payment = cashier.stripe.charge_by_hand(customer_id, 250_000, "jpy", metadata)
+    cashier.stripe.refund_by_hand(payment["id"], 1000)
+    await cashier.hear()
+    assert await cashier.balance_cents() == CENTS
+    assert (await cashier.top_up(top_up.id)).state == "pending"
+    (notice,) = await cashier.notices("payment_currency")
+    assert notice.organization_id != cashier.organization_id
+    assert payment["id"] in notice.message
+
+
 async def test_a_debit_that_bounces_fails(cashier: Cashier) -> None:
     top_up = await cashier.begin()
     session = cashier.stripe.pay_checkout(
