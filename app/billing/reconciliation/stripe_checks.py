@@ -9,12 +9,13 @@ from datetime import datetime, timedelta
 import msgspec
 from sqlalchemy import BindParameter, Connection, bindparam, select
 
+from app.billing.ledger import STRIPE_CLEARING
 from app.billing.payments.cents import NANO_PER_CENT
 from app.billing.payments.tables import Invoice, StripeEvent, TopUp
 from app.billing.reconciliation.check import Check, Difference, Subject
 from app.billing.stripe_objects import BalanceTransaction, Event
 from app.billing.stripe_objects import Invoice as StripeInvoice
-from app.billing.tables import LedgerTransaction
+from app.billing.tables import LedgerEntry, LedgerTransaction
 
 CLEARING = Subject(
     name="stripe",
@@ -53,6 +54,8 @@ EVENTS = Subject(
 )
 SUBJECTS = (CLEARING, TOP_UPS, INVOICES, EVENTS)
 GRACE = timedelta(minutes=15)  # for webhooks to come, or to be asked for
+LATE = timedelta(hours=1)  # for a payment to appear among Stripe's movements
+MATCHED = timedelta(days=1)  # in which our postings are looked for one by one among Stripe's
 TOTAL_STATES = ("finalised", "past_due", "paid")  # in which totals have been agreed on
 
 
@@ -131,16 +134,64 @@ def _check_clearing(
         elif missing:
             note = f"{move.type} of {move.payment_id}: not in the ledger"
             found += [Difference(key, cents, 0, note) for key, cents in missing.items()]
+    own = _postings(connection, facts.at - MATCHED)
+    for key in own.keys() & {key for keys in expected.values() for key in keys}:
+        del own[key]
+    invoice_moves = [move for move in facts.moves if _is_for_invoice(move, top_ups)]
+    young_cents += _match(own, invoice_moves, facts.at)
+    # Not listed by Stripe: it may yet come, or was paid since Stripe was asked.
+    young_nano = sum(nano for nano, at in own.values() if at > facts.at - LATE)
     left = facts.earlier_cents + sum(move.net_cents for move in facts.moves) - young_cents
-    right, rest = divmod(-clearing_nano, NANO_PER_CENT)
+    right, rest = divmod(-clearing_nano - young_nano, NANO_PER_CENT)
     if rest:
         found.append(Difference("less than a cent", 0, rest, "in the ledger, in nano-units"))
+    if left != right and not found:
+        found = [
+            Difference(key, 0, nano // NANO_PER_CENT, "in the ledger, but not listed by Stripe")
+            for key, (nano, at) in own.items()
+            if at <= facts.at - LATE
+        ]
     note = f"{len(facts.moves)} movements of the last days looked at one by one."
     if young_cents:
         note += f" {young_cents} cents are under way."
+    if young_nano:
+        note += f" {young_nano // NANO_PER_CENT} cents of ours are not listed by Stripe yet."
     if facts.num_foreign:
         note += f" {facts.num_foreign} movements are none of this box's payments."
     return CLEARING.compared(left, right, found, note=note)
+
+
+def _is_for_invoice(move: BalanceTransaction, top_ups: Collection[str]) -> bool:
+    return move.type in ("charge", "payment") and move.payment_id not in top_ups
+
+
+def _postings(connection: Connection, since: datetime) -> dict[str, tuple[int, datetime]]:
+    """To the account of Stripe, by key: the nano-units that came in, and when."""
+    rows = connection.execute(
+        select(LedgerTransaction.idempotency_key, LedgerEntry.amount_nano, LedgerEntry.created_at)
+        .join(LedgerEntry, LedgerEntry.transaction_id == LedgerTransaction.id)
+        .where(LedgerEntry.account == STRIPE_CLEARING, LedgerEntry.created_at > since)
+        .order_by(LedgerEntry.created_at)
+    )
+    return {key: (-nano, at) for key, nano, at in rows}
+
+
+def _match(
+    own: dict[str, tuple[int, datetime]], moves: Sequence[BalanceTransaction], at: datetime
+) -> int:
+    """Payments of invoices are not posted under their own names, so those of one amount are taken
+    for each other, and leave `own`. Returns what young movements without a posting come to."""
+    young_cents = 0
+    for move in moves:
+        if move.created_at <= at - MATCHED:
+            continue
+        nano = move.amount_cents * NANO_PER_CENT
+        is_its = (k for k in own if k.startswith("invoice_paid:") and own[k][0] == nano)
+        if (key := next(is_its, None)) is not None:
+            del own[key]
+        elif move.created_at > at - GRACE:
+            young_cents += move.amount_cents
+    return young_cents
 
 
 def _check_top_ups(facts: Facts, top_ups: dict[str, tuple[int, bool]]) -> Check:

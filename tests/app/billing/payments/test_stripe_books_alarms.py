@@ -1,15 +1,20 @@
 """When what differs from Stripe is an alarm: what is found stays found, and what is only under way
 is none."""
 
+import asyncio
+from datetime import datetime
+
 import pytest
 from sqlalchemy import text
 
+from app.billing.payments.calls import Calls
+from app.billing.payments.invoice_books import refresh_invoice
 from app.billing.payments.tables import Invoice
 from app.billing.reconciliation import stripe_walk
-from app.billing.stripe_objects import LineParams
+from app.billing.stripe_objects import Event, LineParams
 from app.core import clock
 from tests.app.billing.payments.cashier import Cashier
-from tests.app.billing.payments.test_stripe_books import Compare, compare
+from tests.app.billing.payments.test_stripe_books import Compare, compare, named
 
 __all__ = ["compare"]
 
@@ -65,3 +70,63 @@ async def test_an_invoice_that_differs_is_asked_for_again_each_time(
     async with cashier.database.write() as session:
         await session.execute(text("UPDATE invoice SET due_cents = 500"))
     assert (await compare())["stripe_invoices"].is_clean
+
+
+async def test_a_payment_that_stripe_does_not_list_yet_is_under_way(
+    cashier: Cashier, compare: Compare
+) -> None:
+    await cashier.pay()
+    cashier.stripe.book_late()
+    late = await cashier.pay(3000)
+    for _ in range(2):
+        checks = await compare()
+        assert named(checks) == {}
+        assert "3000 cents of ours are not listed by Stripe yet." in checks["stripe"].note
+        cashier.time.passes(minutes=20)
+    cashier.time.passes(minutes=30)
+    assert named(await compare()) == {"stripe": [f"credit:stripe:{late.payment_intent_id}"]}
+    cashier.stripe.book_charges()
+    await cashier.hear()
+    assert named(await compare()) == {}
+
+
+async def test_a_payment_while_stripe_is_asked_is_no_difference(
+    cashier: Cashier, compare: Compare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await cashier.pay()
+    ask, loop = stripe_walk.StripeWalk._ask_events, asyncio.get_running_loop()
+
+    def pay_meanwhile(walk: stripe_walk.StripeWalk, at: datetime) -> list[Event]:
+        events = ask(walk, at)
+        asyncio.run_coroutine_threadsafe(cashier.pay(), loop).result(60)
+        return events
+
+    monkeypatch.setattr(stripe_walk.StripeWalk, "_ask_events", pay_meanwhile)
+    for _ in range(3):
+        checks = await compare()
+        assert named(checks) == {}
+        assert checks["stripe"].left == checks["stripe"].right
+        cashier.time.passes(minutes=1)
+
+
+async def test_a_paid_invoice_is_under_way_until_it_is_posted(
+    cashier: Cashier, compare: Compare
+) -> None:
+    await cashier.pay()
+    await finalised_invoices(cashier, [500])
+    async with cashier.database.read() as session:
+        stripe_id = (await session.get_one(Invoice, "inv_0")).stripe_invoice_id
+    cashier.stripe.pay_invoice(stripe_id or "")
+    checks = await compare()
+    assert named(checks) == {}
+    assert "cents are under way" in checks["stripe"].note
+    await cashier.hear()
+    calls = Calls()
+    link = cashier.payments.link
+    await refresh_invoice(cashier.database, link.stripe, calls, stripe_id or "")
+    calls.close()
+    for _ in range(3):
+        checks = await compare()
+        assert named(checks) == {}
+        assert checks["stripe"].note.endswith("one by one.")
+        cashier.time.passes(minutes=20)
