@@ -3,26 +3,29 @@
 How running requests count in them is in `budget_holds.py`.
 """
 
+from calendar import timegm
 from datetime import datetime, timedelta
+from typing import Any
 
 import msgspec
-from sqlalchemy import delete, func, select, update
+from sqlalchemy import Select, delete, func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.billing.budget_holds import window_starts
-from app.billing.ledger import lock_account
+from app.billing.ledger import lock_account, on_account
 from app.billing.tables import (
     BUDGET_PERIODS,
     BUDGET_SCOPES,
     MAX_BALANCE_NANO,
     Budget,
     BudgetWindow,
+    LedgerEntry,
 )
 from app.core import clock
 from app.core.errors import InvalidRequest, NotFound
 from app.core.ids import new_id
 from app.core.money import NANO_PER_UNIT
-from app.metering.tables import UsageEvent
+from app.metering.tables import UsageEvent, UsageHour, UsageSeries
 
 MAX_BUDGETS = 1_000  # of one organization
 MAX_BUDGET_NANO = 10**9 * NANO_PER_UNIT
@@ -186,20 +189,56 @@ def _is_sqlite(session: AsyncSession) -> bool:
 
 
 async def _spent_nano(session: AsyncSession, budget: Budget) -> int:
-    """By requests of this window that are settled."""
+    """By requests of this window that are settled: those in the database by their admission, those
+    in the archive by the hour of their posting, which is all that is left of them here."""
     start, end = period_bounds(budget.period, budget.created_at)
-    query = select(func.sum(UsageEvent.amount_nano)).where(
-        UsageEvent.organization_id == budget.organization_id,
+    hours = (timegm(start.timetuple()) // 3600, timegm(end.timetuple()) // 3600)
+    admitted = _sum_of(UsageEvent, budget).where(
         # Requests end after they start, and there is an index of their ends.
         UsageEvent.finished_at >= start,
         UsageEvent.started_at >= start,
         UsageEvent.started_at < end,
     )
+    posted = (
+        _sum_of(UsageSeries, budget, UsageHour.amount_nano)
+        .join(UsageHour, UsageHour.series_id == UsageSeries.id)
+        .where(
+            UsageSeries.disposition == "billed",
+            UsageHour.hour >= hours[0],
+            UsageHour.hour < hours[1],
+        )
+    )
+    kept = (
+        _sum_of(UsageEvent, budget)
+        .join(LedgerEntry, LedgerEntry.transaction_id == UsageEvent.ledger_transaction_id)
+        .where(
+            LedgerEntry.account == on_account(budget.organization_id),
+            LedgerEntry.created_at >= start,
+            LedgerEntry.created_at < end,
+        )
+    )
+    # At one moment: what is archived meanwhile is counted once.
+    sums = select(*(query.scalar_subquery() for query in (admitted, posted, kept)))
+    by_admission, by_hours, in_both = (
+        int(nano or 0) for nano in (await session.execute(sums)).one()
+    )
+    return by_admission + by_hours - in_both
+
+
+def _sum_of(
+    table: type[UsageEvent | UsageSeries], budget: Budget, amount: object = UsageEvent.amount_nano
+) -> Select[Any]:
+    """Of what concerns a budget."""
+    query = (
+        select(func.sum(amount))
+        .select_from(table)
+        .where(table.organization_id == budget.organization_id)
+    )
     if budget.scope == "key":
-        query = query.where(UsageEvent.api_key_id == budget.subject)
-    elif budget.scope == "model":
-        query = query.where(UsageEvent.endpoint_name == budget.subject)
-    return int(await session.scalar(query) or 0)
+        return query.where(table.api_key_id == budget.subject)
+    if budget.scope == "model":
+        return query.where(table.endpoint_name == budget.subject)
+    return query
 
 
 async def delete_budget(session: AsyncSession, organization_id: str, budget_id: str) -> None:

@@ -1,7 +1,7 @@
 """Budgets hold whatever runs at once, in every window that a request counts in."""
 
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -11,6 +11,8 @@ from app.billing.rating import Settlement
 from app.core import clock
 from app.core.database import Database
 from app.core.errors import InvalidRequest, NotFound, PaymentRequired
+from app.settings import Settings
+from tests.app.billing.books import Books
 
 from .conftest import ORGANIZATION
 
@@ -175,3 +177,29 @@ def test_windows_begin_at_midnight_utc_and_on_the_first() -> None:
     assert budget_holds.window_starts("day", at) == "2026-12-31"
     assert budget_holds.window_starts("month", at) == "2026-12-01"
     assert budgets.period_bounds("month", at)[1] == datetime(2027, 1, 1, tzinfo=UTC)
+
+
+async def test_a_new_budget_counts_what_is_archived(
+    settings: Settings, accounts: AccountWriter, database: Database, settlement: MakeSettlement
+) -> None:
+    books = Books(settings, accounts, settlement)
+    names = [books.new_request(clock.now()) for _ in range(4)]
+    await books.settle(
+        settlement(names[0], 100),
+        settlement(names[1], 200, api_key_id="key_2"),
+        settlement(names[2], 300, endpoint_name="other", outcome="failed"),
+    )
+    books.seal()
+    assert books.archive_before(clock.now() + timedelta(days=2)) == 3
+    kept = settlement(names[3], 400)
+    await books.settle(kept)
+    await books.close()
+    archived = [settlement("x", num).amount_nano for num in (100, 200)]
+    subjects = {("organization", ""): sum(archived), ("key", "key_1"): archived[0]}
+    subjects |= {("model", "tiny"): sum(archived), ("key", "key_2"): archived[1]}
+    for scope, subject in subjects:
+        await put(database, scope, subject, "month", 10**9)
+    for view in await views(database):
+        in_database = 0 if view.subject == "key_2" else kept.amount_nano
+        expected = subjects[view.scope, view.subject] + in_database
+        assert view.spent_nano == expected, view
