@@ -58,6 +58,7 @@ class Stripe(StripeInvoices, StripeLists):
             http_client=self._http,
         )
         self._v1 = self._client.v1
+        self.is_live = "_live_" in api_key
 
     # Customers
 

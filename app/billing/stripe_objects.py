@@ -162,6 +162,8 @@ class Event(msgspec.Struct, frozen=True):
     object_id: str
     object_kind: str  # checkout.session, payment_intent, charge, refund, dispute, invoice ...
     payment_id: str = ""  # of the payment that a charge, refund or dispute belongs to
+    account_id: str = ""  # of the connected account that it happened to; ours is ""
+    is_live: bool | None = None  # None where that is not known
 
 
 def read_customer(data: Data) -> Customer:
@@ -295,6 +297,8 @@ def read_event(data: Data) -> Event:
         object_id=subject.get("id") or "",
         object_kind=subject.get("object") or "",
         payment_id=_id(subject.get("payment_intent")),
+        account_id=data.get("account") or "",
+        is_live=data.get("livemode"),
     )
 
 

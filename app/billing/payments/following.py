@@ -66,13 +66,23 @@ class Found(msgspec.Struct, frozen=True):
     customer: Customer | None = None
 
 
+class NotThere(Exception):
+    """Stripe does not know the object of an event: it is gone, or of another account or mode than
+    the API key. The words say which, as far as that is known."""
+
+
 def read(stripe: Stripe, event: Event) -> Found:
-    """The objects that an event is about, as they are now. Blocks."""
+    """The objects that an event is about, as they are now. Raises `NotThere`. Blocks."""
+    if event.account_id:
+        return Found()  # of an account that is connected to ours
+    if event.is_live is not None and event.is_live != stripe.is_live:
+        mode = "live" if event.is_live else "test"
+        raise NotThere(f"This happened in {mode} mode, of which TAPEOUT_STRIPE_API_KEY is not.")
     try:
         return _read(stripe, event)
     except StripeRejected as error:
         if error.code == "resource_missing":
-            return Found()  # gone, or of another mode or account
+            raise NotThere(f"{error}") from error
         raise
 
 

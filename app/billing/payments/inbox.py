@@ -39,6 +39,7 @@ LONGEST_WAIT_SECONDS = 3600
 MAX_ATTEMPTS = 12
 # Stripe may list an event later than its time says.
 OVERLAP = timedelta(hours=1)
+WAITED_FOR = timedelta(days=7)  # an object that Stripe does not know
 KEPT_FOR = 3 * EVENT_LIFETIME
 CURSOR_ID = "backfill"
 
@@ -141,15 +142,17 @@ class Inbox:
         if event is None:
             return
         try:
-            if event.object_kind == "invoice":
-                await self._follow_invoice(event.object_id)
             found = await self._calls(following.read, self._stripe, event)
             failpoint("inbox.after_read")
+            if event.object_kind == "invoice":
+                await self._follow_invoice(event.object_id)
             async with self._database.write() as session:
                 await following.apply(session, event, found)
                 await _done(session, event_id)
                 failpoint("inbox.before_apply_commit")
             failpoint("inbox.after_apply_commit")
+        except following.NotThere as error:
+            await self._wait_for(event_id, str(error))
         except (StripeBusy, StripeUnknown) as error:
             await self._park(event_id, str(error), is_away=True)
         except Exception as error:
@@ -165,6 +168,18 @@ class Inbox:
             row.next_at = after_seconds(LEASE_SECONDS)
             failpoint("inbox.before_claim_commit")
             return _event_of(row)
+
+    async def _wait_for(self, event_id: str, reason: str) -> None:
+        """What Stripe does not know may be there once the API key is the right one; after some
+        days it is none of ours."""
+        async with self._database.write() as session:
+            row = await _locked(session, event_id)
+            if row.state not in WAITING_STATES:
+                return
+            row.error = reason[:MAX_ERROR_CHARS]
+            is_over = clock.now() - row.received_at > WAITED_FOR
+            row.state = "done" if is_over else "parked"
+            row.next_at = after_seconds(backoff_seconds(row.num_attempts, LONGEST_WAIT_SECONDS))
 
     async def _park(self, event_id: str, reason: str, *, is_away: bool) -> None:
         async with self._database.write() as session:

@@ -13,6 +13,7 @@ from stripe import WebhookSignature
 from app.billing.payments import following, inbox
 from app.billing.stripe_errors import BadSignature
 from tests.app.billing.payments.cashier import CENTS, Cashier
+from tests.stripe_stand_in.errors import missing
 from tests.stripe_stand_in.webhooks import Delivery
 
 # Of what happens to a payment, in this order; the last event of each.
@@ -244,8 +245,55 @@ async def test_what_is_none_of_ours_is_done(cashier: Cashier) -> None:
     await cashier.payments.receive(body, header)
     cashier.stripe.pay_out(100)
     await cashier.hear()
+    (waiting,) = await cashier.events("parked")
+    assert (waiting.id, "No such payment_intent" in waiting.error) == ("evt_1", True)
+    cashier.time.passes(hours=24 * 8)
+    await cashier.payments.link.inbox.turn()
     assert {each.state for each in await cashier.events()} == {"done"}
     assert await cashier.accounts() == before
+
+
+@pytest.mark.parametrize("other", ["account", "mode"])
+async def test_what_another_key_does_not_see_waits_for_the_right_one(
+    cashier: Cashier, other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, session_id = await begin(cashier)
+    pay(cashier, session_id)
+    await cashier.receive()
+    stripe = cashier.payments.link.stripe
+    with monkeypatch.context() as patch:
+        if other == "mode":
+            patch.setattr(stripe, "is_live", True)
+        else:
+            patch.setattr(cashier.stripe.account, "get", _see_nothing)
+        for _ in range(2 * inbox.MAX_ATTEMPTS):
+            await cashier.payments.link.inbox.turn()
+            cashier.time.passes(hours=3)
+        assert await cashier.balance_cents() == 0
+        assert await cashier.events("dead") == []
+        reason = "test mode" if other == "mode" else "No such"
+        assert all(reason in each.error for each in await cashier.events("parked"))
+    await cashier.payments.link.inbox.turn()
+    assert await cashier.balance_cents() == CENTS
+    await cashier.check()
+
+
+def _see_nothing(kind: str, id: str, param: str = "id") -> None:
+    raise missing(kind, id, param)
+
+
+async def test_what_a_connected_account_did_is_none_of_ours(cashier: Cashier) -> None:
+    body = (
+        b'{"object": "event", "id": "evt_1", "type": "charge.captured", "created": 1700000000,'
+        b' "account": "acct_other",'
+        b' "data": {"object": {"object": "charge", "id": "ch_1", "payment_intent": "pi_gone"}}}'
+    )
+    header = WebhookSignature.generate_signature_header(
+        body.decode(), cashier.stripe.webhook_secret, cashier.stripe.clock.now()
+    )
+    await cashier.payments.receive(body, header)
+    await cashier.payments.link.inbox.turn()
+    assert {each.state for each in await cashier.events()} == {"done"}
 
 
 def test_the_documents_name_every_event() -> None:
