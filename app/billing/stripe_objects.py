@@ -45,6 +45,7 @@ class Payment(msgspec.Struct, frozen=True):
     currency: str
     customer_id: str
     payment_method_id: str
+    is_card_kept: bool  # by the customer, who may have removed it since
     card_label: str  # Visa ending 4242
     top_up_id: str
     refunded_cents: int
@@ -193,6 +194,7 @@ def read_checkout(data: Data) -> Checkout:
 def read_payment(data: Data) -> Payment:
     """`latest_charge` and `payment_method` should be expanded."""
     charge = _object(data.get("latest_charge"))
+    method = _object(data.get("payment_method"))
     error = _object(data.get("last_payment_error"))
     return Payment(
         id=data["id"],
@@ -202,7 +204,8 @@ def read_payment(data: Data) -> Payment:
         currency=data["currency"],
         customer_id=_id(data.get("customer")),
         payment_method_id=_id(data.get("payment_method")),
-        card_label=_label(_object(data.get("payment_method"))),
+        is_card_kept=bool(method.get("customer")),
+        card_label=_label(method),
         top_up_id=_ours(data, "top_up_id"),
         refunded_cents=charge.get("amount_refunded") or 0,
         is_disputed=bool(charge.get("disputed")),

@@ -25,6 +25,7 @@ from app.billing.stripe_objects import BalanceTransaction, Dispute, Payment, Ref
 from app.core import clock
 
 MAX_ERROR_CHARS = 300
+_DECIDED = ("won", "lost", "warning_closed")  # of disputes
 # A payment in these was refused, and waits for somebody to pay in another way.
 _REFUSED = ("requires_payment_method", "requires_action", "canceled")
 
@@ -81,7 +82,8 @@ async def settle(session: AsyncSession, seen: Seen) -> bool:
         _take_back(top_up, refunded_cents, disputed_cents)
     if disputed_cents > 0:
         await _tell_of_dispute(session, organization_id, payment, disputed_cents)
-    elif disputed_cents < 0:
+    is_decided = bool(seen.disputes) and all(d.status in _DECIDED for d in seen.disputes)
+    if disputed_cents < 0 or is_decided:
         await end(session, organization_id, "payment_disputed", payment.id)
     if seen.disputes and payment.payment_method_id:
         is_disputed = any(not dispute.is_in_our_favour for dispute in seen.disputes)
@@ -156,7 +158,7 @@ async def _credit(session: AsyncSession, top_up: TopUp, payment: Payment) -> Non
     top_up.payment_intent_id, top_up.error = payment.id, ""
     top_up.paid_at = clock.now()
     top_up.state = "paid"
-    if payment.payment_method_id:
+    if payment.payment_method_id and payment.is_card_kept:
         await keep_card(
             session, top_up.organization_id, payment.payment_method_id, payment.card_label
         )

@@ -100,6 +100,21 @@ async def test_a_declined_card_leaves_the_page_open_for_another(cashier: Cashier
     await cashier.check()
 
 
+async def test_a_card_that_was_removed_is_not_kept_by_a_late_event(cashier: Cashier) -> None:
+    top_up = await cashier.begin()
+    cashier.stripe.pay_checkout(top_up.checkout_session_id or "")
+    late = cashier.stripe.webhooks.take()
+    (card,) = cashier.stripe.account.all("payment_method")
+    cashier.stripe.remove_card(card["id"])
+    await cashier.hear()
+    for delivery in late:
+        assert delivery.headers is not None
+        await cashier.payments.receive(delivery.body, delivery.headers["Stripe-Signature"])
+    await cashier.payments.link.inbox.turn()
+    assert await cashier.balance_cents() == CENTS
+    assert (await cashier.profile()).payment_method_id is None
+
+
 async def test_a_page_left_open_expires(cashier: Cashier) -> None:
     top_up = await cashier.begin()
     cashier.time.passes(hours=25)
