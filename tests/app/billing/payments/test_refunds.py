@@ -148,7 +148,7 @@ async def test_a_dispute_takes_back_until_it_is_won(
     assert top_up.state == ("paid" if is_won else "disputed")
     assert await cashier.balance_cents() == (CENTS if is_won else 0) - spent_cents
     (notice,) = await cashier.notices("payment_disputed")
-    assert (notice.ended_at is not None) == is_won
+    assert notice.ended_at is not None
     await cashier.check()
 
 
