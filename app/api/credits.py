@@ -171,12 +171,7 @@ async def give_credit(
             expires_at=data.expires_at and clock.in_utc(data.expires_at),
             note=data.note,
         )
-        lot = (await session.scalars(select(CreditLot).where(CreditLot.source == source))).one()
-        if (lot.kind, lot.amount_nano) != (data.kind, data.amount_nano):
-            raise Conflict(
-                "This Idempotency-Key was used for other credit. Send a new one.",
-                code="idempotency_key_reused",
-            )
+        lot = await credits.require_same_lot(session, source, data.kind, data.amount_nano)
         return _shown(lot)
 
 

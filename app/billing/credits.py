@@ -19,9 +19,12 @@ from app.billing.ledger import (
     on_account,
     post,
 )
-from app.billing.tables import CreditLot, LotUse
+from app.billing.payments.invoice_payments import asked_for_nano
+from app.billing.tables import MAX_BALANCE_NANO, CreditLot, LotUse
 from app.core import clock
+from app.core.errors import Conflict
 from app.core.ids import new_id
+from app.core.money import format_nano, write_amount
 
 
 class Draw(NamedTuple):
@@ -71,16 +74,30 @@ async def add_lot(
     the lot's id, or None when this `source` has given its credit before.
 
     A prepaid account (limit 0) that owes something, as after a dispute, pays that first: nobody
-    sends it an invoice.
+    sends it an invoice. But not what an invoice from before it was prepaid asks for: that is paid
+    as an invoice, or it could be paid twice. Raises `Conflict` for another currency than the
+    account's, and for more than an account holds.
     """
     assert amount_nano > 0
     account = await lock_account(session, organization_id, currency)
     if await is_posted(session, f"credit:{source}"):
         return None
+    if account.currency != currency:
+        raise Conflict(
+            f"This account is kept in {account.currency.upper()}: credit in {currency.upper()} "
+            "cannot be added to it.",
+            code="currency_differs",
+        )
+    if account.posted_nano + amount_nano > MAX_BALANCE_NANO:
+        raise Conflict(
+            f"An account holds at most {format_nano(MAX_BALANCE_NANO, currency)}.",
+            code="balance_too_large",
+        )
     owed_nano = 0
     if account.credit_limit_nano == 0 and kind == "paid":
         in_lots = sum(lot.remaining_nano for lot in await open_lots(session, organization_id))
-        owed_nano = min(amount_nano, max(0, in_lots - account.posted_nano))
+        owed_nano = in_lots - account.posted_nano - await asked_for_nano(session, organization_id)
+        owed_nano = min(amount_nano, max(0, owed_nano))
     entries = {from_account: -amount_nano, on_account(organization_id): owed_nano}
     entries[credit_account(organization_id, kind)] = amount_nano - owed_nano
     transaction_id = await post(
@@ -109,6 +126,20 @@ async def add_lot(
     )
     await session.flush()
     return lot_id
+
+
+async def require_same_lot(
+    session: AsyncSession, source: str, kind: str, amount_nano: int
+) -> CreditLot:
+    """The lot of this source. Raises `Conflict` if it is other credit than was asked for now."""
+    lot = (await session.scalars(select(CreditLot).where(CreditLot.source == source))).one()
+    if (lot.kind, lot.amount_nano) != (kind, amount_nano):
+        raise Conflict(
+            f"Other credit was given under this key: {write_amount(lot.amount_nano)} "
+            f"({lot.kind}). To give more, use a new one.",
+            code="idempotency_key_reused",
+        )
+    return lot
 
 
 async def take_back(

@@ -7,7 +7,7 @@ from litestar import Response, Router, get, post
 from litestar.params import FromPath
 
 from app.api.credits import FROM_ACCOUNT, MAX_NOTE_CHARS
-from app.billing.credits import add_lot, open_lots
+from app.billing.credits import add_lot, open_lots, require_same_lot
 from app.billing.ledger import lock_account
 from app.billing.service import MAX_LIMIT_NANO, parse_spending_limit, set_spending_limit
 from app.billing.standings import read_standings
@@ -15,7 +15,7 @@ from app.console.sessions import form_field, go, signed_in
 from app.console.templating import PageRequest, page
 from app.core import clock
 from app.core.database import Database
-from app.core.errors import AppError, InvalidRequest, NotFound
+from app.core.errors import AppError, Conflict, InvalidRequest, NotFound
 from app.core.ids import new_id
 from app.core.money import parse_amount, write_amount
 from app.organizations.service import get_organization
@@ -77,6 +77,7 @@ async def give_credit(request: PageRequest, organization_id: FromPath[str]) -> R
     try:
         amount_nano, expires_at = _credit(sent), _expiry(sent["expires_on"])
         _check(sent)
+        source = f"grant:{organization_id}:{sent['grant_id']}"
         async with database.write() as session:
             await get_organization(session, organization_id)
             await add_lot(
@@ -84,12 +85,18 @@ async def give_credit(request: PageRequest, organization_id: FromPath[str]) -> R
                 organization_id,
                 sent["kind"],
                 amount_nano,
-                source=f"grant:{organization_id}:{sent['grant_id']}",
+                source=source,
                 currency=settings.currency,
                 from_account=FROM_ACCOUNT[sent["kind"]],
                 expires_at=expires_at,
                 note=sent["note"],
             )
+            await require_same_lot(session, source, sent["kind"], amount_nano)
+    except Conflict as error:
+        # This form's key is spent: the one in the answer has another.
+        return await _page(
+            request, organization_id, error=error, sent=sent | {"grant_id": new_id("grant")}
+        )
     except NotFound:
         raise
     except AppError as error:

@@ -76,6 +76,16 @@ async def standing(session: AsyncSession, invoice: Invoice) -> Standing:
     )
 
 
+async def asked_for_nano(session: AsyncSession, organization_id: str) -> int:
+    """What unpaid invoices ask the organization for."""
+    unpaid = await session.scalars(
+        select(Invoice).where(
+            Invoice.organization_id == organization_id, Invoice.state.in_(UNPAID_STATES)
+        )
+    )
+    return sum([(await standing(session, invoice)).open_nano for invoice in unpaid.all()])
+
+
 async def post_payments(
     session: AsyncSession, invoice: Invoice, total_nano: int, from_account: str
 ) -> int:

@@ -20,9 +20,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.billing.credits import open_lots
 from app.billing.ledger import lock_account
 from app.billing.payments.cents import NANO_PER_CENT, write_cents
-from app.billing.payments.invoice_payments import UNPAID_STATES, standing
+from app.billing.payments.invoice_payments import asked_for_nano
 from app.billing.payments.month_usage import (
     MonthUsage,
+    debited_since,
     first_period,
     month_usage,
     owed_for_usage_since,
@@ -80,40 +81,38 @@ class MonthCloser:
         async with self._database.read() as session:
             first = await _first_open(session, organization_id, last)
         for period in _months(first, last):
-            is_new = await self._freeze(organization_id, period)
+            await self._freeze(organization_id, period)
             failpoint("invoices.after_freeze")
             before = await self._read(organization_id, period)
             if before is None or is_held_back(before):
-                num_made += await self._make(organization_id, period, is_new=is_new)
+                num_made += await self._make(organization_id, period)
                 after = await self._read(organization_id, period)
                 if after is not None and is_held_back(after):
                     return num_made  # no further month until a person has seen to this one
         self._closed[organization_id] = last
         return num_made
 
-    async def _make(self, organization_id: str, period: Period, *, is_new: bool) -> bool:
+    async def _make(self, organization_id: str, period: Period) -> bool:
         """Whether there is one now that was not before, or was held back."""
         async with self._database.read() as session:
             usage = await month_usage(session, organization_id, period)
         async with self._database.write() as session:
-            invoice = await self._invoice(session, organization_id, usage, is_new)
+            invoice = await self._invoice(session, organization_id, usage)
             failpoint("invoices.before_invoice_commit")
         failpoint("invoices.after_invoice_commit")
         return invoice is not None
 
-    async def _freeze(self, organization_id: str, period: Period) -> bool:
-        """Nothing is posted to this month from here on. Whether that was not so before."""
+    async def _freeze(self, organization_id: str, period: Period) -> None:
+        """Nothing is posted to this month from here on."""
         async with self._database.write() as session:
             account = await lock_account(session, organization_id, self._currency)
-            is_new = account.closed_until is None or account.closed_until < period.end
-            if is_new:
+            if account.closed_until is None or account.closed_until < period.end:
                 account.closed_until = period.end
                 await session.flush()
             failpoint("invoices.before_freeze_commit")
-        return is_new
 
     async def _invoice(
-        self, session: AsyncSession, organization_id: str, usage: MonthUsage, is_new: bool
+        self, session: AsyncSession, organization_id: str, usage: MonthUsage
     ) -> Invoice | None:
         """The month's invoice, unless there is one, or nothing to put on it. One that differed
         and no longer does is made good."""
@@ -123,8 +122,10 @@ class MonthCloser:
         if before is not None and (differs or not is_held_back(before)):
             return None
         total_nano = await _total_nano(session, account, usage)
-        # What a refund or a dispute left owing is asked for without usage too, once.
-        is_owing = is_new and _due_cents(account, total_nano) > 0
+        # What a refund or a dispute of the month, or before, left owing is asked for without usage
+        # too. One after it is the next month's, however often this month is looked at.
+        since_nano = await debited_since(session, organization_id, usage.period)
+        is_owing = _due_cents(account, total_nano - since_nano) > 0
         if not (usage.lines or differs or is_owing):
             return None
         invoice = before or await _new_invoice(session, organization_id, usage.period)
@@ -229,14 +230,7 @@ async def _total_nano(session: AsyncSession, account: AccountBalance, usage: Mon
     in_lots = sum(lot.remaining_nano for lot in await open_lots(session, account.organization_id))
     owed_nano = in_lots - account.posted_nano
     owed_nano -= await owed_for_usage_since(session, account.organization_id, usage.period)
-    unpaid = await session.scalars(
-        select(Invoice).where(
-            Invoice.organization_id == account.organization_id, Invoice.state.in_(UNPAID_STATES)
-        )
-    )
-    for invoice in unpaid.all():
-        owed_nano -= (await standing(session, invoice)).open_nano
-    return owed_nano
+    return owed_nano - await asked_for_nano(session, account.organization_id)
 
 
 def _due_cents(account: AccountBalance, total_nano: int) -> int:

@@ -108,6 +108,21 @@ async def owed_for_usage_since(session: AsyncSession, organization_id: str, peri
     return posted.get(on_account(organization_id), 0)
 
 
+async def debited_since(session: AsyncSession, organization_id: str, period: Period) -> int:
+    """What anything but usage put on account after this month: refunds, disputes."""
+    total = await session.scalar(
+        select(func.sum(LedgerEntry.amount_nano))
+        .join(LedgerTransaction, LedgerTransaction.id == LedgerEntry.transaction_id)
+        .where(
+            LedgerEntry.account == on_account(organization_id),
+            LedgerEntry.amount_nano < 0,
+            LedgerEntry.created_at >= period.end,
+            LedgerTransaction.kind != "usage",
+        )
+    )
+    return -int(total or 0)
+
+
 async def first_period(session: AsyncSession, organization_id: str) -> Period | None:
     """The month from which on there is something in the organization's books."""
     hour = await session.scalar(

@@ -29,7 +29,7 @@ from app.billing.tables import (
 )
 from app.core import clock
 from app.core.database import Database
-from app.core.errors import PaymentRequired
+from app.core.errors import Conflict, PaymentRequired
 from app.metering.tables import UsageEvent, UsageHour
 
 from .conftest import ORGANIZATION
@@ -237,6 +237,21 @@ async def test_the_next_payment_of_a_prepaid_account_pays_its_debt_first(
     assert (entries[OWED], entries[PAID]) == (0, 7)
     await add(books, 5, "stripe:pi_2")
     assert (await balances(books))[PAID] == 12
+
+
+async def test_credit_is_in_the_currency_of_its_account(books: Database) -> None:
+    async with books.write() as session:
+        await lock_account(session, "org_eur", "eur")
+        with pytest.raises(Conflict, match="kept in EUR"):
+            await credits.add_lot(
+                session,
+                "org_eur",
+                "promotional",
+                1,
+                source="grant:1",
+                currency="usd",
+                from_account=PROMOTIONAL_COST,
+            )
 
 
 async def test_a_refund_of_a_payment_that_paid_debt_owes_it_again(

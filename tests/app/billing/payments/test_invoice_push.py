@@ -352,6 +352,22 @@ async def test_a_deleted_draft_can_be_made_again(post: Post) -> None:
     assert len(post.at_stripe()) == 1
 
 
+async def test_what_an_invoice_asks_for_is_not_paid_by_a_top_up_too(post: Post) -> None:
+    """Postpaid until it had an invoice, and prepaid from then on."""
+    months, top_up_nano = post.months, 150 * CENT
+    invoice = await post.sent(100 * CENT)
+    months.clock.set("2026-02-02T00:00:00")
+    months.use(20 * CENT)  # on no invoice yet
+    await months.limit(0)
+    await months.credit(top_up_nano, "paid")
+    assert await post.owed() == 100 * CENT
+    assert (await months.account()).posted_nano == 30 * CENT
+    post.stripe.pay_invoice(invoice.stripe_invoice_id or "")
+    await post.hear()
+    assert await post.owed() == 0
+    assert (await months.account()).posted_nano == 130 * CENT
+
+
 @contextmanager
 def unknown_to_stripe(post: Post, stripe_invoice_id: str) -> Iterator[None]:
     """As under the key of another account."""

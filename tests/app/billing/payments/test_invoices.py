@@ -258,6 +258,31 @@ async def test_a_refund_of_spent_credit_comes_with_the_next_invoice(months: Mont
     await months.check_books()
 
 
+async def test_a_crash_after_the_freeze_delays_no_debt(months: Months) -> None:
+    """Nothing was used, and only what a refund left owing is to be asked for: in its own month."""
+    source = await months.credit(80 * CENT, "paid")
+    months.use(80 * CENT)
+    months.clock.set("2026-02-01T01:00:00")
+    await months.close_months()
+    months.clock.set("2026-02-10")
+    refund = {"kind": "refund", "to_account": OTHER_CLEARING}
+    async with months.database.write() as session:
+        await take_back(session, source=source, amount_nano=60 * CENT, key="refund:1", **refund)
+    assert await months.close_months() == 0  # January is over, and its invoice was made
+
+    def crash(name: str) -> None:
+        raise Reached(name)
+
+    months.clock.set("2026-03-01T01:00:00")
+    with pytest.raises(Reached), observed(Countdown("invoices.after_freeze", crash)):
+        await months.close_months()
+    async with months.database.write() as session:  # after the month's end: the next one's
+        await take_back(session, source=source, amount_nano=20 * CENT, key="refund:2", **refund)
+    assert await months.close_months() == 1
+    assert [each.period for each in await months.invoices()] == ["2026-01", "2026-02"]
+    await months.check_books()
+
+
 @pytest.mark.parametrize(
     "place",
     [
@@ -434,6 +459,7 @@ async def test_whatever_happens_invoices_ask_for_what_was_used(
             for _ in range(number):
                 month = month.next
             months.clock.set(f"{month}-10")
+            await confirm_clock(months)
             await months.close_months()
         elif step.endswith("credit"):
             kind = "paid" if step == "paid credit" else "promotional"
