@@ -1,10 +1,13 @@
 """Notices in the console: the banner on every page, dismissing one, and who else is told."""
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 from litestar import Response, Router, post
 from litestar.params import FromPath
+from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.billing.ledger import lock_account
 from app.billing.payments import notices
@@ -17,10 +20,12 @@ from app.console.sessions import SAFE_METHODS, form_field, go, require_person, s
 from app.console.templating import PageRequest
 from app.core import clock
 from app.core.database import Database
-from app.core.errors import AppError, Conflict, InvalidRequest
+from app.core.errors import AppError, Conflict, InvalidRequest, RateLimited
 from app.core.money import parse_amount
 from app.core.security import new_token
 from app.settings import Settings
+
+TEST_PAUSE = timedelta(minutes=1)
 
 
 async def enter(request: PageRequest) -> None:
@@ -91,6 +96,7 @@ async def send_test(request: PageRequest) -> Response[Any]:
         profile = await open_profile(session, principal.organization_id)
         if not profile.notify_url:
             raise Conflict("There is no address to send a test to. Save one first.")
+        await _refuse_another(session, principal.organization_id)
         await notices.end(session, principal.organization_id, "test")
         message = "This is a test: notices of this organization arrive here."
         notice_id = await notices.notify(
@@ -100,6 +106,20 @@ async def send_test(request: PageRequest) -> Response[Any]:
         await notices.dismiss(session, principal.organization_id, notice_id)
     request.app.state.clerk.wake("notices")
     return go(request, f"{HERE}?notice=tested#notices")
+
+
+async def _refuse_another(session: AsyncSession, organization_id: str) -> None:
+    newest = await session.scalar(
+        select(func.max(Notice.created_at)).where(
+            Notice.organization_id == organization_id, Notice.kind == "test"
+        )
+    )
+    if newest is not None and clock.now() - newest < TEST_PAUSE:
+        raise RateLimited(
+            "A test was sent a moment ago. Wait a minute before the next.",
+            code="too_many_tests",
+            retry_after_seconds=TEST_PAUSE // timedelta(seconds=1),
+        )
 
 
 def _amount(text: str) -> int | None:

@@ -72,11 +72,11 @@ async def test_a_test_is_sent_to_the_address_and_disturbs_nobody(operator: Desk)
     answer = await operator.post(f"{HERE}/notices/test")
     assert answer.status_code == 409
     await operator.post(f"{HERE}/notices", notify_url="https://example.com/told")
-    for _ in range(2):
-        await operator.done(f"{HERE}/notices/test")
+    await operator.done(f"{HERE}/notices/test")
+    assert (await operator.post(f"{HERE}/notices/test")).status_code == 429
     async with operator.database.read() as session:
         rows = (await session.scalars(select(Notice))).all()
-    assert len(rows) == 2
+    assert len(rows) == 1
     page = await operator.page()
     assert "This is a test" in page.split('id="notices"')[1]
     assert "/dismiss" not in page
@@ -127,6 +127,30 @@ async def test_credit_is_given_once_for_each_form(operator: Desk) -> None:
         ({"grant_id": ""}, "This form is out of date"),
     ):
         assert complaint in await operator.refused(f"{here}/credits", **(gift | wrong)), wrong
+
+
+async def test_a_form_sent_again_with_other_credit_is_refused(operator: Desk) -> None:
+    customer = await add_tenant(operator.application, "acme")
+    here = f"{PLACES}/{customer.id}"
+    await operator.done(f"{here}/credits", credit="5", kind="promotional", grant_id="one")
+    refused = await operator.refused(f"{here}/credits", credit="50", kind="paid", grant_id="one")
+    assert "Other credit was given under this key" in refused
+    # The answer's own form has another key, so that sending it gives the credit.
+    grant_id = re.findall(r'name="grant_id" value="(\w+)"', refused)[0]
+    await operator.done(f"{here}/credits", credit="50", kind="paid", grant_id=grant_id)
+    async with operator.database.read() as session:
+        lots = await open_lots(session, customer.id)
+    assert [lot.remaining_nano for lot in lots] == [5 * 10**9, 50 * 10**9]
+
+
+async def test_more_credit_than_an_account_holds_is_refused(operator: Desk) -> None:
+    customer = await add_tenant(operator.application, "acme")
+    here = f"{PLACES}/{customer.id}/credits"
+    for number in range(4):
+        sent = {"credit": "1000000000", "kind": "promotional", "grant_id": f"grant{number}"}
+        await operator.done(here, **sent)
+    refused = await operator.refused(here, credit="1", kind="promotional", grant_id="another")
+    assert "An account holds at most" in refused
 
 
 async def test_customers_have_no_page_of_organizations(operator: Desk) -> None:

@@ -252,6 +252,8 @@ async def test_what_cannot_be_found_or_reached_is_told(months: Months) -> None:
         ("64:ff9b::7f00:1", False),
         ("2002:7f00:1::", False),
         ("ff02::1", False),
+        ("fec0::1", False),
+        ("192.88.99.1", False),
     ],
 )
 def test_public_addresses(address: str, is_right: bool) -> None:
@@ -400,3 +402,25 @@ async def test_budgets_are_told_of_when_nearly_and_when_all_is_spent(months: Mon
     assert await spend(100 * CENT) == [("budget_nearly_spent", False), ("budget_spent", True)]
     months.clock.set("2026-01-11")
     assert await spend(100 * CENT) == [("budget_nearly_spent", False), ("budget_spent", False)]
+
+
+async def test_one_organization_delays_nobody_else(
+    months: Months, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many notices it has due, and however long its address takes."""
+    await set_url(months, "https://slow.example", ORGANIZATION)
+    await set_url(months, "https://good.example")
+    async with months.database.write() as session:
+        for number in range(200):
+            await notify(session, ORGANIZATION, "test", "", {}, subject=f"{number}")
+    await tell(months)
+    sent: list[str] = []
+
+    async def send(delivery: notice_delivery._Delivery) -> str:
+        sent.append(delivery.url)
+        return "no answer"
+
+    monkeypatch.setattr(notice_delivery, "_send", send)
+    await notice_delivery.deliver_notices(months.database)
+    assert sent.count("https://good.example") == 1
+    assert sent.count("https://slow.example") == notice_delivery.MAX_OF_ONE
