@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 log = logging.getLogger(__name__)
 
+PATIENCE_SECONDS = 10.0  # with a turn that is under way when the clerk is closed
+
 Turn = Callable[[], Awaitable[object]]
 
 
@@ -28,6 +30,7 @@ class Clerk:
     def __init__(self) -> None:
         self._jobs: dict[str, Job] = {}
         self._tasks: list[asyncio.Task[None]] = []
+        self._is_closing = False
 
     def add(self, name: str, seconds: float, turn: Turn) -> None:
         self._jobs[name] = Job(name, seconds, turn, asyncio.Event())
@@ -40,26 +43,35 @@ class Clerk:
 
     def start(self) -> None:
         self._tasks = [
-            asyncio.create_task(_repeat(job), name=f"clerk: {job.name}")
+            asyncio.create_task(self._repeat(job), name=f"clerk: {job.name}")
             for job in self._jobs.values()
         ]
 
-    async def close(self) -> None:
-        for task in self._tasks:
+    async def close(self, patience_seconds: float = PATIENCE_SECONDS) -> None:
+        """Lets turns that are under way end, but not for ever: what takes longer is cancelled."""
+        self._is_closing = True
+        for job in self._jobs.values():
+            job.wake.set()
+        if not self._tasks:
+            return
+        _, late = await asyncio.wait(self._tasks, timeout=patience_seconds)
+        for task in late:
+            log.warning("%s does not end, and is cancelled", task.get_name())
             task.cancel()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
+        if late:
+            await asyncio.wait(late)
 
-
-async def _repeat(job: Job) -> None:
-    while True:
-        try:
-            await job.turn()
-        except Exception:
-            log.exception("%s failed; it is tried again in %d seconds", job.name, job.seconds)
-        try:
-            async with asyncio.timeout(job.seconds):
-                await job.wake.wait()
-        except TimeoutError:
-            pass
-        job.wake.clear()
+    async def _repeat(self, job: Job) -> None:
+        while not self._is_closing:
+            job.wake.clear()
+            try:
+                await job.turn()
+            except Exception:
+                log.exception("%s failed; it is tried again in %d seconds", job.name, job.seconds)
+            if self._is_closing:
+                return
+            try:
+                async with asyncio.timeout(job.seconds):
+                    await job.wake.wait()
+            except TimeoutError:
+                pass
