@@ -1,6 +1,8 @@
 """What budgets say was spent in a day or month against the requests admitted in it."""
 
+import time
 from calendar import timegm
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -20,7 +22,8 @@ BUDGETS = Subject(
 )
 EDGE = timedelta(minutes=1)  # between a request's arrival and its hold
 MAX_EVENTS = 1_000_000  # of the organization since the window began; beyond, it is left out
-NUM_WINDOWS = 20  # looked at in one run
+NUM_WINDOWS = 20  # looked at in one run at most
+SECONDS = 1.0  # for them, and as much for those that were found last
 RECENT = timedelta(days=32)
 
 
@@ -35,16 +38,20 @@ class BudgetWalk:
         """Goes on where it stopped. What was found last is looked at again each time."""
         first = f"{now - RECENT:%Y-%m-%d}"
         again = _windows(connection, _AGAIN, {"first": first, "names": self.differing})
-        bounds = {"first": first, "last": self._last, "most": NUM_WINDOWS}
-        next_ones = _windows(connection, _NEXT, bounds)
-        self._last = list(next_ones)[-1] if len(next_ones) == NUM_WINDOWS else ""
+        after = {"first": first, "last": self._last, "most": NUM_WINDOWS}
+        next_ones = _windows(connection, _NEXT, after)
+        looked_at = dict(_in_time(connection, again))
+        went_on = dict(_in_time(connection, next_ones))
+        is_through = len(went_on) == len(next_ones) < NUM_WINDOWS
+        self._last = "" if is_through else list(went_on)[-1]
+        looked_at |= went_on
         found: list[Difference] = []
         left = right = num_windows = 0
-        for name, row in (again | next_ones).items():
-            bounds = _spent(connection, row)
+        for name, bounds in looked_at.items():
             if bounds is None:
                 continue
             num_windows += 1
+            row = again.get(name) or next_ones[name]
             least, most = bounds
             posted = int(row["posted_nano"])
             nearest = min(max(posted, least), most)
@@ -52,8 +59,21 @@ class BudgetWalk:
             if posted != nearest:
                 note = f"{row['scope']} {row['subject_name'] or row['subject']}".strip()
                 found.append(Difference(name, posted, nearest, note))
-        self.differing = [difference.name for difference in found[:MAX_NAMED]]
+        found_names = [difference.name for difference in found]
+        not_reached = [name for name in again if name not in looked_at]
+        self.differing = [*found_names, *not_reached][:MAX_NAMED]
         return BUDGETS.compared(left, right, found, note=f"{num_windows} windows looked at.")
+
+
+def _in_time(
+    connection: Connection, windows: dict[str, RowMapping]
+) -> Iterator[tuple[str, tuple[int, int] | None]]:
+    """What each came to, until the time is used up; of the first one in any case."""
+    ends_at = time.monotonic() + SECONDS
+    for number, (name, row) in enumerate(windows.items()):
+        if number and time.monotonic() > ends_at:
+            return
+        yield name, _spent(connection, row)
 
 
 _WINDOWS = (

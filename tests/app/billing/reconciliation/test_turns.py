@@ -94,3 +94,16 @@ async def test_each_of_many_spoilt_budgets_is_an_alarm(
     )
     runs = await confirmed(books, "budgets", 4)
     assert [len(names) for names in runs] == [0, 1, 2, 2]
+
+
+async def test_budgets_go_on_where_the_time_was_used_up(
+    books: Books, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budgets, "SECONDS", -1.0)
+    notes = [(await books.compare())["budgets"].note for _ in range(2)]
+    assert notes == ["1 windows looked at."] * 2
+    await books.spoil(
+        "UPDATE budget_window SET posted_nano = posted_nano - 1 WHERE posted_nano > 0"
+    )
+    runs = await confirmed(books, "budgets", 4)
+    assert [len(names) for names in runs] == [0, 1, 1, 1]
