@@ -1,6 +1,7 @@
 """The mirror: the last state of each object that we read from Stripe, for people and reconcilers.
 
-Nothing is decided by it.
+No posting is decided by it. Notes of our own are kept beside, such as how far events were listed
+(`inbox.py`) and which cards are disputed (`profile.py`).
 """
 
 from typing import Any

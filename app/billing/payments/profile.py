@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from app.billing.payments import mirror
 from app.billing.payments.notices import end, notify
 from app.billing.payments.operations import (
     Answer,
@@ -75,9 +76,12 @@ def parse_email(text: str) -> str:
 
 
 async def set_email(session: AsyncSession, organization_id: str, email: str) -> BillingProfile:
-    """Where bills go. The customer at Stripe gets it when it is made."""
+    """Where bills go. The customer at Stripe gets it when it is made, or now if it is there."""
     profile = await open_profile(session, organization_id)
+    is_new = email != profile.email
     profile.email, profile.updated_at = email, clock.now()
+    if is_new and profile.stripe_customer_id is not None:
+        await _plan_update(session, organization_id)
     return profile
 
 
@@ -102,6 +106,22 @@ async def forget_card(session: AsyncSession, payment_method_id: str) -> None:
         .where(BillingProfile.payment_method_id == payment_method_id)
         .values(payment_method_id=None, card_label="", updated_at=clock.now())
     )
+
+
+async def mark_card(
+    session: AsyncSession, payment_method_id: str, payment_id: str, *, is_disputed: bool
+) -> None:
+    """The owner of the card disputes a payment by it, or does so no longer."""
+    id = f"card:{payment_method_id}"
+    card = await mirror.read(session, id)
+    disputes = {} if card is None else card.data
+    await mirror.put(session, id, "card", {**disputes, payment_id: is_disputed})
+
+
+async def is_card_disputed(session: AsyncSession, payment_method_id: str) -> bool:
+    """Whether a payment by this card is disputed, or was with success."""
+    card = await mirror.read(session, f"card:{payment_method_id}")
+    return card is not None and any(card.data.values())
 
 
 async def pause_recharge(
@@ -180,11 +200,47 @@ class CreateCustomer(Kind):
         profile = await open_profile(session, operation.organization_id)
         profile.stripe_customer_id, profile.updated_at = answer.id, clock.now()
         await session.flush()
+        if profile.email != operation.params["email"]:  # changed while it was being made
+            await _plan_update(session, operation.organization_id)
         await hasten(session, operation.organization_id)
 
     async def refused(self, session: AsyncSession, operation: Operation, why: Refusal) -> None:
         """What waited for the customer has failed with it."""
         await _fail_waiting(session, operation.organization_id, why.message)
+
+
+async def _plan_update(session: AsyncSession, organization_id: str) -> None:
+    key = f"customer_update:{organization_id}:{new_id('op')}"
+    await plan(session, UpdateCustomer.name, key, organization_id, organization_id, {})
+
+
+class UpdateCustomer(Kind):
+    """Brings a changed e-mail address to the customer: invoices are sent to that one."""
+
+    name = "update_customer"
+    is_harmless_twice = True
+
+    async def prepare(self, session: AsyncSession, operation: Operation) -> dict[str, Any] | None:
+        profile = await open_profile(session, operation.organization_id)
+        if profile.stripe_customer_id is None:
+            raise NotNeeded("The customer is gone.")
+        return {"customer_id": profile.stripe_customer_id, "email": profile.email}
+
+    def send(self, stripe: Stripe, operation: Operation) -> Answer:
+        return stripe.update_customer(operation.id, **operation.params)
+
+    def find(self, stripe: Stripe, operation: Operation) -> Answer | None:
+        customer = stripe.get_customer(operation.params["customer_id"])
+        is_done = customer.is_deleted or customer.email == operation.params["email"]
+        return customer if is_done else None
+
+    async def confirmed(
+        self, session: AsyncSession, operation: Operation, answer: Customer
+    ) -> None:
+        """One that was long in doubt may have undone a later one."""
+        profile = await open_profile(session, operation.organization_id)
+        if not answer.is_deleted and profile.email != operation.params["email"]:
+            await _plan_update(session, operation.organization_id)
 
 
 async def _fail_waiting(session: AsyncSession, organization_id: str, reason: str) -> None:

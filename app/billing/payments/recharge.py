@@ -21,7 +21,7 @@ from app.billing.payments.operations import (
     Refusal,
     plan,
 )
-from app.billing.payments.profile import open_profile, pause_recharge
+from app.billing.payments.profile import is_card_disputed, open_profile, pause_recharge
 from app.billing.payments.settling import MAX_ERROR_CHARS, Seen, fail, settle
 from app.billing.payments.tables import BillingProfile, TopUp
 from app.billing.payments.top_ups import MAX_CENTS, MIN_CENTS
@@ -96,6 +96,10 @@ class Recharging:
             profile = await open_profile(session, organization_id)
             if not _is_due(account, profile) or await _is_under_way(session, organization_id):
                 return False
+            if await is_card_disputed(session, profile.payment_method_id or ""):
+                reason = "a payment by this card is disputed. Pay with another one."
+                await pause_recharge(session, organization_id, reason, {})
+                return False
             if await _num_today(session, organization_id) >= MAX_PER_DAY:
                 reason = f"{MAX_PER_DAY} recharges in one day: choose a larger amount."
                 await pause_recharge(session, organization_id, reason, {})
@@ -161,7 +165,8 @@ class ChargeCard(Kind):
         top_up = await session.get_one(TopUp, operation.subject_id)
         account = await session.get_one(AccountBalance, operation.organization_id)
         profile = await open_profile(session, operation.organization_id)
-        if not _is_due(account, profile):
+        card_id = profile.payment_method_id or ""
+        if not _is_due(account, profile) or await is_card_disputed(session, card_id):
             top_up.state, top_up.error = "expired", "It was needed no longer when it could be made."
             raise NotNeeded(top_up.error)
         return operation.params | {

@@ -94,6 +94,58 @@ async def test_another_card_lets_it_go_on(cashier: Cashier) -> None:
     await cashier.check()
 
 
+@pytest.mark.parametrize("how", ["refund", "refund by hand", "dispute"])
+async def test_what_is_taken_back_is_not_charged_again(cashier: Cashier, how: str) -> None:
+    await cashier.save_card(below_cents=1000)
+    (top_up,) = await cashier.top_ups()
+    if how == "refund":
+        await cashier.payments.refund(top_up.id, CENTS)
+    elif how == "dispute":
+        cashier.stripe.open_dispute(top_up.payment_intent_id or "")
+    else:
+        cashier.stripe.refund_by_hand(top_up.payment_intent_id or "")
+    await cashier.hear()
+    await cashier.work_until_idle(rounds=3)
+    assert len(cashier.payments_made()) == 1
+    assert "refunded or is disputed" in (await cashier.profile()).recharge_paused
+    (notice,) = await cashier.notices("recharge_failed")
+    assert "Automatic recharging is paused: a payment was refunded" in notice.message
+    await cashier.check()
+
+
+@pytest.mark.parametrize("is_inquiry", [False, True])
+async def test_a_disputed_card_is_charged_again_only_once_that_is_won(
+    cashier: Cashier, is_inquiry: bool
+) -> None:
+    await cashier.save_card(below_cents=1000)
+    (top_up,) = await cashier.top_ups()
+    dispute = cashier.stripe.open_dispute(top_up.payment_intent_id or "", is_inquiry=is_inquiry)
+    await cashier.hear()
+    await cashier.recharge_below(CENTS + 1)
+    await cashier.work_until_idle(rounds=2)
+    assert len(cashier.payments_made()) == 1
+    assert "this card is disputed" in (await cashier.profile()).recharge_paused
+    cashier.stripe.win_dispute(dispute["id"])
+    await cashier.hear()
+    await cashier.recharge_below(CENTS + 1)
+    await cashier.work_until_idle(rounds=2)
+    assert len(cashier.payments_made()) == 2
+    await cashier.check()
+
+
+async def test_a_recharge_that_was_begun_does_not_charge_a_disputed_card(cashier: Cashier) -> None:
+    await low(cashier)
+    cashier.stripe.go_away()
+    await cashier.payments.recharge()
+    cashier.stripe.start()
+    cashier.stripe.open_dispute((await cashier.top_ups())[0].payment_intent_id or "")
+    await cashier.hear()
+    await cashier.recharge_below(CENTS + 1)
+    await cashier.work_until_idle(rounds=2)
+    assert len(cashier.payments_made()) == 1
+    await cashier.check()
+
+
 async def test_without_a_card_nothing_is_charged(cashier: Cashier) -> None:
     await low(cashier)
     cashier.stripe.remove_card((await cashier.profile()).payment_method_id or "")
