@@ -73,6 +73,14 @@ class Stripe(StripeInvoices, StripeLists):
             customer = self._v1.customers.create(params, {"idempotency_key": key})
         return objects.read_customer(_data(customer))
 
+    def update_customer(self, key: str, *, customer_id: str, email: str) -> Customer:
+        """`email` "" takes the address away."""
+        with self._call():
+            customer = self._v1.customers.update(
+                customer_id, {"email": email}, {"idempotency_key": key}
+            )
+        return objects.read_customer(_data(customer))
+
     def get_customer(self, customer_id: str) -> Customer:
         with self._call():
             return objects.read_customer(_data(self._v1.customers.retrieve(customer_id)))

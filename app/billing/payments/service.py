@@ -14,7 +14,7 @@ from app.billing.payments.calls import Calls
 from app.billing.payments.inbox import FollowInvoice, Inbox
 from app.billing.payments.operations import Kind
 from app.billing.payments.outbox import Outbox
-from app.billing.payments.profile import CreateCustomer, need_customer
+from app.billing.payments.profile import CreateCustomer, UpdateCustomer, need_customer
 from app.billing.payments.recharge import ChargeCard, Recharging
 from app.billing.payments.refunds import MakeRefund
 from app.billing.payments.tables import StripeOperation, TopUp
@@ -73,7 +73,7 @@ class Payments:
         self._link: Link | None = None
         if settings.stripe_api_key:
             stripe = Stripe(settings.stripe_api_key, settings.stripe_api_base)
-            own = (CreateCustomer(), CreateCheckout(), ChargeCard(), MakeRefund())
+            own = (CreateCustomer(), UpdateCustomer(), CreateCheckout(), ChargeCard(), MakeRefund())
             self._link = Link(
                 stripe,
                 Outbox(database, stripe, self._calls, (*own, *kinds), settings.currency),

@@ -2,7 +2,7 @@
 comes into the books."""
 
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -17,7 +17,7 @@ from app.billing.payments.calls import Calls
 from app.billing.payments.invoice_books import refresh_invoice
 from app.billing.payments.invoice_lines import MAX_USAGE_LINES, whole_cents
 from app.billing.payments.invoice_push import push_invoices
-from app.billing.payments.profile import open_profile
+from app.billing.payments.profile import set_email
 from app.billing.payments.service import Payments
 from app.billing.payments.tables import Invoice, Notice, StripeOperation
 from app.billing.stripe_objects import InvoiceLine
@@ -63,7 +63,7 @@ class Post:
     async def address(self, email: str = "ada@example.com") -> None:
         async with self.months.database.write() as session:
             await lock_account(session, ORGANIZATION, "usd")
-            (await open_profile(session, ORGANIZATION)).email = email
+            await set_email(session, ORGANIZATION, email)
 
     async def close(self, *amounts_nano: int) -> Invoice:
         """January, of these requests."""
@@ -350,6 +350,32 @@ async def test_a_deleted_draft_can_be_made_again(post: Post) -> None:
         await invoice_ending.try_again(session, invoice.id)
     assert (await post.work()).state == "finalised"
     assert len(post.at_stripe()) == 1
+
+
+async def test_an_address_that_comes_after_the_customer_gets_to_stripe(post: Post) -> None:
+    await post.payments.open_portal(ORGANIZATION)  # makes the customer, without an address
+    await post.address("late@example.com")
+    await post.close(500 * CENT)
+    assert (await post.work()).state == "finalised"
+    await post.address("later@example.com")
+    await post.work()
+    (customer,) = post.stripe.account.all("customer")
+    assert customer["email"] == "later@example.com"
+
+
+async def test_an_address_that_changes_while_the_customer_is_made(post: Post) -> None:
+    await post.address("first@example.com")
+
+    def change(name: str) -> None:
+        raise Reached(name)
+
+    with observed(Countdown("outbox.after_call", change)), suppress(Reached):
+        await post.payments.open_portal(ORGANIZATION)
+    await post.address("second@example.com")
+    await post.close(500 * CENT)
+    assert (await post.work()).state == "finalised"
+    (customer,) = post.stripe.account.all("customer")
+    assert customer["email"] == "second@example.com"
 
 
 async def test_what_an_invoice_asks_for_is_not_paid_by_a_top_up_too(post: Post) -> None:
