@@ -32,6 +32,7 @@ class Account:
         self.cards: dict[str, str] = {}  # number by payment method
         self.intent_params: dict[str, Object] = {}  # payment_intent_data by Checkout session
         self.is_booking_late = False  # charges come into the balance only later
+        self.is_refunding_late = False  # refunds are pending at first
         self.settlement: tuple[str, int] | None = None  # the balance's currency and its rate
         self.stuck_ids: set[str] = set()  # of invoices that cannot be finalised
         self.overdue_ids: set[str] = set()  # of invoices, said once

@@ -188,6 +188,8 @@ def refund(account: Account, charge: Object, amount: int | None, metadata: Objec
         )
     refunded = objects.refund(account.new_id("re"), account.clock.now(), charge, amount)
     refunded["metadata"] = metadata
+    if account.is_refunding_late:
+        refunded["status"] = "pending"
     account.add(refunded)
     refunded["balance_transaction"] = account.move("refund", -amount, 0, refunded)["id"]
     charge["amount_refunded"] += amount

@@ -241,6 +241,18 @@ class People:
             self.account.emit("payout.paid", payout)
             return payout
 
+    def refund_late(self, is_late: bool = True) -> None:
+        """From now on refunds are pending, until `send_refunds`."""
+        with self.account.lock:
+            self.account.is_refunding_late = is_late
+
+    def send_refunds(self) -> None:
+        with self.account.lock:
+            for refund in self.account.all("refund"):
+                if refund["status"] == "pending":
+                    refund["status"] = "succeeded"
+                    self.account.emit("refund.updated", refund)
+
     def settle_in(self, currency: str, percent: int) -> None:
         """From now on the balance is kept in this currency, of which a cent of any other is worth
         so many hundredths."""

@@ -102,6 +102,26 @@ async def test_a_refund_made_at_stripe_is_followed(cashier: Cashier) -> None:
     await cashier.check()
 
 
+@pytest.mark.parametrize("is_sent", [False, True])
+async def test_a_pending_refund_takes_nothing_until_it_is_sent(
+    cashier: Cashier, is_sent: bool
+) -> None:
+    top_up = await cashier.pay()
+    cashier.stripe.refund_late()
+    operation = await cashier.payments.refund(top_up.id, 1000)
+    await cashier.hear()
+    assert operation.state == "confirmed"
+    assert await cashier.balance_cents() == CENTS
+    if is_sent:
+        cashier.stripe.send_refunds()
+    else:
+        cashier.stripe.fail_refund(operation.stripe_id or "")
+    await cashier.hear()
+    assert (await cashier.top_up(top_up.id)).refunded_cents == (1000 if is_sent else 0)
+    assert await cashier.balance_cents() == (CENTS - 1000 if is_sent else CENTS)
+    await cashier.check()
+
+
 @pytest.mark.parametrize("spent_cents", [0, 2000])
 async def test_a_refund_that_fails_later_is_given_back(cashier: Cashier, spent_cents: int) -> None:
     top_up = await cashier.pay()
