@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from sqlite3 import Connection as SqliteConnection
 from typing import Any
 
 from sqlalchemy import (
@@ -76,6 +77,23 @@ class Base(DeclarativeBase):
     type_annotation_map = {datetime: UtcDateTime, dict[str, Any]: Json, list[str]: Json}  # noqa: RUF012
 
 
+class _UndoneWhenClosed(SqliteConnection):
+    """A connection whose end undoes its transaction. SQLite closes one only once its last
+    statement is gone: a cancelled task's is kept by its traceback, and with it the write lock."""
+
+    def close(self) -> None:
+        if self.in_transaction:
+            self.rollback()
+        super().close()
+
+
+def _arguments(url: str) -> dict[str, Any]:
+    """What SQLAlchemy's engine is made with."""
+    if not url.startswith("sqlite"):
+        return {"pool_pre_ping": True}
+    return {"connect_args": {"factory": _UndoneWhenClosed}}
+
+
 def _configure_sqlite(engine: Engine) -> None:
     """WAL so that readers never wait, and full sync because money is written here."""
 
@@ -87,7 +105,7 @@ def _configure_sqlite(engine: Engine) -> None:
             "journal_mode=WAL",
             "synchronous=FULL",
             "foreign_keys=ON",
-            "busy_timeout=5000",
+            "busy_timeout=30000",  # writers wait their turn, on a slow disk beside a busy clerk
         ):
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
@@ -108,7 +126,7 @@ class Database:
     """
 
     def __init__(self, url: str) -> None:
-        self.engine = create_async_engine(url, pool_pre_ping=not url.startswith("sqlite"))
+        self.engine = create_async_engine(url, **_arguments(url))
         writing = self.engine
         if self.engine.dialect.name == "sqlite":
             _configure_sqlite(self.engine.sync_engine)
@@ -148,7 +166,7 @@ async def _to_its_end(work: Coroutine[Any, Any, object]) -> None:
 def create_writer_engine(url: str) -> Engine:
     """A synchronous engine for code that owns a thread; on SQLite every transaction of it takes
     the write lock at its start."""
-    engine = create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
+    engine = create_engine(url, **_arguments(url))
     if engine.dialect.name == "sqlite":
         _configure_sqlite(engine)
         return engine.execution_options(sqlite_begin="IMMEDIATE")

@@ -2,6 +2,7 @@
 
 import asyncio
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 
 import pytest
 from sqlalchemy import select, text
@@ -66,3 +67,23 @@ async def test_a_cancelled_transaction_lets_go_of_its_lock(database: Database) -
         await asyncio.wait(tasks)
         async with asyncio.timeout(2), database.write() as session:
             await session.execute(text("UPDATE organization SET name = name"))
+
+
+async def test_a_cancelled_read_of_what_it_wrote_lets_go_of_its_lock(tmp_path: Path) -> None:
+    """Also while a statement, kept by the traceback of its task, still has rows to give."""
+    database = Database(f"sqlite+aiosqlite:///{tmp_path}/a.db")
+    async with database.write() as session:
+        await session.execute(text("CREATE TABLE t (x INTEGER)"))
+    connection = await database.engine.raw_connection()
+    driver = connection.driver_connection
+    assert driver is not None
+    await driver.execute("BEGIN IMMEDIATE")
+    cursor = await driver.execute("INSERT INTO t VALUES (1), (2), (3) RETURNING x")
+    await cursor.fetchone()
+    connection.invalidate()
+    async with asyncio.timeout(2), database.write() as session:
+        await session.execute(text("INSERT INTO t VALUES (4)"))
+    async with database.read() as session:
+        assert (await session.scalars(text("SELECT x FROM t"))).all() == [4]
+    del cursor
+    await database.close()
