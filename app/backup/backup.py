@@ -1,4 +1,4 @@
-"""Taking a backup beside a box that serves, and making a box of one.
+"""Taking a backup beside a box that serves. Making a box of one: `restore.py`.
 
 Owns the order that makes the copy whole: the journal first, then the database at one moment, then
 the files that its rows name. What is settled in between is settled once when the copy starts, for
@@ -13,24 +13,12 @@ from datetime import datetime
 from pathlib import Path
 
 import msgspec
-from sqlalchemy import Connection, Engine, select, update
+from sqlalchemy import select
 
-from app.backup.dump import (
-    DumpError,
-    TableFile,
-    dump_table,
-    is_empty,
-    load_table,
-    revision_of,
-    snapshot,
-    tables,
-)
-from app.billing.payments.tables import StripeOperation
+from app.backup.dump import TableFile, dump_table, revision_of, snapshot, tables
 from app.core import clock
 from app.core.database import create_writer_engine
-from app.core.errors import Conflict, InvalidRequest
-from app.core.lock import hold_data_dir
-from app.core.migration import upgrade
+from app.core.errors import InvalidRequest
 from app.core.storage import fsync_directory
 from app.registry.tables import Artifact
 
@@ -118,7 +106,7 @@ def _copy_files(
             if path.is_symlink() or not path.is_file() or path.name in NOT_COPIED:
                 continue
             try:
-                copied[name] = _copy_file(path, target / name)
+                copied[name] = copy_file(path, target / name)
             except FileNotFoundError:
                 (target / name).unlink(missing_ok=True)  # deleted since it was listed
         size = sum(file.size_bytes for name, file in copied.items() if name.startswith(part))
@@ -126,11 +114,13 @@ def _copy_files(
     return copied
 
 
-def _copy_file(source: Path, target: Path) -> BackedUpFile:
+def copy_file(source: Path, target: Path, mode: int | None = None) -> BackedUpFile:
+    """Copies the bytes, durably, and gives what was copied. The mode is the source's, but never
+    lets others write; or it is `mode`, from before the first byte."""
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     digest, size_bytes = hashlib.sha256(), 0
     with source.open("rb") as reading, target.open("wb") as writing:
-        os.fchmod(writing.fileno(), source.stat().st_mode & 0o777)
+        os.fchmod(writing.fileno(), source.stat().st_mode & 0o755 if mode is None else mode)
         while data := reading.read(1024 * 1024):
             digest.update(data)
             writing.write(data)
@@ -155,68 +145,3 @@ def read_manifest(backup: Path) -> BackupManifest:
         raise InvalidRequest(f"{backup} is no backup: it has no {MANIFEST}.") from None
     except msgspec.DecodeError as error:
         raise InvalidRequest(f"{backup / MANIFEST} cannot be read: {error}.") from error
-
-
-def restore_backup(
-    backup: Path, data_dir: Path, database_url: str, report: Report = lambda _: None
-) -> BackupManifest:
-    """Makes a box of a backup, in an empty data directory and an empty database. Everything is
-    checked before anything counts: the database's rows come in one transaction, at the end.
-    Raises `InvalidRequest` or `Conflict`."""
-    manifest = read_manifest(backup)
-    with hold_data_dir(data_dir):
-        if any((data_dir / part).exists() and any((data_dir / part).iterdir()) for part in AFTER):
-            raise Conflict(f"{data_dir} has a box already; restore into an empty directory.")
-        engine = create_writer_engine(database_url)
-        try:
-            upgrade(engine)
-            _restore_files(backup, data_dir, manifest, report)
-            _restore_rows(engine, backup, manifest, report)
-        except DumpError as error:
-            raise InvalidRequest(f"Nothing was restored: {error}") from error
-        finally:
-            engine.dispose()
-    return manifest
-
-
-def _restore_files(backup: Path, data_dir: Path, manifest: BackupManifest, report: Report) -> None:
-    for name, expected in manifest.files.items():
-        target = data_dir / name
-        if not target.resolve().is_relative_to(data_dir.resolve()):
-            raise InvalidRequest(f"{name!r} is no file of a box.")
-        try:
-            found = _copy_file(backup / FILES / name, target)
-        except FileNotFoundError:
-            raise InvalidRequest(f"{name} is missing from the backup.") from None
-        if found != expected:
-            raise InvalidRequest(f"{name} is damaged: it is not what was copied.")
-    report(f"{len(manifest.files):,} files")
-
-
-def _restore_rows(engine: Engine, backup: Path, manifest: BackupManifest, report: Report) -> None:
-    with engine.begin() as connection:
-        revision = revision_of(connection)
-        if revision != manifest.revision:
-            raise InvalidRequest(
-                f"This backup has the schema {manifest.revision}, this Tapeout {revision}. Restore "
-                "it with the version that made it; the newer one then brings it up to date."
-            )
-        if not is_empty(connection):
-            raise Conflict("The database has a box already; restore into an empty one.")
-        for table in tables():
-            path = backup / DATABASE / f"{table.name}.msgpack.z"
-            if not path.exists():
-                raise InvalidRequest(f"{path.name} is missing from the backup.")
-            load_table(connection, table, path, manifest.tables[table.name])
-        _doubt_operations(connection, manifest.taken_at)
-        report(f"{sum(file.num_rows for file in manifest.tables.values()):,} rows")
-
-
-def _doubt_operations(connection: Connection, taken_at: datetime) -> None:
-    """What was to be done at Stripe may have been done after the backup: it is looked for there by
-    our own marks before anything is sent again."""
-    connection.execute(
-        update(StripeOperation)
-        .where(StripeOperation.state.in_(("planned", "sent")))
-        .values(state="unknown", first_sent_at=taken_at)
-    )

@@ -39,7 +39,7 @@ def restore(source: Path, data_dir: Path | None) -> None:
     Every file is checked first. Start it with `tapeout serve` afterwards, and never beside the box
     that the backup was taken of: both would charge the same cards.
     """
-    from app.backup.backup import restore_backup
+    from app.backup.restore import restore_backup
 
     settings = _settings(data_dir)
     try:
