@@ -405,7 +405,7 @@ def test_a_spending_limit_is_enforced(box: Box) -> None:
     with pytest.raises(openai.APIStatusError) as caught:
         box.openai.completions.create(model="tiny-llama", prompt="hello", max_tokens=5)
     assert caught.value.status_code == 402
-    assert "limit" in caught.value.message
+    assert "prepaid balance does not cover" in caught.value.message
     assert box.http.patch("/api/organization", json={"spending_limit": None}).is_success
 
 

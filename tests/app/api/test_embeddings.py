@@ -135,13 +135,13 @@ async def test_each_kind_of_model_names_the_route_for_it(http: httpx.AsyncClient
 
 
 async def test_the_money_comes_first(box: Box, http: httpx.AsyncClient) -> None:
-    """Four tokens and the request itself."""
+    """Four tokens and the request itself, and the nano by which rounding lines may exceed them."""
     async with box.database.write() as session:
-        await set_spending_limit(session, ORGANIZATION, 499, "usd")
+        await set_spending_limit(session, ORGANIZATION, 500, "usd")
     response = await embed(http, input="one two")
     assert response.status_code == 402
     async with box.database.write() as session:
-        await set_spending_limit(session, ORGANIZATION, 500, "usd")
+        await set_spending_limit(session, ORGANIZATION, 501, "usd")
     assert (await embed(http, input="one two")).status_code == 200
 
 

@@ -92,8 +92,8 @@ async def test_a_request_whose_replica_drains_while_money_is_held(
     old = box.workers["doubler"]
     draining: list[asyncio.Task[None]] = []
 
-    async def held(*args: Any) -> None:
-        await hold(*args)
+    async def held(*args: Any, **more: Any) -> None:
+        await hold(*args, **more)
         await box.connect("doubler", TENSOR)
         draining.append(asyncio.create_task(first.link.drain()))
         await asyncio.sleep(0)
@@ -122,8 +122,8 @@ async def test_what_was_read_for_one_program_never_goes_to_another(
         TENSOR, schema=Schema(inputs=[spec], outputs=[spec], is_batched=True)
     )
 
-    async def held(*args: Any) -> None:
-        await hold(*args)
+    async def held(*args: Any, **more: Any) -> None:
+        await hold(*args, **more)
         await replace(box, "doubler", other, version_number=4)
 
     def noted(request_id: str) -> None:

@@ -14,6 +14,7 @@ from app.billing.prices import PriceTable, first_items
 from app.billing.rating import Settlement
 from app.billing.service import read_account
 from app.core.database import Database
+from app.core.errors import Conflict
 from tests.app.billing.conftest import ORGANIZATION
 
 
@@ -50,7 +51,7 @@ async def test_nothing_is_posted_in_another_currency(
     accounts: AccountWriter, database: Database, settlement: Callable[..., Settlement]
 ) -> None:
     await accounts.hold("req_1", ORGANIZATION, 10**9)
-    with pytest.raises(WrongCurrency, match="kept in usd"):
+    with pytest.raises(Conflict, match="kept in USD"):
         async with database.write() as session:
             await add_lot(
                 session,

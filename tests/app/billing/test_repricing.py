@@ -20,7 +20,7 @@ from app.metering.records import AdmitRecord, Usage
 from tests.app.billing.test_prices import book_of, item
 
 NOW = clock.now()
-SINCE, UNTIL = NOW - timedelta(days=2), NOW + timedelta(minutes=1)
+SINCE, UNTIL = NOW - timedelta(days=2), NOW + timedelta(hours=2)  # a suite takes its time
 DETAIL_DAYS = 62
 
 

@@ -304,8 +304,9 @@ async def test_the_same_file_again_is_not_measured_again(box: Box) -> None:
     await box.optimiser.ask(same.id)
     await optimised(box, same, 2)
     assert "optimising" in log_of(box, same)
+    third = await box.version("third")
     async with box.database.write() as session:
-        other = await session.get_one(ModelVersion, (await box.version("third")).id)
+        other = await session.get_one(ModelVersion, third.id)
         other.sha256 = "1" * 64
     row = await optimised(box, other)
     assert row.cache_key != made.cache_key
@@ -334,8 +335,9 @@ async def test_what_an_owner_accepts_is_part_of_the_key(box: Box) -> None:
     first = await box.version("first")
     await start(box)
     made = await optimised(box, first)
+    second = await box.version("lossy")
     async with box.database.write() as session:
-        lossy = await session.get_one(ModelVersion, (await box.version("lossy")).id)
+        lossy = await session.get_one(ModelVersion, second.id)
         lossy.hints = {"inputs": [], "accepts_loss": True}
     row = await optimised(box, lossy)
     assert row.cache_key != made.cache_key
