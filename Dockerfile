@@ -29,6 +29,7 @@ COPY app app
 COPY runtime runtime
 COPY migrations migrations
 COPY templates templates
+COPY docs docs
 RUN python -m runtime.execution.native && python -m compileall -q app runtime migrations
 
 FROM base

@@ -16,6 +16,7 @@ from app.console import (
     decoder_playground,
     earnings,
     entry,
+    guide,
     invoices,
     keys,
     models,
@@ -80,7 +81,7 @@ static_files = create_static_files_router(
 )
 router = Router(
     "/",
-    route_handlers=[home, behind_session, before_session, static_files],
+    route_handlers=[home, guide.router, behind_session, before_session, static_files],
     exception_handlers=exception_handlers,  # type: ignore[arg-type]
     after_request=secure,
     include_in_schema=False,

@@ -64,6 +64,7 @@ RULES: dict[str, Rule] = {
         "public",
         *("GET /", "GET /console", "GET /healthz", "GET /readyz"),
         "GET /docs/style.css",
+        *("GET /guide", "GET /guide/{name}"),
         *(f"{method} /console/static/{{file_path}}" for method in ("GET", "HEAD")),
         *("GET /v2", "GET /v2/health/live", "GET /v2/health/ready", "GET /v1/receipts/key"),
         is_let_in=False,

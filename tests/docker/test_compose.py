@@ -73,7 +73,7 @@ def compose(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compose]:
         shutil.copy(ROOT / name, context)
     shutil.copy(ROOT / "requirements.lock", context)
     ignored = shutil.ignore_patterns("__pycache__", "build", "*.so")
-    for name in ("app", "runtime", "migrations", "templates"):
+    for name in ("app", "runtime", "migrations", "templates", "docs"):
         shutil.copytree(ROOT / name, context / name, ignore=ignored)
     wheels = Path(os.environ.get("TAPEOUT_DOCKER_WORK", "")) / "wheels"
     if wheels.is_dir():
