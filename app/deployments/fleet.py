@@ -188,7 +188,7 @@ class Fleet:
         if view is None or not view.is_visible_to(principal):
             hint = ""
             if name == DEFAULT_NAME:
-                hint = " The operator of this box has not chosen a default model."
+                hint = " The operator of this box recommends none that is published."
             raise NotFound(
                 f"There is no model {name[:80]!r} that you can call.{hint}",
                 code="model_not_found",

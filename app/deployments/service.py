@@ -264,12 +264,13 @@ async def set_endpoint_public(
 async def set_endpoint_default(
     session: AsyncSession, organization_id: str, name: str, is_default: bool
 ) -> Endpoint:
-    """What `model: default` means. There is one in the box, so this is the operator's to do: the
-    caller checks that."""
+    """What `model: default` means, without a reason (`default_model` gives one). There is one in
+    the box, so this is the operator's to do: the caller checks that."""
     endpoint = await find_endpoint(session, organization_id, name)
     if is_default:
         await session.execute(update(Endpoint).values(is_default=False))
-    endpoint.is_default = is_default
+    endpoint.is_default, endpoint.default_note = is_default, ""
+    endpoint.default_since = now() if is_default else None
     return endpoint
 
 

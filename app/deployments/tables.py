@@ -44,7 +44,8 @@ class Revision(Base):
 
 
 class Endpoint(Base):
-    """Public name of a deployment, unique in the box. Private to its organization or published."""
+    """Public name of a deployment, unique in the box. Private to its organization or published.
+    At most one is the operator's recommendation, for the reason in `default_note`."""
 
     __tablename__ = "endpoint"
 
@@ -58,6 +59,8 @@ class Endpoint(Base):
     )
     is_public: Mapped[bool] = mapped_column(default=False)
     is_default: Mapped[bool] = mapped_column(default=False)
+    default_note: Mapped[str] = mapped_column(String(300), default="", server_default="")
+    default_since: Mapped[datetime | None]
     created_at: Mapped[datetime]
 
 

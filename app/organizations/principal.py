@@ -7,7 +7,7 @@ import msgspec
 from app.core.errors import Forbidden
 
 Scope = Literal["inference", "read", "write", "admin"]
-Role = Literal["owner", "admin", "member"]
+Role = Literal["owner", "admin", "member", "viewer"]
 
 SCOPES: frozenset[str] = frozenset(get_args(Scope))
 
@@ -23,6 +23,7 @@ SCOPES_BY_ROLE: dict[str, frozenset[str]] = {
     "owner": SCOPES,
     "admin": SCOPES,
     "member": SCOPES - {"admin"},
+    "viewer": frozenset({"read"}),
 }
 
 
