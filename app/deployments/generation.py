@@ -84,6 +84,8 @@ class Generation:
         is_constrained = self.request.json_schema is not None or bool(self.request.tools)
         if output.finish_reason == "refused" and not is_constrained:
             raise FalseClaim("refused to follow a schema that it was not given")
+        if output.stop_string not in (None, *self.request.sampling.stop):
+            raise FalseClaim("stopped at a string that it was not given")
         if output.finish_reason is not None:
             self._unfinished.discard(choice)
 

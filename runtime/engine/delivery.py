@@ -70,6 +70,7 @@ class Deliverer:
             logprobs=None if token is None else self._describe(token),
             finish_reason=reason,
             tool_calls=calls,
+            stop_string=None if delivery.stream is None else delivery.stream.stop_string,
         )
 
     def _read(self, delivery: Delivery, token_ids: list[int]) -> tuple[str, FinishReason | None]:

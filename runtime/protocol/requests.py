@@ -87,3 +87,4 @@ class SequenceOutput(Wire, frozen=True):
     logprobs: list[TokenLogprob] | None = None
     finish_reason: FinishReason | None = None
     tool_calls: list[ToolCall] = []  # complete ones; their text is not in `text`
+    stop_string: str | None = None  # the one of the request that ended it, where one did

@@ -10,14 +10,19 @@ from runtime.text.tokenizer import Tokenizer
 class TextStream:
     """Text goes out as soon as it can be neither part of a character nor of a stop string.
 
-    After a stop string `is_stopped` is set; the string and what follows are never delivered.
+    After a stop string `stop_string` tells which it was; the string and what follows are never
+    delivered.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: list[int], stop: list[str]) -> None:
         self._detokenizer = make_detokenizer(tokenizer, prompt_ids)
         self._stop = stop
         self._held = ""  # decided text that may begin a stop string
-        self.is_stopped = False
+        self.stop_string: str | None = None
+
+    @property
+    def is_stopped(self) -> bool:
+        return self.stop_string is not None
 
     def add(self, token_ids: list[int]) -> str:
         return self._deliver(self._detokenizer.add(token_ids))
@@ -34,10 +39,11 @@ class TextStream:
             return ""
         text = self._held + text
         # The one that is complete first, as if the text had come character by character.
-        found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
+        found = [(at + len(stop), at, stop) for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:
-            self.is_stopped, self._held = True, ""
-            return text[: min(found)[1]]
+            _, at, self.stop_string = min(found)
+            self._held = ""
+            return text[:at]
         num_held = max((overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held]

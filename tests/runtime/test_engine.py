@@ -41,6 +41,8 @@ def test_a_stop_string_is_not_delivered_but_its_tokens_count() -> None:
     bench = Bench(says("one two three four"))
     assert bench.ask(stop=["zzz", " three"]) == ("one two", "stop")
     assert len(bench.token_ids()) == len("one two three")
+    strings = [output.stop_string for output in bench.outputs["r", 0]]
+    assert strings == [None] * (len(strings) - 1) + [" three"]
 
 
 def test_a_stop_string_at_the_length_limit_is_a_stop() -> None:
@@ -365,7 +367,7 @@ def test_a_template_that_refuses_names_the_messages() -> None:
 
 def test_a_tokenizer_that_fails_ends_its_own_sequence_only() -> None:
     class Broken:
-        is_stopped = False
+        is_stopped, stop_string = False, None
 
         def add(self, token_ids: list[int]) -> str:
             raise ValueError("no such token")

@@ -227,6 +227,8 @@ class ScriptedWorker:
             if i == at and event in ("fail", "die", "hang", "lie"):
                 return await self._happen(event, generate)
             reason: FinishReason | None = None
+            if found := [stop for stop in generate.sampling.stop if stop in f"w{i} "]:
+                return self._step(generate, [i], "", num_cached, "stop", stop_string=found[0])
             if i + 1 == num_words:
                 reason = "stop"
             elif i + 1 == max_tokens:
@@ -267,6 +269,7 @@ class ScriptedWorker:
         num_cached: int,
         reason: FinishReason | None,
         calls: list[ToolCall] | None = None,
+        stop_string: str | None = None,
     ) -> None:
         """All choices walk in step."""
         wanted = generate.sampling.logprobs
@@ -287,6 +290,7 @@ class ScriptedWorker:
                 logprobs=logprobs,
                 finish_reason=reason,
                 tool_calls=calls or [],
+                stop_string=stop_string,
             )
             for choice in range(generate.num_choices)
         ]

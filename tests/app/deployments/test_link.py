@@ -454,6 +454,7 @@ async def test_more_tokens_than_asked_for_are_refused(pair: Pair) -> None:
         output(device_ns=10**12),
         output(device_ns=-1),
         output(text="x" * 100_000),
+        output(finish_reason="stop", stop_string="of nobody"),
     ],
     ids=lambda lie: msgspec.json.encode(lie).decode()[:60],
 )
