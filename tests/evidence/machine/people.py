@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.billing import budgets, credits
 from app.billing.ledger import PROMOTIONAL_COST, STRIPE_CLEARING
+from app.billing.payments import steady_clock
 from app.billing.payments.expiry import expire_credit
 from app.billing.price_changes import change_prices
 from app.billing.prices import Item
@@ -22,6 +23,7 @@ from app.billing.service import set_spending_limit
 from app.billing.tables import CreditLot
 from app.core import clock
 from app.core.errors import Conflict
+from app.organizations.service import DEFAULT_NAME, create_organization
 from tests.evidence import model
 from tests.evidence.machine.base import ORGANIZATIONS, amounts, organizations, small
 from tests.evidence.machine.requests import Requests
@@ -32,6 +34,7 @@ class Money(Requests):
 
     @initialize(limits=st.permutations([None, 0, 5_000]))
     def begin(self, limits: list[int | None]) -> None:
+        self.write(lambda session: create_organization(session, DEFAULT_NAME, is_operator=True))
         for name, limit in zip(ORGANIZATIONS, limits, strict=True):
             self._set_limit(name, limit)
 
@@ -225,6 +228,8 @@ class Money(Requests):
         if is_expiring:
             self._expire()
         if is_closing:
+            self.do(self.closer.turn())
+            self.write(lambda session: steady_clock.confirm(session, self.now))  # after a leap
             self.do(self.closer.turn())
         if is_sealing:
             seal_all(self.engine, self.key)

@@ -269,10 +269,10 @@ def _tear(directory: Path, share: float) -> None:
     path = segment_path(directory, numbers[-1])
     data = path.read_bytes()
     offset = synced = len(MAGIC)
-    while offset < len(data):
+    while offset + PREFIX.size <= len(data):  # its end may have been torn by a crash before
         length, _ = PREFIX.unpack_from(data, offset)
         start, offset = offset, offset + PREFIX.size + length
-        if b"step" in data[start : start + PREFIX.size + 8]:
+        if offset <= len(data) and b"step" in data[start : start + PREFIX.size + 8]:
             synced = offset
     path.write_bytes(data[: synced + round((len(data) - synced) * share)])
 
