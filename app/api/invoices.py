@@ -2,7 +2,7 @@
 how it was paid. What an invoice is: `app.billing.payments.invoices`."""
 
 from collections.abc import Awaitable, Callable
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Annotated, Any
 
 import msgspec
@@ -20,7 +20,7 @@ from app.billing.payments.invoice_view import LineRequest
 from app.billing.payments.month_usage import MonthLine
 from app.billing.payments.periods import period_named
 from app.billing.payments.tables import Invoice, InvoiceLine
-from app.core import clock
+from app.billing.records import Records
 from app.core.database import Database
 from app.core.errors import InvalidRequest
 from app.organizations.principal import Principal
@@ -156,11 +156,12 @@ async def list_requests(
     async with _database(request).read() as session:
         invoice = await _own(session, principal, invoice_id)
         page = await invoice_view.read_requests(session, invoice, position, after, limit)
-    kept_since = clock.now() - timedelta(days=settings.usage_detail_days)
+    records: Records = request.app.state.records
+    detail_from = await records.detail_from(settings.usage_detail_days)
     return LineRequests(
         requests=page.requests,
         next=page.next,
-        is_complete=period_named(invoice.period).start >= kept_since,
+        is_complete=period_named(invoice.period).start >= detail_from,
     )
 
 

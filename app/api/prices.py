@@ -13,6 +13,7 @@ from app.api.openai import visible_models
 from app.billing.policy import check_policy
 from app.billing.price_changes import cancel_prices, change_prices, check_items
 from app.billing.prices import ANY_ENDPOINT, Book, Item, PriceTable, draft_book
+from app.billing.records import Records
 from app.billing.repricing import ItemChange, compare_items, reprice_last_month
 from app.billing.tables import MINUTES_PER_DAY
 from app.core import clock
@@ -217,7 +218,10 @@ async def preview_prices(request: AnyRequest) -> Response[Preview]:
     active = prices.active
     book = draft_book(items, active.currency, body.starts_at() or clock.now(), body.policy)
     settings: Settings = request.app.state.settings
-    found = await reprice_last_month(request.app.state.database, book, settings.usage_detail_days)
+    records: Records = request.app.state.records
+    archived_until = await records.archived_until()
+    database: Database = request.app.state.database
+    found = await reprice_last_month(database, book, settings.usage_detail_days, archived_until)
     models = [
         ModelPreview(each.endpoint_name, each.old_nano, each.new_nano, each.difference_nano)
         for each in found.models

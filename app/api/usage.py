@@ -10,6 +10,7 @@ from litestar.response import Stream
 
 from app.api.auth import bearer_principal
 from app.api.relay import Relay
+from app.billing.records import Records
 from app.billing.service import read_account
 from app.core import clock
 from app.core.csv_text import csv_blocks
@@ -124,12 +125,14 @@ async def _period(request: AnyRequest, start: str, end: str) -> Period:
     relay: Relay = request.app.state.relay
     await relay.settled()
     settings: Settings = request.app.state.settings
+    records: Records = request.app.state.records
+    detail_from = await records.detail_from(settings.usage_detail_days)
     now = clock.now()
     until = _instant("to", end) if end else now
     since = _instant("from", start) if start else _days_before(until)
     if since >= until:
         raise InvalidRequest("from must be before to.", param="from")
-    return period(since, until, now - timedelta(days=settings.usage_detail_days))
+    return period(since, until, detail_from)
 
 
 def _instant(name: str, text: str) -> datetime:

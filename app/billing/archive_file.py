@@ -69,7 +69,8 @@ class ArchivedTransaction(NamedTuple):
 class Header(msgspec.Struct, frozen=True, kw_only=True):
     """What a file says of itself. `from_ms` to `until_ms` is when its requests' ids were made;
     `odd_ids` is whether there are ids without such a time. `columns` are their lengths in bytes,
-    in the file's order, and `sha256` is of all of them."""
+    in the file's order, and `sha256` is of all of them. `latest_at` is when the last request ended
+    or was posted, as receipts tell instants; empty where no clock that was right tells it."""
 
     first_seal: int
     last_seal: int
@@ -80,6 +81,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
     odd_ids: bool
     columns: dict[str, int]
     sha256: str
+    latest_at: str = ""
 
 
 class _Tables(msgspec.Struct, frozen=True):
@@ -145,7 +147,7 @@ class ArchiveWriter:
             for amount_nano in (receipt.amount_nano, *(line[4] for line in lines)):
                 self._numbers["amount_nano"].add_signed(amount_nano)
 
-    def finish(self, first_seal: int, last_seal: int) -> bytes:
+    def finish(self, first_seal: int, last_seal: int, latest_at: str) -> bytes:
         """The file's content."""
         ids = self._ids
         tables = {
@@ -175,6 +177,7 @@ class ArchiveWriter:
             odd_ids=bool(ids.odd),
             columns={name: len(column) for name, column in columns.items()},
             sha256=hashlib.sha256(body).hexdigest(),
+            latest_at=latest_at,
         )
         encoded = msgspec.json.encode(header)
         return MAGIC + len(encoded).to_bytes(4) + encoded + body

@@ -14,7 +14,7 @@ from datetime import datetime, timedelta
 from sqlalchemy import Connection, Engine, delete, select
 
 from app.billing.archive_file import ArchivedTransaction, ArchiveWriter
-from app.billing.digests import ReceiptRecord, merkle_root
+from app.billing.digests import ReceiptRecord, instant_text, merkle_root
 from app.billing.hashed_rows import blocks_of, read_receipts
 from app.billing.tables import LedgerTransaction, Seal, SealedTransaction
 from app.billing.usage_archive import Span, UsageArchive
@@ -102,16 +102,17 @@ def archive_before(
     numbers = _seals(engine, start, before)
     while numbers:
         writer = ArchiveWriter()
+        latest_at = ""
         first = last = numbers[0]
         for number in numbers:
             if stopping is not None and stopping.is_set():
                 return num_events
             last = number
-            _add_seal(engine, number, writer)
+            latest_at = max(latest_at, _add_seal(engine, number, writer))
             if writer.num_events >= EVENTS_PER_FILE:
                 break
         span = Span(first, last)
-        archive.write(span, writer.finish(first, last))
+        archive.write(span, writer.finish(first, last, latest_at))
         drop_archived(engine, archive, span, stopping)
         num_events += writer.num_events
         numbers = [number for number in numbers if number > last]
@@ -141,22 +142,27 @@ def _seals(engine: Engine, start: int, before: datetime) -> list[int]:
     return [row.number for row in rows]
 
 
-def _add_seal(engine: Engine, number: int, writer: ArchiveWriter) -> None:
-    """The receipts of a seal, some transactions at a time."""
+def _add_seal(engine: Engine, number: int, writer: ArchiveWriter) -> str:
+    """The receipts of a seal, some transactions at a time. Returns when the last of them ended or
+    was posted; an instant after now is one of a clock that was wrong, and does not count."""
     query = (
-        select(_transaction.c.id, _transaction.c.content_sha256)
+        select(_transaction.c.id, _transaction.c.content_sha256, _transaction.c.created_at)
         .join(_sealed, _sealed.c.ledger_transaction_id == _transaction.c.id)
         .where(_sealed.c.seal_number == number, _transaction.c.kind == "usage")
         .order_by(_sealed.c.position)
     )
     with _reading(engine).begin() as connection:
         rows = connection.execute(query).all()
+    latest_at, now = "", instant_text(clock.now())
     for some in blocks_of(rows, TRANSACTIONS_AT_ONCE):
         with _reading(engine).begin() as connection:
             receipts = read_receipts(connection, [row.id for row in some])
         for row in some:
             own = receipts.get(row.id, [])
             writer.add(row.id, own, _checked_root(row.id, own, row.content_sha256))
+            instants = (instant_text(row.created_at), *(each.finished_at for each in own))
+            latest_at = max(latest_at, *(at for at in instants if at <= now), "")
+    return latest_at
 
 
 def _checked_root(transaction_id: str, receipts: list[ReceiptRecord], content_sha256: str) -> bytes:

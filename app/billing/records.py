@@ -17,7 +17,7 @@ from app.billing.hashed_rows import read_receipts, read_transactions
 from app.billing.proofs import Proof, SignedSeal
 from app.billing.seal_check import ChainCheck, check_chain
 from app.billing.seals import last_seals, place_of, read_seals, sealed_transactions
-from app.billing.usage_archive import UsageArchive
+from app.billing.usage_archive import UsageArchive, detail_from
 from app.core.database import Base, create_writer_engine
 from app.core.errors import NotFound
 from app.metering.receipts import Receipt, ReceiptLine, read_receipt
@@ -53,6 +53,14 @@ class Records:
             if record is None or record.organization_id != organization_id:
                 raise
             return receipt_of(record)
+
+    async def detail_from(self, detail_days: int) -> datetime:
+        """From when on the database has every single request, see `usage_archive.detail_from`."""
+        return detail_from(detail_days, await self.archived_until())
+
+    async def archived_until(self) -> datetime:
+        """No request that ended or was posted later has left the database."""
+        return await asyncio.to_thread(self.archive.archived_until)
 
     async def heads(self, after: int | None, limit: int) -> list[SignedSeal]:
         """Seals after this number in order, or without one the newest, newest first."""

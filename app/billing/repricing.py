@@ -18,6 +18,7 @@ from app.billing.policy import WAIVED
 from app.billing.prices import Book, Item
 from app.billing.rating import PROMPT_DIMENSIONS, TOKEN_DIMENSIONS, lines_of
 from app.billing.tables import AccountBalance
+from app.billing.usage_archive import NOTHING_ARCHIVED, detail_from
 from app.core import clock
 from app.core.database import Database
 from app.metering.tables import DIMENSIONS, UsageEvent, UsageHour, UsageLine, UsageSeries
@@ -93,21 +94,32 @@ def _key(item: Item) -> tuple[str, str, str, int, int, int]:
     return (*scope, item.above_tokens, item.from_minute, item.until_minute)
 
 
-async def reprice_last_month(database: Database, book: Book, detail_days: int) -> Repricing:
+async def reprice_last_month(
+    database: Database,
+    book: Book,
+    detail_days: int,
+    archived_until: datetime = NOTHING_ARCHIVED,
+) -> Repricing:
     """The last whole month (UTC) under `book`; this month so far on a box that served nothing
-    then. Requests are on record one by one for `detail_days`."""
+    then. Requests are on record one by one as `detail_from` says."""
     now = clock.now()
     this_month = now.replace(day=1, hour=0, minute=0, second=0, microsecond=0)
     last_month = (this_month - timedelta(days=1)).replace(day=1)
-    found = await reprice(database, book, last_month, this_month, detail_days)
-    return found if found.models else await reprice(database, book, this_month, now, detail_days)
+    kept = (detail_days, archived_until)
+    found = await reprice(database, book, last_month, this_month, *kept)
+    return found if found.models else await reprice(database, book, this_month, now, *kept)
 
 
 async def reprice(
-    database: Database, book: Book, since: datetime, until: datetime, detail_days: int
+    database: Database,
+    book: Book,
+    since: datetime,
+    until: datetime,
+    detail_days: int,
+    archived_until: datetime = NOTHING_ARCHIVED,
 ) -> Repricing:
     """The requests that ended from `since` until before `until`, of all organizations."""
-    if since >= clock.now() - timedelta(days=detail_days):
+    if since >= detail_from(detail_days, archived_until):
         exact = await _reprice_events(database, book, since, until)
         if exact is not None:
             return exact

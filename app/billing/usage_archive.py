@@ -8,6 +8,7 @@ import io
 import os
 import re
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,11 +22,16 @@ from app.billing.archive_file import (
     read_transactions,
 )
 from app.billing.columns import RANDOM_BYTES
+from app.core import clock
 from app.core.failpoints import failpoint
 from app.core.ids import id_parts
 from app.core.storage import fsync_directory
 
 NUM_FOUND_KEPT = 16
+# Longer than anything takes that reads requests: what is about to be moved is as good as gone.
+ABOUT_TO_GO = timedelta(hours=1)
+INSTANT = timedelta(microseconds=1)  # what times are told to
+NOTHING_ARCHIVED = datetime(1970, 1, 1, tzinfo=UTC)
 _NAME = re.compile(r"(\d{12})-(\d{12})\.usage")
 
 
@@ -34,6 +40,13 @@ class Span(NamedTuple):
 
     first_seal: int
     last_seal: int
+
+
+def detail_from(detail_days: int, archived_until: datetime) -> datetime:
+    """From when on the database has every single request, by its end as by its posting. What was
+    archived while fewer days were kept does not come back with more of them."""
+    about_to_go = clock.now() - timedelta(days=detail_days) + ABOUT_TO_GO
+    return max(about_to_go, archived_until + INSTANT)
 
 
 class UsageArchive:
@@ -52,6 +65,22 @@ class UsageArchive:
 
     def path(self, span: Span) -> Path:
         return self.directory / f"{span.first_seal:012d}-{span.last_seal:012d}.usage"
+
+    def archived_until(self) -> datetime:
+        """No request that ended or was posted later has left the database."""
+        return max(map(self._latest_at, self.spans()), default=NOTHING_ARCHIVED)
+
+    def _latest_at(self, span: Span) -> datetime:
+        """Of a file that cannot tell, when it was written: sums are answered all the same."""
+        try:
+            header = self._header(span)
+        except DamagedArchive:
+            header = None
+        if header is not None and header.latest_at:
+            return datetime.fromisoformat(header.latest_at)
+        if header is not None and not header.num_events:
+            return NOTHING_ARCHIVED
+        return datetime.fromtimestamp(int(self.path(span).stat().st_mtime) + 1, UTC)
 
     def write(self, span: Span, content: bytes) -> None:
         """Under its name once it is durable, so that a file there is always whole."""

@@ -7,13 +7,16 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.billing.payments import invoice_view
 from app.billing.payments.invoice_payments import standing
+from app.billing.payments.periods import period_named
 from app.billing.payments.tables import Invoice
+from app.billing.records import Records
 from app.console.billing_view import INVOICE_LAMPS
 from app.console.sessions import signed_in
 from app.console.templating import PageRequest, page
 from app.console.usage_csv import csv_file
 from app.console.usage_view import DIMENSION_NAMES
 from app.core.database import Database
+from app.settings import Settings
 
 PAGE_REQUESTS = 100
 
@@ -65,6 +68,9 @@ async def show_line(
         invoice = await _own(session, request, invoice_id)
         lines = await invoice_view.read_lines(session, invoice)
         shown = await invoice_view.read_requests(session, invoice, position, after, PAGE_REQUESTS)
+    records: Records = request.app.state.records
+    settings: Settings = request.app.state.settings
+    detail_from = await records.detail_from(settings.usage_detail_days)
     return page(
         request,
         "billing/invoice_line.html",
@@ -72,6 +78,7 @@ async def show_line(
         line=next(line for line in lines if line.position == position),
         requests=shown.requests,
         after=shown.next,
+        is_complete=period_named(invoice.period).start >= detail_from,
         dimensions=DIMENSION_NAMES,
     )
 

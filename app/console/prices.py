@@ -11,6 +11,7 @@ from app.api.prices import standing
 from app.billing.policy import BILLED, WAIVED
 from app.billing.price_changes import SERVICE_CLASSES, cancel_prices, change_prices
 from app.billing.prices import ANY_ENDPOINT, Book, Item, PriceTable, draft_book
+from app.billing.records import Records
 from app.billing.repricing import compare_items, reprice_last_month
 from app.console.prices_form import (
     MAX_ROWS,
@@ -122,7 +123,9 @@ async def _preview_page(request: PageRequest, form: PriceForm, draft: Draft) -> 
     book = draft_book(draft.items, base.currency, draft.effective_at or now, draft.policy)
     settings: Settings = request.app.state.settings
     database: Database = request.app.state.database
-    repricing = await reprice_last_month(database, book, settings.usage_detail_days)
+    records: Records = request.app.state.records
+    archived_until = await records.archived_until()
+    repricing = await reprice_last_month(database, book, settings.usage_detail_days, archived_until)
     changes = describe_changes(compare_items(base.items, book.items), book.currency)
     return page(
         request,

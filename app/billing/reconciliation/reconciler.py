@@ -31,7 +31,7 @@ from app.billing.reconciliation.stripe_walk import NOT_CONFIGURED, StripeWalk
 from app.billing.reconciliation.sums import LedgerSums
 from app.billing.reconciliation.usage import ORPHANS, UsageWalk
 from app.billing.stripe import Stripe
-from app.billing.usage_archive import UsageArchive
+from app.billing.usage_archive import UsageArchive, detail_from
 from app.core import clock
 from app.core.database import Database
 from app.core.failpoints import failpoint
@@ -75,7 +75,7 @@ class Reconciler:
         self._engine = reading_engine(url)
         self._sources = sources
         self._organization_id = organization_id
-        self._kept = timedelta(days=detail_days - 1)
+        self._detail_days, self._archive = detail_days, archive
         self._longest_request_ms = longest_request_ms
         self._lock = asyncio.Lock()
         self._sums = LedgerSums()
@@ -163,7 +163,8 @@ class Reconciler:
             if self._recounts_after(RECOUNT if is_clean else RECOUNT_AFTER_DIFFERENCE):
                 # What was added up before may have been changed since.
                 checks = self._recount(connection, now)
-            usage, unbalanced = self._usage.check(connection, now - self._kept)
+            kept_from = detail_from(self._detail_days, self._archive.archived_until())
+            usage, unbalanced = self._usage.check(connection, kept_from)
             totals, _ = self._sums.read(connection)
             if self._count_seconds < CHEAP_SECONDS:
                 self._count(connection, now)

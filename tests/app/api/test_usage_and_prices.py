@@ -6,6 +6,8 @@ from datetime import UTC, datetime, timedelta
 
 import openai
 
+from app.billing.archiving import archive_before
+from app.core.database import create_writer_engine
 from app.organizations.keys import create_key
 from app.organizations.principal import SCOPES
 from tests.app.api.conftest import ORGANIZATION, OTHER, Box
@@ -111,6 +113,31 @@ async def test_the_range_of_usage(box: Box, client: openai.AsyncOpenAI) -> None:
             response = await http.get("/api/usage", params=params)
             assert response.status_code == 400, response.text
             assert response.json()["error"]["param"] == param
+
+
+async def test_usage_that_was_archived_is_in_every_range(
+    box: Box, client: openai.AsyncOpenAI
+) -> None:
+    """As after `TAPEOUT_USAGE_DETAIL_DAYS` was raised: 62 are to be kept, and few are."""
+    started = datetime.now(UTC)
+    await client.completions.create(model="tiny", prompt="a b c")
+    async with box.http() as http:
+        whole = (await http.get("/api/usage")).json()
+        await box.sealer.turn()
+        engine = create_writer_engine(box.settings.sync_database_url)
+        later = datetime.now(UTC) + timedelta(days=2)
+        assert archive_before(engine, box.records.archive, later) == 1
+        engine.dispose()
+        params = {"from": started.isoformat(), "to": datetime.now(UTC).isoformat()}
+        answer = (await http.get("/api/usage", params=params)).json()
+        assert answer["rows"] == whole["rows"]
+        assert answer["total_nano"] == whole["total_nano"] > 0
+        assert answer["from"] == started.replace(
+            minute=0, second=0, microsecond=0
+        ).isoformat().replace("+00:00", "Z")
+        items = [{"dimension": "output", "price_nano": 3_000, "unit_scale": 1}]
+        preview = (await http.post("/api/prices/preview", json={"items": items})).json()
+    assert (preview["is_estimate"], preview["old_nano"]) == (True, whole["total_nano"])
 
 
 async def test_the_operator_changes_prices(box: Box, client: openai.AsyncOpenAI) -> None:

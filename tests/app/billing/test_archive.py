@@ -1,6 +1,7 @@
 """Old usage moves to files: each receipt is in the database, the archive or both, at any moment."""
 
 import io
+import os
 import threading
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
@@ -26,9 +27,17 @@ from app.billing.archiving import (
     finish_dropping,
 )
 from app.billing.digests import ReceiptRecord, instant_text, merkle_root
+from app.billing.prices import first_items
 from app.billing.proofs import verify_proof
 from app.billing.rating import Settlement
-from app.billing.usage_archive import Span, UsageArchive
+from app.billing.repricing import reprice
+from app.billing.usage_archive import (
+    ABOUT_TO_GO,
+    NOTHING_ARCHIVED,
+    Span,
+    UsageArchive,
+    detail_from,
+)
 from app.core import clock
 from app.core.database import Database
 from app.core.errors import NotFound
@@ -37,6 +46,7 @@ from app.core.ids import id_parts, id_with, new_id
 from app.metering.service import usage_by
 from app.settings import Settings
 from tests.app.billing.books import Books
+from tests.app.billing.test_prices import book_of
 
 START = datetime(2026, 1, 1, 12, tzinfo=UTC)
 DAY = timedelta(days=1)
@@ -182,6 +192,49 @@ async def test_a_file_ends_before_a_seal_that_is_kept(
     assert books.archive_before(NOW + 10 * DAY) == NUM_REQUESTS
     assert books.archive_before(NOW + 29 * DAY) == 2
     assert books.count("usage_event") == 0
+
+
+async def test_what_was_archived_does_not_come_back_with_a_longer_time(
+    books: Books, database: Database
+) -> None:
+    """Once 93 days were kept, and now 365 are to be."""
+    archive = books.archive
+    assert archive.archived_until() == NOTHING_ARCHIVED
+    assert detail_from(365, archive.archived_until()) == NOW - 365 * DAY + ABOUT_TO_GO
+    books.archive_before(NOW - 93 * DAY)
+    last = START + (OLD_DAYS - 1) * DAY
+    for each in (archive, UsageArchive(archive.directory)):
+        assert last <= each.archived_until() < last + timedelta(seconds=1)
+    kept_from = await books.records.detail_from(365)
+    assert last < kept_from < last + timedelta(seconds=1)
+    assert await books.records.detail_from(93) == NOW - 93 * DAY + ABOUT_TO_GO
+    other = book_of(*first_items())
+    whole = (START - DAY, NOW)
+    found = await reprice(database, other, *whole, 365, archive.archived_until())
+    assert (found.is_estimate, found.old_nano) == (True, found.new_nano)
+    kept = await reprice(database, other, kept_from, NOW, 365, archive.archived_until())
+    assert kept.num_events == NUM_REQUESTS - NUM_OLD
+
+
+async def test_an_instant_of_a_clock_that_was_wrong_is_not_archived_until(
+    books: Books, clock_at: Callable[[datetime], None]
+) -> None:
+    for days in (3650, 0):
+        clock_at(NOW + days * DAY)
+        await books.settle(books.settlement(books.new_request(NOW)))
+        books.seal()
+    clock_at(NOW + 30 * DAY)
+    books.archive_before(NOW + 29 * DAY)
+    assert books.count("usage_event") == 0
+    assert books.archive.archived_until() == NOW
+
+
+async def test_a_file_that_cannot_tell_counts_until_it_was_written(books: Books) -> None:
+    books.archive_before(NOW)
+    path = books.archive.path(books.archive.spans()[0])
+    path.write_bytes(b"damaged")
+    os.utime(path, (NOW.timestamp(), NOW.timestamp()))
+    assert UsageArchive(books.archive.directory).archived_until() == NOW + timedelta(seconds=1)
 
 
 FAILPOINTS = (
@@ -342,7 +395,8 @@ def test_a_file_gives_back_what_was_put_in(
     writer = ArchiveWriter()
     for name, own in transactions:
         writer.add(name, own, merkle_root([receipt.canonical for receipt in own]))
-    content = writer.finish(3, 7)
+    latest_at = instant_text(NOW)
+    content = writer.finish(3, 7, latest_at)
     assert [tuple(each) for each in read_transactions(io.BytesIO(content))] == transactions
     event = 0
     for name, own in transactions:
@@ -350,7 +404,7 @@ def test_a_file_gives_back_what_was_put_in(
             assert tuple(read_transaction_at(io.BytesIO(content), event)) == (name, own)
             event += 1
     header = read_header(io.BytesIO(content))
-    assert (header.first_seal, header.last_seal) == (3, 7)
+    assert (header.first_seal, header.last_seal, header.latest_at) == (3, 7, latest_at)
     assert header.num_events == sum(len(own) for _, own in transactions)
 
 
