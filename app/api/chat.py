@@ -129,10 +129,11 @@ class ChatDialect(Dialect[ChatRequest]):
         self._num_calls[index] = at + 1
         return ToolCallDelta(at, call.id, CalledFunction(call.name, call.arguments))
 
-    def usage_event(self, usage: Usage) -> ChatChunk:
-        return ChatChunk(
-            self.id, self.created, self.request.model, [], TIER_OF_CLASS[self.service_class], usage
-        )
+    def closing(self, usage: Usage) -> list[ChatChunk]:
+        if not self.includes_usage:
+            return []
+        tier = TIER_OF_CLASS[self.service_class]
+        return [ChatChunk(self.id, self.created, self.request.model, [], tier, usage)]
 
     def _chunk(self, choice: ChunkChoice) -> ChatChunk:
         return ChatChunk(

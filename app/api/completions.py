@@ -82,8 +82,8 @@ class CompletionsDialect(Dialect[CompletionRequest]):
                 events.append(self._event(ended))
         return events
 
-    def usage_event(self, usage: Usage) -> Completion:
-        return self._completion([], usage)
+    def closing(self, usage: Usage) -> list[Completion]:
+        return [self._completion([], usage)] if self.includes_usage else []
 
     def _token_ids(self, outputs: list[SequenceOutput]) -> list[int] | msgspec.UnsetType:
         if not self._shows_token_ids:

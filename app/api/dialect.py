@@ -1,15 +1,18 @@
-"""What the routes need of one API's way to ask for tokens. Subclasses hold one request each."""
+"""What the routes need of one API's way to ask for tokens. Subclasses hold one request each: they
+say what its fields mean to a worker and how an answer reads. Running it is `answering.py`'s."""
 
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Generic, TypeVar
 
 import msgspec
 
+from app.api.errors import error_body
 from app.api.openai_types import PromptTokensDetails, SamplingRequest, Usage
 from app.api.sampling import check_stream_options, includes_usage, service_class
+from app.core.errors import AppError
 from app.metering.records import Tally
 from app.organizations.principal import Principal
 from runtime.protocol import (
@@ -31,6 +34,8 @@ class Dialect(ABC, Generic[R]):
     decoder: "ClassVar[msgspec.json.Decoder[R]]"  # type: ignore[misc]
     route: ClassVar[str]
     id_prefix: ClassVar[str]
+    end: ClassVar[bytes] = b"data: [DONE]\n\n"  # of a stream that went well
+    names: ClassVar[Mapping[str, str]] = {}  # what this API calls the parameters of the worker's
 
     def __init__(self, request: R, principal: Principal, request_id: str) -> None:
         self.request = request
@@ -63,8 +68,24 @@ class Dialect(ABC, Generic[R]):
         """The stream's events for what was added."""
 
     @abstractmethod
-    def usage_event(self, usage: Usage) -> msgspec.Struct:
-        """The stream's last event where `include_usage` asks for it."""
+    def closing(self, usage: Usage) -> Sequence[msgspec.Struct]:
+        """The stream's last events, once everything is there."""
+
+    def opening(self, usage: Usage) -> Sequence[msgspec.Struct]:
+        """The stream's first events; `usage` knows the prompt alone."""
+        return ()
+
+    def failure(self, error: AppError) -> msgspec.Struct:
+        """The stream's last event where it fails."""
+        return error_body(error)
+
+    def renamed(self, error: AppError) -> AppError:
+        """The error with this API's name of the parameter that a worker found wrong."""
+        name = self.names.get(error.param or "")
+        if name is not None:
+            error.message = error.message.replace(f"{error.param}:", f"{name}:")
+            error.param = name
+        return error
 
     def joined(self, outputs: list[SequenceOutput]) -> list[Joined]:
         """Each choice's whole text, logprobs and finish reason, in order."""

@@ -7,21 +7,28 @@ from litestar import Request, Response
 from app.api.errors import render_app_error, render_unknown_error
 from app.core.errors import AppError
 from app.core.ids import new_id
+from app.core.logs import request_id as current_request_id
 
 AnyRequest = Request[Any, Any, Any]
 KEY = "request_id"
 
 
+def id_headers(request_id: str) -> dict[str, str]:
+    """By the names under which OpenAI's clients and Anthropic's look for it."""
+    return {"x-request-id": request_id, "request-id": request_id}
+
+
 def new_request_id(request: AnyRequest) -> str:
-    """An id that the error handlers of this module will find."""
+    """An id that the error handlers of this module will find, and the log."""
     request_id = new_id("req")
     request.state[KEY] = request_id
+    current_request_id.set(request_id)
     return request_id
 
 
 def _named(request: AnyRequest, response: Response[Any]) -> Response[Any]:
     if (request_id := request.state.get(KEY)) is not None:
-        response.headers["x-request-id"] = request_id
+        response.headers.update(id_headers(request_id))
     return response
 
 

@@ -12,6 +12,8 @@ CLASS_OF_TIER: dict[str, ServiceClass] = {
     "flex": "batch",
     "batch": "batch",
     "priority": "priority",
+    "fast": "priority",  # OpenAI's newer word
+    "standard_only": "standard",  # Anthropic's
 }
 TIER_OF_CLASS: dict[ServiceClass, str] = {
     "standard": "default",

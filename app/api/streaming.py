@@ -9,8 +9,8 @@ import msgspec
 from litestar.response.base import ASGIResponse
 
 from app.api.dialect import Dialect, usage_of
-from app.api.errors import error_body
 from app.api.execution import Execution
+from app.api.request_ids import id_headers
 from app.core.errors import AppError
 from runtime.protocol import SequenceOutput
 
@@ -60,7 +60,7 @@ class CancelledOnDisconnect:
 
 
 class EventStream(ASGIResponse):
-    """Server-sent events of one execution, in its dialect, ended by `[DONE]` or an error."""
+    """Server-sent events of one execution, in its dialect, ended by its last word or an error."""
 
     _should_set_content_length = False
 
@@ -72,7 +72,7 @@ class EventStream(ASGIResponse):
             headers={
                 "cache-control": "no-cache",
                 "x-accel-buffering": "no",
-                "x-request-id": execution.request_id,
+                **id_headers(execution.request_id),
             },
         )
         self._execution = execution
@@ -83,21 +83,30 @@ class EventStream(ASGIResponse):
         with CancelledOnDisconnect(receive, self._execution):
             await self.start_response(send)
             outputs = self._first
+            if opening := self._dialect.opening(usage_of(self._execution.tally)):
+                await _send(send, opening)
             try:
                 while outputs:
                     events = self._dialect.events(outputs)
                     if events:
                         await _send(send, events)
                     outputs = await self._execution.next_outputs()
-                last = [self._dialect.usage_event(usage_of(self._execution.tally))]
-                body = _event_bytes(last if self._dialect.includes_usage else [])
-                await _send_bytes(send, body + b"data: [DONE]\n\n", more=False)
+                last = _event_bytes(self._dialect.closing(usage_of(self._execution.tally)))
+                await _send_bytes(send, last + self._dialect.end, more=False)
             except AppError as error:
-                await _send_bytes(send, _event_bytes([error_body(error)]), more=False)
+                failure = self._dialect.failure(error)
+                await _send_bytes(send, _event_bytes([failure]), more=False)
 
 
 def _event_bytes(events: Sequence[msgspec.Struct]) -> bytes:
-    return b"".join(b"data: %b\n\n" % _encoder.encode(event) for event in events)
+    return b"".join(map(_event_line, events))
+
+
+def _event_line(event: msgspec.Struct) -> bytes:
+    """With the event's name in front, where its struct has one."""
+    data = b"data: %b\n\n" % _encoder.encode(event)
+    name = event.__struct_config__.tag
+    return b"event: %b\n%b" % (name.encode(), data) if isinstance(name, str) else data
 
 
 async def _send(send: "Send", events: Sequence[msgspec.Struct]) -> None:

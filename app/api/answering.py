@@ -1,0 +1,100 @@
+"""One request for generated text, in any API's dialect, from its body to its answer.
+
+Owns the order of it: who asks, what for, which model, then the relay. What is held and settled is
+`relay.py`'s.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from litestar import Request
+from litestar.response.base import ASGIResponse
+
+from app.api.auth import bearer_principal
+from app.api.bodies import decode
+from app.api.call import Call
+from app.api.dialect import Dialect, usage_of
+from app.api.relay import Relay
+from app.api.request_ids import id_headers, new_request_id
+from app.api.streaming import CancelledOnDisconnect, EventStream
+from app.core.errors import AppError, InvalidRequest
+from app.core.security import derive_key
+from runtime.protocol import DecoderInfo, Generate
+
+if TYPE_CHECKING:
+    from app.deployments.replica import Target
+
+AnyRequest = Request[Any, Any, Any]
+_encoder = msgspec.json.Encoder()
+
+
+async def respond(request: AnyRequest, dialect_class: type[Dialect[Any]]) -> ASGIResponse:
+    """Authenticates, decodes, runs and answers. A stream begins with its first output, so that
+    whatever goes wrong before still has an HTTP status."""
+    dialect, target, generate = await read(request, dialect_class)
+    relay: Relay = request.app.state.relay
+    call = Call(
+        principal=dialect.principal,
+        target=target,
+        route=dialect.route,
+        service_class=dialect.service_class,
+        is_stream=dialect.is_stream,
+        request_id=dialect.request_id,
+    )
+    execution = relay.generate(call, generate)
+    try:
+        with CancelledOnDisconnect(request.receive, execution):
+            await execution.started
+            if dialect.is_stream:
+                return EventStream(execution, dialect, await execution.next_outputs())
+            outputs = await execution.all_outputs()
+    except AppError as error:
+        raise dialect.renamed(error) from None
+    answer = dialect.answer(outputs, usage_of(execution.tally))
+    return json_answer(answer, dialect.request_id)
+
+
+async def count_prompt_tokens(request: AnyRequest, dialect_class: type[Dialect[Any]]) -> int:
+    """How many tokens the request's prompt has. The model's worker tells, runs nothing and
+    forgets the request; it costs nothing."""
+    dialect, target, generate = await read(request, dialect_class)
+    try:
+        prepared = await target.link.prepare(generate)
+    except AppError as error:
+        raise dialect.renamed(error) from None
+    target.link.cancel(dialect.request_id)
+    return prepared.num_prompt_tokens
+
+
+async def read(
+    request: AnyRequest, dialect_class: type[Dialect[Any]]
+) -> "tuple[Dialect[Any], Target, Generate]":
+    """The request of somebody who may make it, the replica for it, and its form for the worker."""
+    request_id = new_request_id(request)
+    principal = await bearer_principal(request)
+    principal.require("inference")
+    body = decode(dialect_class.decoder, await request.body())
+    dialect = dialect_class(body, principal, request_id)
+    target = request.app.state.fleet.resolve(principal, body.model)
+    decoder = decoder_of(target, body.model)
+    # A worker runs somebody's model: it learns a key of this version, not the tenant's own.
+    cache_salt = derive_key(principal.cache_salt, "prefix cache", target.version_id)
+    return dialect, target, dialect.generate(decoder, cache_salt)
+
+
+def decoder_of(target: "Target", model_name: str) -> DecoderInfo:
+    """Raises `InvalidRequest` for a model that does not generate text."""
+    decoder = target.manifest.decoder
+    if decoder is None:
+        is_embedder = target.manifest.kind == "embedder"
+        route = "/v1/embeddings" if is_embedder else f"/models/{model_name}/predict"
+        raise InvalidRequest(
+            f"{model_name!r} does not generate text; call POST {route}.",
+            param="model",
+            code="wrong_kind_of_model",
+        )
+    return decoder
+
+
+def json_answer(answer: msgspec.Struct, request_id: str) -> ASGIResponse:
+    return ASGIResponse(body=_encoder.encode(answer), headers=id_headers(request_id))
