@@ -132,7 +132,7 @@ async def _period(request: AnyRequest, start: str, end: str) -> Period:
     since = _instant("from", start) if start else _days_before(until)
     if since >= until:
         raise InvalidRequest("from must be before to.", param="from")
-    return period(since, until, detail_from)
+    return period(since, until, detail_from, now)
 
 
 def _instant(name: str, text: str) -> datetime:

@@ -71,11 +71,17 @@ def start_of(hour: int) -> datetime:
     return EPOCH + hour * HOUR
 
 
-def period(start: datetime, end: datetime, detail_from: datetime | None = None) -> Period:
+def period(
+    start: datetime,
+    end: datetime,
+    detail_from: datetime | None = None,
+    now: datetime | None = None,
+) -> Period:
     """[start, end) as hours. Where it begins or ends within an hour, that hour is split if its
     single requests are kept (since `detail_from`; None: all are), else taken as a whole. Nothing
-    is posted after now, so that the hour that has just begun needs no splitting at its end."""
-    now = clock.now()
+    is posted after `now` (None: this instant), so that the hour that has just begun needs no
+    splitting at its end."""
+    now = now or clock.now()
     first, until = hour_of(start), -((EPOCH - end) // HOUR)
     edges: list[Edge] = []
 

@@ -5,9 +5,13 @@ import io
 from datetime import UTC, datetime, timedelta
 
 import openai
+import pytest
 
+from app.api import usage
 from app.billing.archiving import archive_before
 from app.core.database import create_writer_engine
+from app.metering.hours import Period
+from app.metering.service import UsageCells
 from app.organizations.keys import create_key
 from app.organizations.principal import SCOPES
 from tests.app.api.conftest import ORGANIZATION, OTHER, Box
@@ -138,6 +142,25 @@ async def test_usage_that_was_archived_is_in_every_range(
         items = [{"dimension": "output", "price_nano": 3_000, "unit_scale": 1}]
         preview = (await http.post("/api/prices/preview", json={"items": items})).json()
     assert (preview["is_estimate"], preview["old_nano"]) == (True, whole["total_nano"])
+
+
+async def test_the_running_hour_is_not_split(
+    box: Box, client: openai.AsyncOpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until now, given or not, is the whole of it: also what was posted ahead of the clock."""
+    await client.completions.create(model="tiny", prompt="a b c")
+    periods: list[Period] = []
+
+    async def read(session: object, name: str, within: Period, by: str) -> UsageCells:
+        periods.append(within)
+        return UsageCells([])
+
+    monkeypatch.setattr(usage, "read_usage", read)
+    async with box.http() as http:
+        await http.get("/api/usage")
+        await http.get("/api/usage", params={"to": "2999-01-01T00:00:00Z"})
+        await http.get("/api/usage.csv")
+    assert [within.edges for within in periods] == [(), (), ()]
 
 
 async def test_the_operator_changes_prices(box: Box, client: openai.AsyncOpenAI) -> None:
