@@ -11,6 +11,7 @@ from typing import Any, Literal
 import msgspec
 
 Launcher = Literal["local", "docker"]
+LogFormat = Literal["text", "json"]
 
 
 class SettingsError(Exception):
@@ -40,6 +41,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     optimise: bool = True
     optimise_timeout_seconds: int = 1800
     max_upload_bytes: int = 64 * 1024**3
+    max_open_uploads: int = 16
+    upload_quota_bytes: int = 0
     max_request_bytes: int = 32 * 1024**2
     kv_cache_bytes: int = 512 * 1024**2
     kv_swap_bytes: int = 0
@@ -53,6 +56,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     stripe_webhook_secrets: tuple[str, ...] = ()
     stripe_api_base: str = ""
     log_level: str = "INFO"
+    log_format: LogFormat = "text"
 
     @property
     def url(self) -> str:
@@ -143,6 +147,12 @@ def _launcher(text: str) -> str:
     return text
 
 
+def _log_format(text: str) -> str:
+    if text not in {"text", "json"}:
+        raise ValueError("one of text, json")
+    return text
+
+
 def _admin_key(text: str) -> str:
     if len(text) < 16:
         raise ValueError("must have at least 16 characters")
@@ -185,6 +195,12 @@ FIELDS: dict[str, tuple[str, Callable[[str], Any], str]] = {
         "looking for a faster form is stopped after this",
     ),
     "MAX_UPLOAD": ("max_upload_bytes", _bytes, "largest upload"),
+    "MAX_OPEN_UPLOADS": ("max_open_uploads", _positive, "unfinished uploads of an organization"),
+    "UPLOAD_QUOTA": (
+        "upload_quota_bytes",
+        _bytes,
+        "bytes of an organization's uploads together; 0: four of the largest",
+    ),
     "MAX_REQUEST": ("max_request_bytes", _bytes, "largest request body"),
     "KV_CACHE": ("kv_cache_bytes", _bytes, "KV cache of each decoder replica"),
     "KV_SWAP": ("kv_swap_bytes", _bytes, "host memory for preempted sequences; 0: recompute"),
@@ -206,6 +222,7 @@ FIELDS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     ),
     "STRIPE_API_BASE": ("stripe_api_base", str, "another address of Stripe's API, for tests"),
     "LOG_LEVEL": ("log_level", _log_level, "how much is logged"),
+    "LOG_FORMAT": ("log_format", _log_format, "lines of the log: text or json"),
 }
 
 

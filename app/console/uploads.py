@@ -4,15 +4,15 @@ The same protocol as under `/api`, but for people: session and CSRF token instea
 errors as pages. What an upload is and where its bytes go is `app.registry.uploads`'s.
 """
 
-import base64
-import binascii
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 from litestar import Response, Router, delete, get, head, patch, post
 from litestar.datastructures import UploadFile
 from litestar.params import FromPath, FromQuery
 
+from app.api import tus
 from app.console.sessions import form_field, go, signed_in
 from app.console.templating import PageRequest, base_url, page
 from app.core.database import Database
@@ -20,13 +20,12 @@ from app.core.errors import AppError, InvalidRequest, NotFound, Unprocessable
 from app.registry import service as registry
 from app.registry.input_hints import read_said, show_inputs
 from app.registry.tables import ModelVersion, Upload
-from app.registry.uploads import UploadStore
+from app.registry.uploads import UploadGone, UploadStore
 from app.settings import Settings
 from runtime.protocol import BuildHints
 
 PLAIN_FORM_BYTES = 512 * 1024**2  # the form without a script holds the file in a temporary one
 CHUNK_BYTES = 1024**2
-TUS = {"Tus-Resumable": "1.0.0", "Cache-Control": "no-store"}
 
 
 @get("/upload")
@@ -115,6 +114,7 @@ async def _upload_page(
 ) -> Response[str]:
     """Filled in with what was sent, or else with what is known of the model `name`."""
     settings: Settings = request.app.state.settings
+    uploads: UploadStore = request.app.state.uploads
     if error is not None:
         inputs = await form_field(request, "inputs")
         accepts_loss = bool(await form_field(request, "accepts_loss"))
@@ -134,6 +134,7 @@ async def _upload_page(
         error=error.message if error else "",
         base_url=base_url(request),
         max_bytes=settings.max_upload_bytes,
+        unfinished=await uploads.list_open(signed_in(request).principal.organization_id),
     )
 
 
@@ -149,6 +150,17 @@ async def _last_hints(request: PageRequest, name: str) -> BuildHints:
     return registry.version_hints(versions[0]) if versions else BuildHints()
 
 
+@post("/uploads/{upload_id:str}/discard", status_code=200)
+async def discard_by_form(request: PageRequest, upload_id: FromPath[str]) -> Response[Any]:
+    """From the list of unfinished uploads."""
+    principal = signed_in(request).principal
+    principal.require("write")
+    uploads: UploadStore = request.app.state.uploads
+    with suppress(UploadGone):
+        await uploads.delete(upload_id, principal.organization_id)
+    return go(request, "/console/upload")
+
+
 # --- tus --------------------------------------------------------------------------------
 
 
@@ -156,70 +168,55 @@ async def _last_hints(request: PageRequest, name: str) -> BuildHints:
 async def begin_upload(request: PageRequest) -> Response[None]:
     """tus creation. The model's name comes along, so that a bad one is refused before the file
     has travelled."""
-    metadata = _metadata(request.headers.get("upload-metadata", ""))
+    tus.check_version(request)
+    header = tus.metadata_header(request)
+    metadata = tus.read_metadata(header)
     registry.check_model_name(metadata.get("name", ""))
     uploads: UploadStore = request.app.state.uploads
-    length_bytes = _count(request, "Upload-Length")
     upload = await uploads.create(
-        signed_in(request).principal, metadata.get("filename", ""), length_bytes
+        signed_in(request).principal,
+        metadata.get("filename", ""),
+        tus.upload_length(request),
+        header,
     )
-    location = f"/console/uploads/{upload.id}"
-    return Response(None, status_code=201, headers={**TUS, "Location": location})
+    headers = {"Location": f"/console/uploads/{upload.id}", **tus.progress(upload)}
+    return Response(None, status_code=201, headers=headers)
 
 
 @head("/uploads/{upload_id:str}")
 async def upload_offset(request: PageRequest, upload_id: FromPath[str]) -> Response[None]:
     """Where to go on."""
+    tus.check_version(request)
     uploads: UploadStore = request.app.state.uploads
     upload = await uploads.get(upload_id, signed_in(request).principal.organization_id)
-    headers = {
-        "Upload-Offset": str(upload.received_bytes),
-        "Upload-Length": str(upload.length_bytes),
-    }
-    return Response(None, headers={**TUS, **headers})
+    return Response(None, headers=tus.progress(upload, await uploads.metadata(upload_id)))
 
 
 @patch("/uploads/{upload_id:str}", status_code=204, request_max_body_size=None)
 async def append_to_upload(request: PageRequest, upload_id: FromPath[str]) -> Response[None]:
     """Bytes from an offset on; they stay, whatever cuts the connection."""
+    tus.check_version(request)
+    tus.check_content_type(request)
     principal = signed_in(request).principal
     principal.require("write")
     uploads: UploadStore = request.app.state.uploads
-    offset = await uploads.append(
-        upload_id, principal.organization_id, _count(request, "Upload-Offset"), request.stream()
-    )
-    return Response(None, status_code=204, headers={**TUS, "Upload-Offset": str(offset)})
+    offset = tus.byte_count(request, "Upload-Offset")
+    checksum = tus.read_checksum(request)
+    organization_id = principal.organization_id
+    await uploads.append(upload_id, organization_id, offset, request.stream(), checksum)
+    upload = await uploads.get(upload_id, organization_id)
+    return Response(None, status_code=204, headers=tus.progress(upload))
 
 
 @delete("/uploads/{upload_id:str}", status_code=204)
 async def discard_upload(request: PageRequest, upload_id: FromPath[str]) -> Response[None]:
     """tus termination."""
+    tus.check_version(request)
     principal = signed_in(request).principal
     principal.require("write")
     uploads: UploadStore = request.app.state.uploads
     await uploads.delete(upload_id, principal.organization_id)
-    return Response(None, status_code=204, headers=TUS)
-
-
-def _count(request: PageRequest, header: str) -> int:
-    text = request.headers.get(header, "")
-    if not text.isascii() or not text.isdigit() or len(text) > 18:
-        raise InvalidRequest(f"{header} must be a whole number.", param=header)
-    return int(text)
-
-
-def _metadata(header: str) -> dict[str, str]:
-    """tus: `key base64, key base64`."""
-    values: dict[str, str] = {}
-    for pair in header.split(","):
-        key, _, encoded = pair.strip().partition(" ")
-        try:
-            values[key] = base64.b64decode(encoded, validate=True).decode()
-        except (binascii.Error, UnicodeDecodeError):
-            raise InvalidRequest(
-                f"Upload-Metadata: {key[:40]!r} is not base64 of UTF-8.", param="Upload-Metadata"
-            ) from None
-    return values
+    return Response(None, status_code=204)
 
 
 router = Router(
@@ -228,9 +225,11 @@ router = Router(
         show_upload,
         send_plain_form,
         create_version,
-        begin_upload,
-        upload_offset,
-        append_to_upload,
-        discard_upload,
+        discard_by_form,
+        Router(
+            "",
+            route_handlers=[begin_upload, upload_offset, append_to_upload, discard_upload],
+            middleware=[tus.versioned],
+        ),
     ],
 )

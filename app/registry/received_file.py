@@ -13,6 +13,7 @@ from app.core.errors import StorageFull
 from app.core.storage import fsync_directory
 
 READ_BYTES = 4 * 1024**2
+CHECKSUMS = {"sha1": 20, "sha256": 32}  # tus's names, with their digests' bytes; sha1 is its least
 
 
 class Hash(Protocol):
@@ -22,6 +23,13 @@ class Hash(Protocol):
     def digest(self) -> bytes: ...
     def hexdigest(self) -> str: ...
     def copy(self) -> "Hash": ...
+
+
+class Checksum(NamedTuple):
+    """What a piece must hash to."""
+
+    algorithm: str  # a name of CHECKSUMS
+    digest: bytes
 
 
 class Mark(NamedTuple):
@@ -37,7 +45,7 @@ class ReceivedFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._sha256: Hash = hashlib.sha256()
-        self._piece_sha256: Hash | None = None
+        self._piece_hash: Hash | None = None
         self.num_bytes = 0
 
     @classmethod
@@ -54,9 +62,11 @@ class ReceivedFile:
     def sha256(self) -> str:
         return self._sha256.hexdigest()
 
-    def mark(self, *, is_checked: bool) -> Mark:
-        """Starts a piece, hashed on its own too if it `is_checked`."""
-        self._piece_sha256 = hashlib.sha256() if is_checked else None
+    def mark(self, checksum: Checksum | None = None) -> Mark:
+        """Starts a piece, hashed on its own too where it has a checksum."""
+        self._piece_hash = None
+        if checksum is not None:
+            self._piece_hash = hashlib.new(checksum.algorithm, usedforsecurity=False)
         return Mark(self.num_bytes, self._sha256.copy())
 
     def append(self, data: bytes) -> None:
@@ -75,14 +85,14 @@ class ReceivedFile:
                 ) from error
             raise
         self._sha256.update(data)
-        if self._piece_sha256 is not None:
-            self._piece_sha256.update(data)
+        if self._piece_hash is not None:
+            self._piece_hash.update(data)
         self.num_bytes += len(data)
 
     def piece_digest(self) -> bytes:
-        """SHA-256 of what came since the mark."""
-        assert self._piece_sha256 is not None, "the mark asked for a checked piece"
-        return self._piece_sha256.digest()
+        """Of what came since the mark, by its checksum's algorithm."""
+        assert self._piece_hash is not None, "the mark asked for a checked piece"
+        return self._piece_hash.digest()
 
     def rewind(self, mark: Mark) -> None:
         """Forgets everything since the mark."""

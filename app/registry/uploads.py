@@ -8,28 +8,28 @@ HTTP side (tus) is `app/api/uploads.py`; what is inside a file is `inspection.py
 import asyncio
 import os
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
-from sqlalchemy import Select, delete, func, select, update
+from sqlalchemy import Select, delete, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.core import clock
 from app.core.database import Database
-from app.core.errors import AppError, Conflict, InvalidRequest, NotFound, TooLarge
+from app.core.errors import AppError, Conflict, NotFound
 from app.core.ids import new_id
 from app.core.storage import Storage
 from app.organizations.principal import Principal
-from app.organizations.tables import Organization
-from app.registry.received_file import ReceivedFile
+from app.registry.received_file import Checksum, ReceivedFile
 from app.registry.tables import ModelVersion, Upload
+from app.registry.transfers import Source, Transfer
+from app.registry.upload_limits import UploadLimits
 from app.settings import Settings
 
-BUFFER_BYTES = 1024**2  # written and hashed at once, in a thread
-STALL_SECONDS = 60.0
 LIFETIME = timedelta(hours=24)  # since the last byte
-MAX_OPEN_UPLOADS = 16  # of one organization
-QUOTA_FACTOR = 4  # what an organization's uploads may add up to, in largest uploads
+METADATA_SUFFIX = ".metadata"
 MAX_FILENAME_CHARS = 255
 
 T = TypeVar("T")
@@ -41,26 +41,29 @@ class ChecksumMismatch(AppError):
     status, type, default_code = 460, "invalid_request_error", "checksum_mismatch"
 
 
+class UploadGone(NotFound):
+    """It was there once."""
+
+    status, default_code = 410, "upload_expired"
+
+
 class UploadStore:
     """Every upload of the box."""
 
     def __init__(self, database: Database, storage: Storage, settings: Settings) -> None:
         self._database = database
         self._storage = storage
+        self._limits = UploadLimits(storage, settings)
         self.max_bytes = settings.max_upload_bytes
-        self._transfers: dict[str, _Transfer] = {}
+        self._transfers: dict[str, Transfer] = {}
 
-    async def create(self, principal: Principal, filename: str, length_bytes: int) -> Upload:
-        """A new, empty upload. Raises `TooLarge` beyond the limit or the organization's quota,
-        and `StorageFull` when the disk could not take it together with all others under way."""
+    async def create(
+        self, principal: Principal, filename: str, length_bytes: int, metadata: str = ""
+    ) -> Upload:
+        """A new, empty upload; `metadata` is tus's header, kept for whoever asks. Raises what
+        `UploadLimits` does, before anything of the file has travelled."""
         principal.require("write")
-        if length_bytes < 1:
-            raise InvalidRequest("The file is empty.", param="Upload-Length", code="empty")
-        if length_bytes > self.max_bytes:
-            raise TooLarge(
-                f"The file has {length_bytes:,} bytes; the largest upload this box accepts is "
-                f"{self.max_bytes:,} (its setting TAPEOUT_MAX_UPLOAD)."
-            )
+        self._limits.check_length(length_bytes)
         moment = clock.now()
         upload = Upload(
             id=new_id("upload"),
@@ -74,11 +77,41 @@ class UploadStore:
             expires_at=moment + LIFETIME,
         )
         async with self._database.write() as session:
-            await self._check_quota(session, upload)
-            self._storage.require_space(length_bytes + await _outstanding_bytes(session))
+            await self._limits.check_room(session, upload)
             session.add(upload)
-        await asyncio.to_thread(self._storage.upload(upload.id).touch, 0o600)
+        await asyncio.to_thread(self._touch, upload.id, metadata)
         return upload
+
+    def _touch(self, upload_id: str, metadata: str) -> None:
+        if metadata:
+            path = self._metadata_path(upload_id)
+            path.touch(0o600)
+            path.write_text(metadata)
+        self._storage.upload(upload_id).touch(0o600)
+
+    def _metadata_path(self, upload_id: str) -> Path:
+        return self._storage.upload(f"{upload_id}{METADATA_SUFFIX}")
+
+    async def metadata(self, upload_id: str) -> str:
+        """tus's header as it came with the creation; the caller has found the upload."""
+        try:
+            return await asyncio.to_thread(self._metadata_path(upload_id).read_text)
+        except FileNotFoundError:
+            return ""
+
+    async def list_open(self, organization_id: str) -> list[Upload]:
+        """Those that bytes are missing of, with their true offsets, newest first."""
+        async with self._database.read() as session:
+            rows = await session.scalars(
+                select(Upload)
+                .where(Upload.organization_id == organization_id, Upload.status == "receiving")
+                .order_by(Upload.created_at.desc(), Upload.id)
+            )
+            uploads = list(rows)
+        for upload in uploads:
+            with suppress(NotFound):
+                upload.received_bytes = await asyncio.to_thread(self._num_bytes_on_disk, upload.id)
+        return uploads
 
     async def get(self, upload_id: str, organization_id: str) -> Upload:
         """An upload with its true offset. Raises `NotFound`, also once it has expired."""
@@ -100,18 +133,18 @@ class UploadStore:
         organization_id: str,
         offset: int,
         chunks: AsyncIterator[bytes],
-        checksum: bytes | None = None,
+        checksum: Checksum | None = None,
     ) -> int:
         """Appends what `chunks` yields and returns the new offset; the last byte completes the
         upload. Whatever interrupts it, bytes that arrived stay, except that a piece with a
-        `checksum` (SHA-256) is kept whole or not at all.
+        `checksum` is kept whole or not at all.
 
         A later call takes over from an earlier one: a client that lost its connection comes back
         before the server has noticed. Raises `Conflict` for a wrong offset or a transfer that was
         taken over, `TooLarge` for bytes beyond the declared length, `ChecksumMismatch`.
         """
         await self._find(upload_id, organization_id)
-        transfer = self._transfers.setdefault(upload_id, _Transfer())
+        transfer = self._transfers.setdefault(upload_id, Transfer())
         transfer.num_callers += 1
         transfer.interrupt()
         try:
@@ -149,7 +182,8 @@ class UploadStore:
         async with self._database.read() as session:
             rows = await session.scalars(select(Upload.id).where(Upload.status != "expired"))
             known = set(rows)
-        await self.remove_files([name for name in names if name not in known])
+        gone = {name.removesuffix(METADATA_SUFFIX) for name in names} - known
+        await self.remove_files(sorted(gone))
         return num_ended
 
     async def remove_files(self, upload_ids: list[str]) -> None:
@@ -157,8 +191,8 @@ class UploadStore:
         for upload_id in upload_ids:
             if (transfer := self._transfers.pop(upload_id, None)) is not None:
                 transfer.interrupt()
-            path = self._storage.upload(upload_id)
-            await asyncio.to_thread(path.unlink, missing_ok=True)
+            for path in (self._storage.upload(upload_id), self._metadata_path(upload_id)):
+                await asyncio.to_thread(path.unlink, missing_ok=True)
 
     # --- rows ---------------------------------------------------------------------------
 
@@ -174,37 +208,6 @@ class UploadStore:
             return self._storage.upload(upload_id).stat().st_size
         except FileNotFoundError:
             raise _no_such_upload() from None
-
-    async def _check_quota(self, session: AsyncSession, upload: Upload) -> None:
-        # The lock keeps uploads created at the same moment from passing the quota together.
-        await session.execute(
-            select(Organization.id)
-            .where(Organization.id == upload.organization_id)
-            .with_for_update()
-        )
-        num_open, num_bytes = (
-            await session.execute(
-                select(
-                    func.count().filter(Upload.status == "receiving"),
-                    func.coalesce(func.sum(Upload.length_bytes), 0),
-                ).where(
-                    Upload.organization_id == upload.organization_id, Upload.status != "expired"
-                )
-            )
-        ).one()
-        if num_open >= MAX_OPEN_UPLOADS:
-            raise Conflict(
-                f"{num_open} uploads are unfinished, which is as many as may be. Finish or delete "
-                "one first.",
-                code="too_many_uploads",
-            )
-        quota_bytes = QUOTA_FACTOR * self.max_bytes
-        if num_bytes + upload.length_bytes > quota_bytes:
-            raise TooLarge(
-                f"Your organization's uploads would exceed {quota_bytes:,} bytes. Uploads are "
-                "removed a day after their last use; delete some to go on now.",
-                code="quota_exceeded",
-            )
 
     async def _record(self, upload: Upload, file: ReceivedFile) -> None:
         values: dict[str, object] = {
@@ -222,24 +225,24 @@ class UploadStore:
 
     async def _receive(
         self,
-        transfer: "_Transfer",
+        transfer: Transfer,
         upload: Upload,
         chunks: AsyncIterator[bytes],
-        checksum: bytes | None,
+        checksum: Checksum | None,
     ) -> int:
         self._storage.require_space(0)
         file = transfer.file
         if file is None or file.num_bytes != upload.received_bytes:
             path = self._storage.upload(upload.id)
             file = transfer.file = await _to_the_end(lambda: ReceivedFile.resume(path))
-        source = _Source(transfer, chunks, upload.length_bytes - file.num_bytes)
-        mark = file.mark(is_checked=checksum is not None)
+        source = Source(transfer, chunks, upload.length_bytes - file.num_bytes)
+        mark = file.mark(checksum)
         try:
             while piece := await source.next_piece():
-                await _to_the_end(lambda piece=piece: file.append(piece))
+                await _to_the_end(lambda piece=piece: self._write(file, piece))
             if source.failure is not None:
                 raise source.failure
-            if checksum is not None and file.piece_digest() != checksum:
+            if checksum is not None and file.piece_digest() != checksum.digest:
                 raise ChecksumMismatch("The piece does not match its checksum; send it again.")
         except BaseException:
             if checksum is not None:
@@ -249,91 +252,28 @@ class UploadStore:
             await self._record(upload, file)
         return file.num_bytes
 
-
-class _Transfer:
-    """What this process knows of an upload under way: who may write, and the hash so far."""
-
-    def __init__(self) -> None:
-        self.lock = asyncio.Lock()
-        self.num_callers = 0
-        self.file: ReceivedFile | None = None
-        self.waiting: asyncio.Timeout | None = None  # for the client's next bytes
-
-    def interrupt(self) -> None:
-        """Ends the wait for bytes of whoever is writing."""
-        if self.waiting is not None and not self.waiting.expired():
-            self.waiting.reschedule(asyncio.get_running_loop().time())
-
-
-class _Source:
-    """A connection's chunks, gathered into pieces worth a thread. Why it ended early is kept in
-    `failure`, to be raised once the bytes that came before are safe."""
-
-    def __init__(self, transfer: _Transfer, chunks: AsyncIterator[bytes], room_bytes: int) -> None:
-        self._transfer = transfer
-        self._chunks = chunks
-        self._room_bytes = room_bytes
-        self._is_ended = False
-        self.failure: Exception | None = None
-
-    async def next_piece(self) -> bytes:
-        """Empty at the end."""
-        buffer = bytearray()
-        while not self._is_ended and len(buffer) < BUFFER_BYTES:
-            chunk = await self._next_chunk()
-            if len(chunk) > self._room_bytes:
-                self._end(TooLarge("There are more bytes than Upload-Length announced."))
-                break
-            self._room_bytes -= len(chunk)
-            buffer += chunk
-        return bytes(buffer)
-
-    async def _next_chunk(self) -> bytes:
-        try:
-            async with asyncio.timeout(STALL_SECONDS) as self._transfer.waiting:
-                if self._transfer.num_callers > 1:
-                    raise TimeoutError
-                return await anext(self._chunks)
-        except StopAsyncIteration:
-            self._end(None)
-        except TimeoutError:
-            self._end(
-                Conflict(
-                    "Another transfer took over, or nothing came for a while. Ask for the offset "
-                    "(HEAD) and go on from there.",
-                    code="interrupted",
-                )
-            )
-        except Exception as error:  # noqa: BLE001 - the connection's own, raised by the caller
-            self._end(error)
-        finally:
-            self._transfer.waiting = None
-        return b""
-
-    def _end(self, failure: Exception | None) -> None:
-        self._is_ended = True
-        self.failure = failure
+    def _write(self, file: ReceivedFile, piece: bytes) -> None:
+        self._storage.require_space(len(piece))  # builds and the journal take of the disk too
+        file.append(piece)
 
 
 # --- small parts ------------------------------------------------------------------------
 
 
 async def find_upload(session: AsyncSession, upload_id: str, organization_id: str) -> Upload:
-    """The row. Raises `NotFound`, also for another organization's and an expired one."""
+    """The row. Raises `NotFound`, also for another organization's, and `UploadGone`."""
     upload = await session.scalar(
-        select(Upload).where(
-            Upload.id == upload_id,
-            Upload.organization_id == organization_id,
-            Upload.status != "expired",
-        )
+        select(Upload).where(Upload.id == upload_id, Upload.organization_id == organization_id)
     )
     if upload is None:
         raise _no_such_upload()
+    if upload.status == "expired":
+        raise UploadGone("This upload has expired: a day went by without a byte. Begin it anew.")
     return upload
 
 
 def _no_such_upload() -> NotFound:
-    return NotFound("There is no such upload, or it has expired.", code="upload_not_found")
+    return NotFound("There is no such upload.", code="upload_not_found")
 
 
 def clean_filename(filename: str) -> str:
@@ -346,16 +286,6 @@ def clean_filename(filename: str) -> str:
 def _in_use() -> Select[str]:
     """The uploads whose bytes a build still needs."""
     return select(ModelVersion.upload_id).where(ModelVersion.status.in_(("queued", "building")))
-
-
-async def _outstanding_bytes(session: AsyncSession) -> int:
-    """What every unfinished upload of the box has still to bring."""
-    total = await session.scalar(
-        select(func.sum(Upload.length_bytes - Upload.received_bytes)).where(
-            Upload.status == "receiving"
-        )
-    )
-    return total or 0
 
 
 def _check_offset(upload: Upload, offset: int) -> None:

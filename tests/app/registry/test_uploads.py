@@ -18,8 +18,8 @@ from app.core.database import Database
 from app.core.errors import Conflict, Forbidden, InvalidRequest, NotFound, StorageFull, TooLarge
 from app.core.storage import Storage
 from app.organizations.principal import Principal
-from app.registry import received_file, service
-from app.registry import uploads as uploads_module
+from app.registry import received_file, service, transfers
+from app.registry.received_file import Checksum
 from app.registry.tables import ModelVersion, Upload
 from app.registry.uploads import ChecksumMismatch, UploadStore, clean_filename
 from app.settings import Settings
@@ -49,6 +49,10 @@ async def send(
         stream(data),
         **arguments,  # type: ignore[arg-type]
     )
+
+
+def sha256(data: bytes) -> Checksum:
+    return Checksum("sha256", hashlib.sha256(data).digest())
 
 
 def content(storage: Storage, upload: Upload) -> bytes:
@@ -207,7 +211,7 @@ async def test_a_returning_client_takes_over_from_its_dead_connection(
 async def test_a_silent_connection_ends(
     uploads: UploadStore, principal: Principal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(uploads_module, "STALL_SECONDS", 0.02)
+    monkeypatch.setattr(transfers, "STALL_SECONDS", 0.02)
     upload = await uploads.create(principal, "m", 10)
 
     async def silent() -> AsyncIterator[bytes]:
@@ -236,19 +240,19 @@ async def test_a_damaged_piece_leaves_nothing(
 ) -> None:
     upload = await uploads.create(principal, "m", len(DATA))
     organization_id = principal.organization_id
-    await send(uploads, upload, 0, DATA[:1000], checksum=hashlib.sha256(DATA[:1000]).digest())
+    await send(uploads, upload, 0, DATA[:1000], checksum=sha256(DATA[:1000]))
     with pytest.raises(ChecksumMismatch):
-        await send(uploads, upload, 1000, DATA[1000:], checksum=bytes(32))
+        await send(uploads, upload, 1000, DATA[1000:], checksum=Checksum("sha256", bytes(32)))
     with pytest.raises(CutError):
         await uploads.append(
             upload.id,
             organization_id,
             1000,
             stream(DATA[1000:2_500_000], error=CutError()),
-            hashlib.sha256(DATA[1000:]).digest(),
+            sha256(DATA[1000:]),
         )
     assert content(storage, upload) == DATA[:1000]
-    checksum = hashlib.sha256(DATA[1000:]).digest()
+    checksum = sha256(DATA[1000:])
     assert await send(uploads, upload, 1000, DATA[1000:], checksum=checksum) == len(DATA)
     assert (await restarted.get(upload.id, organization_id)).sha256 == SHA256
 
@@ -270,14 +274,13 @@ async def test_sizes(
     with pytest.raises(TooLarge) as caught:
         await uploads.create(principal, "m", 1)
     assert caught.value.code == "quota_exceeded"
+    assert "4,000 of the 4,000" in caught.value.message
 
 
 async def test_unfinished_uploads_are_bounded(
-    uploads: UploadStore, principal: Principal, stranger: Principal
+    uploads: UploadStore, principal: Principal, stranger: Principal, settings: Settings
 ) -> None:
-    made = [
-        await uploads.create(principal, "m", 10) for _ in range(uploads_module.MAX_OPEN_UPLOADS)
-    ]
+    made = [await uploads.create(principal, "m", 10) for _ in range(settings.max_open_uploads)]
     with pytest.raises(Conflict) as caught:
         await uploads.create(principal, "m", 10)
     assert caught.value.code == "too_many_uploads"
@@ -295,6 +298,52 @@ async def test_the_disk_must_hold_every_upload_under_way(
     with pytest.raises(StorageFull):
         await uploads.create(principal, "m", 600)
     await uploads.create(principal, "m", 400)
+
+
+async def test_the_quota_is_a_setting(
+    database: Database, storage: Storage, settings: Settings, principal: Principal
+) -> None:
+    limits = replace(settings, max_open_uploads=2, upload_quota_bytes=50)
+    uploads = UploadStore(database, storage, limits)
+    for length_bytes in (20, 30):
+        await uploads.create(principal, "m", length_bytes)
+    with pytest.raises(Conflict):
+        await uploads.create(principal, "m", 1)
+    with pytest.raises(TooLarge):
+        await UploadStore(database, storage, replace(limits, max_open_uploads=9)).create(
+            principal, "m", 1
+        )
+
+
+async def test_what_lies_on_the_disk_is_not_counted_twice(
+    uploads: UploadStore, storage: Storage, principal: Principal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reserve_bytes = 256 * 1024**2
+    monkeypatch.setattr(storage, "free_bytes", lambda: reserve_bytes + 1000)
+    upload = await uploads.create(principal, "m", 900)
+    storage.upload(upload.id).write_bytes(bytes(800))  # in the middle of a long piece
+    monkeypatch.setattr(storage, "free_bytes", lambda: reserve_bytes + 200)
+    with pytest.raises(StorageFull):
+        await uploads.create(principal, "m", 101)
+    await uploads.create(principal, "m", 100)
+
+
+async def test_an_upload_leaves_the_reserve_alone(
+    uploads: UploadStore, storage: Storage, principal: Principal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = await uploads.create(principal, "m", len(DATA))
+
+    def free_bytes() -> int:
+        return 256 * 1024**2 + 2 * 1024**2 - len(content(storage, upload))
+
+    monkeypatch.setattr(storage, "free_bytes", free_bytes)
+    chunks = [DATA[at : at + 65_536] for at in range(0, len(DATA), 65_536)]
+    with pytest.raises(StorageFull):
+        await uploads.append(upload.id, principal.organization_id, 0, stream(*chunks))
+    assert content(storage, upload) == DATA[: 2 * 1024**2]
+    monkeypatch.undo()
+    await send(uploads, upload, 2 * 1024**2, DATA[2 * 1024**2 :])
+    assert (await uploads.get(upload.id, principal.organization_id)).sha256 == SHA256
 
 
 async def test_a_full_disk_keeps_what_arrived(

@@ -21,7 +21,9 @@ ROUTES: dict[tuple[str, str], tuple[str, Any]] = {
     ("POST", "/api/keys"): ("admin", {"name": "ci"}),
     ("DELETE", "/api/keys/{key_id}"): ("admin", None),
     ("GET", "/api/organization"): ("read", None),
+    ("GET", "/api/uploads"): ("write", None),
     ("POST", "/api/uploads"): ("write", None),
+    ("POST", "/api/uploads/{upload_id}"): ("write", None),
     ("HEAD", "/api/uploads/{upload_id}"): ("write", None),
     ("PATCH", "/api/uploads/{upload_id}"): ("write", None),
     ("DELETE", "/api/uploads/{upload_id}"): ("write", None),
@@ -79,6 +81,7 @@ async def call(
         "Tus-Resumable": "1.0.0",
         "Upload-Offset": "0",
         "Upload-Length": "10",
+        "X-HTTP-Method-Override": "HEAD",  # for POST alone
         "Content-Type": "application/offset+octet-stream",
     }
     headers = headers | (tus if "/uploads" in path else {})

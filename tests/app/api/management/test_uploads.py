@@ -11,7 +11,11 @@ import httpx
 import pytest
 import uvicorn
 from litestar import Litestar
+from sqlalchemy import update
 
+from app.core import clock
+from app.core.database import Database
+from app.registry.tables import Upload
 from app.registry.uploads import UploadStore
 from app.settings import Settings
 from tests.app.api.management.callers import Caller
@@ -33,6 +37,7 @@ async def begin(client: httpx.AsyncClient, caller: Caller, length: int = len(DAT
     response = await client.post("/api/uploads", headers=caller.headers | TUS | headers)
     assert response.status_code == 201, response.text
     assert response.headers["tus-resumable"] == "1.0.0"
+    assert response.headers["upload-offset"] == "0"
     assert response.headers["upload-expires"].endswith("GMT")
     return response.headers["location"]
 
@@ -66,7 +71,11 @@ async def test_abilities(client: httpx.AsyncClient, settings: Settings) -> None:
     assert response.status_code == 204
     assert response.headers["tus-version"] == "1.0.0"
     assert response.headers["tus-max-size"] == str(settings.max_upload_bytes)
-    assert set(response.headers["tus-extension"].split(",")) >= {"creation", "termination"}
+    assert set(response.headers["tus-extension"].split(",")) == {
+        "creation", "creation-with-upload", "expiration", "checksum", "termination",
+    }  # fmt: skip
+    assert response.headers["tus-checksum-algorithm"] == "sha1,sha256"
+    assert (await client.options("/api/uploads/x")).headers["tus-version"] == "1.0.0"
 
 
 async def test_in_pieces(client: httpx.AsyncClient, app: Litestar, caller: Caller) -> None:
@@ -76,6 +85,8 @@ async def test_in_pieces(client: httpx.AsyncClient, app: Litestar, caller: Calle
         response = await append(client, caller, location, at, DATA[at : at + 1_000_000])
         assert response.status_code == 204
         assert int(response.headers["upload-offset"]) == min(at + 1_000_000, len(DATA))
+        # As long as it may expire, every answer says when.
+        assert ("upload-expires" in response.headers) == (at + 1_000_000 < len(DATA))
     store: UploadStore = app.state.uploads
     upload = await store.get(location.rsplit("/", 1)[-1], caller.organization_id)
     assert (upload.status, upload.filename) == ("complete", "model.pt2")
@@ -106,6 +117,100 @@ async def test_checksum(client: httpx.AsyncClient, caller: Caller) -> None:
     assert right.status_code == 204
 
 
+@pytest.mark.parametrize("algorithm", ["sha1", "sha256"])
+async def test_each_checksum(client: httpx.AsyncClient, caller: Caller, algorithm: str) -> None:
+    location = await begin(client, caller)
+    digest = hashlib.new(algorithm, DATA).digest()
+    wrong = await append(
+        client, caller, location, 0, DATA[1:], Upload_Checksum=f"{algorithm} {b64(digest)}"
+    )
+    assert wrong.status_code == 460
+    right = await append(
+        client, caller, location, 0, DATA, Upload_Checksum=f"{algorithm} {b64(digest)}"
+    )
+    assert right.status_code == 204
+
+
+async def test_metadata_comes_back_as_it_was_sent(
+    client: httpx.AsyncClient, caller: Caller, app: Litestar
+) -> None:
+    location = await begin(client, caller)
+    head = await client.head(location, headers=caller.headers | TUS)
+    assert head.headers["upload-metadata"] == f"filename {b64(b'model.pt2')},is_confidential"
+    folder = app.state.storage.upload("any").parent
+    assert len(list(folder.iterdir())) == 2
+    await app.state.uploads.expire()
+    assert len(list(folder.iterdir())) == 2
+    await client.delete(location, headers=caller.headers | TUS)
+    assert list(folder.iterdir()) == []
+
+
+async def test_unfinished_uploads_are_listed(
+    client: httpx.AsyncClient, caller: Caller, stranger: Caller
+) -> None:
+    location = await begin(client, caller)
+    await append(client, caller, location, 0, DATA[:1000])
+    done = await begin(client, caller)
+    await append(client, caller, done, 0, DATA)
+    (listed,) = (await client.get("/api/uploads", headers=caller.headers)).json()["data"]
+    assert location == f"/api/uploads/{listed['id']}"
+    assert (listed["filename"], listed["received_bytes"], listed["length_bytes"]) == (
+        "model.pt2",
+        1000,
+        len(DATA),
+    )
+    assert (await client.get("/api/uploads", headers=stranger.headers)).json() == {"data": []}
+
+
+async def test_where_only_post_passes(client: httpx.AsyncClient, caller: Caller) -> None:
+    location = await begin(client, caller)
+
+    async def post(method: str, **more: str) -> httpx.Response:
+        headers = caller.headers | TUS | {"X-HTTP-Method-Override": method} | more
+        return await client.post(location, headers=headers, content=DATA if more else b"")
+
+    sent = await post("PATCH", **BYTES, **{"Upload-Offset": "0"})
+    assert (sent.status_code, sent.headers["upload-offset"]) == (204, str(len(DATA)))
+    assert (await post("head")).headers["upload-offset"] == str(len(DATA))
+    assert (await post("DELETE")).status_code == 204
+    assert (await post("HEAD")).status_code == 404
+    assert (await post("PUT")).status_code == 400
+
+
+async def test_what_has_expired_is_gone(
+    client: httpx.AsyncClient, caller: Caller, stranger: Caller, app: Litestar, database: Database
+) -> None:
+    location = await begin(client, caller)
+    async with database.write() as session:
+        await session.execute(update(Upload).values(expires_at=clock.now()))
+    await app.state.uploads.expire()
+    for response in (
+        await client.head(location, headers=caller.headers | TUS),
+        await append(client, caller, location, 0, DATA),
+    ):
+        assert response.status_code == 410
+        assert "upload-offset" not in response.headers
+    assert "Begin it anew" in response.json()["error"]["message"]
+    foreign = await client.head(location, headers=stranger.headers | TUS)
+    assert foreign.status_code == 404
+
+
+async def test_every_answer_names_the_version(client: httpx.AsyncClient, caller: Caller) -> None:
+    location = await begin(client, caller)
+    answers = [
+        await client.head(location, headers=TUS),
+        await client.head(f"{location}x", headers=caller.headers | TUS),
+        await append(client, caller, location, 5, b"x"),
+        await append(client, caller, location, 0, b"x", Tus_Resumable="2.0.0"),
+        await client.delete(location, headers=caller.headers | TUS),
+    ]
+    assert [answer.status_code for answer in answers] == [401, 404, 409, 412, 204]
+    for answer in answers:
+        assert answer.headers["tus-resumable"] == "1.0.0"
+        assert answer.headers["cache-control"] == "no-store"
+    assert answers[3].headers["tus-version"] == "1.0.0"
+
+
 async def test_terminate(client: httpx.AsyncClient, caller: Caller) -> None:
     location = await begin(client, caller)
     assert (await client.delete(location, headers=caller.headers | TUS)).status_code == 204
@@ -129,6 +234,12 @@ async def test_refusals(client: httpx.AsyncClient, caller: Caller, settings: Set
         (await client.post("/api/uploads", headers=caller.headers | length), 412,
          "unsupported_tus_version"),
         (await client.post("/api/uploads", headers=good), 400, "invalid_value"),
+        (await client.post("/api/uploads", headers=good | {"Upload-Defer-Length": "1"}), 400,
+         "invalid_value"),
+        (await client.post("/api/uploads", headers=good | length | {"Upload-Metadata": "a,a"}),
+         400, "invalid_value"),
+        (await append(client, caller, location, 0, b"x", Upload_Checksum="sha1 eA=="), 400,
+         "invalid_value"),
         (await client.post("/api/uploads", headers=good | {"Upload-Length": "0"}), 400, "empty"),
         (await client.post("/api/uploads", headers=good | {"Upload-Length": "9" * 30}), 400,
          "invalid_value"),

@@ -1,0 +1,87 @@
+"""What may begin: an upload that fits the box's limits, its organization's and the disk."""
+
+import asyncio
+from collections.abc import Sequence
+
+from sqlalchemy import func, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.core.errors import Conflict, InvalidRequest, TooLarge
+from app.core.storage import Storage
+from app.organizations.tables import Organization
+from app.registry.tables import Upload
+from app.settings import Settings
+
+QUOTA_FACTOR = 4  # an organization's quota where none is set, in largest uploads
+
+
+class UploadLimits:
+    """The settings' limits, and the disk's."""
+
+    def __init__(self, storage: Storage, settings: Settings) -> None:
+        self._storage = storage
+        self.max_bytes = settings.max_upload_bytes
+        self.max_open = settings.max_open_uploads
+        self.quota_bytes = settings.upload_quota_bytes or QUOTA_FACTOR * self.max_bytes
+
+    def check_length(self, length_bytes: int) -> None:
+        """Raises `InvalidRequest` for an empty file, `TooLarge` beyond the largest upload."""
+        if length_bytes < 1:
+            raise InvalidRequest("The file is empty.", param="Upload-Length", code="empty")
+        if length_bytes > self.max_bytes:
+            raise TooLarge(
+                f"The file has {length_bytes:,} bytes; the largest upload this box accepts is "
+                f"{self.max_bytes:,} (its setting TAPEOUT_MAX_UPLOAD)."
+            )
+
+    async def check_room(self, session: AsyncSession, upload: Upload) -> None:
+        """Whether the organization and the disk have room for one more, together with all that
+        is still to come of the others. Raises `Conflict`, `TooLarge` or `StorageFull`."""
+        await self._check_organization(session, upload)
+        rows = await session.execute(
+            select(Upload.id, Upload.length_bytes).where(Upload.status == "receiving")
+        )
+        others = [(upload_id, length) for upload_id, length in rows]
+        outstanding = await asyncio.to_thread(self._outstanding_bytes, others)
+        self._storage.require_space(upload.length_bytes + outstanding)
+
+    async def _check_organization(self, session: AsyncSession, upload: Upload) -> None:
+        # The lock keeps uploads created at the same moment from passing the quota together.
+        await session.execute(
+            select(Organization.id)
+            .where(Organization.id == upload.organization_id)
+            .with_for_update()
+        )
+        num_open, num_bytes = (
+            await session.execute(
+                select(
+                    func.count().filter(Upload.status == "receiving"),
+                    func.coalesce(func.sum(Upload.length_bytes), 0),
+                ).where(
+                    Upload.organization_id == upload.organization_id, Upload.status != "expired"
+                )
+            )
+        ).one()
+        if num_open >= self.max_open:
+            raise Conflict(
+                f"{num_open} uploads are unfinished, which is as many as may be. Finish or "
+                "discard one first; the console's page Upload lists them.",
+                code="too_many_uploads",
+            )
+        if num_bytes + upload.length_bytes > self.quota_bytes:
+            raise TooLarge(
+                f"Your organization's uploads hold {num_bytes:,} of the {self.quota_bytes:,} bytes "
+                f"they may, and this one has {upload.length_bytes:,}. An upload is removed a day "
+                "after its last use; discard some on the console's page Upload to go on now.",
+                code="quota_exceeded",
+            )
+
+    def _outstanding_bytes(self, uploads: Sequence[tuple[str, int]]) -> int:
+        """What they have still to bring: announced, less what lies on the disk."""
+        total = 0
+        for upload_id, length_bytes in uploads:
+            try:
+                total += length_bytes - self._storage.upload(upload_id).stat().st_size
+            except FileNotFoundError:
+                total += length_bytes
+        return total
