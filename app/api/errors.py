@@ -6,7 +6,7 @@ No answer ever holds a stack trace, a path or anything else of the box's inside.
 import logging
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 from litestar import Request, Response
@@ -122,7 +122,9 @@ def render_unknown_error(request: AnyRequest, error: Exception) -> Response[Any]
     if is_about_a_value(error):
         return render_app_error(request, Unstorable())
     error_id = new_id("err")
-    logger.error("%s at %s %s", error_id, request.method, request.url.path, exc_info=error)
+    # The route, as an address can hold names and one-time tokens.
+    route = cast("dict[str, Any]", request.scope).get("path_template", "no route")
+    logger.error("%s at %s %s", error_id, request.method, route, exc_info=error)
     detail = ErrorDetail(
         message=f"Something went wrong inside the box. Its operator finds it in the log as "
         f"{error_id}.",

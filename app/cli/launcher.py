@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from app.cli.client import Refused
+from app.core import logs
 from app.deployments.launchers.engine import Engine, EngineError
 from app.deployments.launchers.service import (
     LauncherService,
@@ -27,13 +28,13 @@ log = logging.getLogger(__name__)
 def launcher(container: str) -> None:
     """Start and stop workers and builds as containers, for `tapeout serve` beside it.
 
-    Reads TAPEOUT_DATA_DIR, TAPEOUT_LAUNCHER_SOCKET and DOCKER_HOST. It offers start, stop and
-    status of one fixed form of container, and nothing else of Docker.
+    Reads TAPEOUT_DATA_DIR, TAPEOUT_LAUNCHER_SOCKET, TAPEOUT_LOG_LEVEL, TAPEOUT_LOG_FORMAT and
+    DOCKER_HOST. It offers start, stop and status of one fixed form of container, and nothing else
+    of Docker.
     """
-    logging.basicConfig(level="INFO", format="%(asctime)s %(levelname)-7s %(name)s  %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         settings = read_settings(os.environ)
+        logs.configure(settings.log_level, settings.log_format)
         asyncio.run(serve(settings.data_dir, settings.launcher_socket, container))
     except SettingsError as error:
         raise Refused("; ".join(error.problems)) from error

@@ -1,7 +1,6 @@
 """`tapeout serve`: checks what it can before the start, then runs the box until SIGTERM."""
 
 import asyncio
-import logging
 import os
 import socket
 from contextlib import AsyncExitStack
@@ -14,6 +13,7 @@ import uvicorn
 
 from app.cli.client import Refused
 from app.cli.connection import Connection
+from app.core import logs
 from app.core.errors import AppError
 from app.settings import Settings, SettingsError, read_settings
 
@@ -37,14 +37,13 @@ def serve(data_dir: Path | None, host: str | None, port: int | None) -> None:
     except SettingsError as error:
         raise Refused("; ".join(error.problems)) from error
     check_machine(settings)
-    logging.basicConfig(
-        level=settings.log_level, format="%(asctime)s %(levelname)-7s %(name)s  %(message)s"
-    )
-    for noisy in ("alembic", "httpx", "stripe", "uvicorn.error"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logs.configure(settings.log_level, settings.log_format)
     from app.main import create_app  # here, so that other commands start without its libraries
 
-    app = create_app(settings, announce=click.echo)
+    def announce(line: str) -> None:
+        click.echo(logs.announcement(line, settings.log_format))
+
+    app = create_app(settings, announce)
     server = Server(
         uvicorn.Config(
             app,

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from litestar import Response
 from litestar.exceptions import HTTPException
@@ -71,7 +71,9 @@ def render_unknown_error(request: PageRequest, error: Exception) -> Response[Any
     if is_about_a_value(error):
         return render_app_error(request, Unstorable())
     error_id = new_id("err")
-    logger.error("%s at %s %s", error_id, request.method, request.url.path, exc_info=error)
+    # The route, as an address can hold names and one-time tokens.
+    route = cast("dict[str, Any]", request.scope).get("path_template", "no route")
+    logger.error("%s at %s %s", error_id, request.method, route, exc_info=error)
     return page(request, "errors/fault.html", status_code=500, error_id=error_id, notice=None)
 
 

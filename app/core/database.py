@@ -88,10 +88,10 @@ class _UndoneWhenClosed(SqliteConnection):
 
 
 def _arguments(url: str) -> dict[str, Any]:
-    """What SQLAlchemy's engine is made with."""
+    """What SQLAlchemy's engine is made with. Its errors, which are logged, tell no values."""
     if not url.startswith("sqlite"):
-        return {"pool_pre_ping": True}
-    return {"connect_args": {"factory": _UndoneWhenClosed}}
+        return {"pool_pre_ping": True, "hide_parameters": True}
+    return {"connect_args": {"factory": _UndoneWhenClosed}, "hide_parameters": True}
 
 
 def _configure_sqlite(engine: Engine) -> None:
