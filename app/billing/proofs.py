@@ -4,13 +4,21 @@ Pure; `tapeout receipt verify` runs this on a file. Described in docs/receipts.m
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Literal, TypeVar
 
 import msgspec
 
-from app.billing.digests import PathStep, ReceiptRecord, TransactionRecord, root_of
+from app.billing.digests import (
+    PathStep,
+    ReceiptRecord,
+    TransactionRecord,
+    instant_text,
+    root_of,
+)
 from app.billing.signing import is_signed
 from app.core.money import price_of
 
@@ -87,7 +95,14 @@ class Verified(msgspec.Struct, frozen=True):
     checks: list[str]
 
 
-class _Line(msgspec.Struct, frozen=True):
+class Saved(msgspec.Struct, frozen=True):
+    """What a file holds: a proof, and names of what stands beside it that no proof tells."""
+
+    proof: Proof
+    unproved: list[str]
+
+
+class _Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dimension: str
     quantity: int
     price_nano: int
@@ -96,8 +111,16 @@ class _Line(msgspec.Struct, frozen=True):
     disposition: str
 
 
-class _Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """What the box answers, as far as the proof tells the same."""
+class _Book(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    id: str
+    number: int | None
+    sha256: str | None
+
+
+class _Answer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All that the box answers, see `app/api/receipts.py`."""
+
+    object: Literal["receipt"] = "receipt"
 
     request_id: str
     model: str
@@ -109,19 +132,32 @@ class _Answer(msgspec.Struct, frozen=True, kw_only=True):
     finish_reason: str
     currency: str
     amount_nano: int
+    price_book: _Book
+    started_at: datetime
+    finished_at: datetime
     duration_ns: int
     first_token_ns: int | None
     lines: list[_Line]
+    serving_note: str = ""
     proof: Proof | None
 
 
 def read_proof(data: bytes) -> Proof:
     """A saved proof, or a saved answer of `/v1/receipts/ID` that holds one. Raises `ProofError`."""
+    return read_saved(data).proof
+
+
+def read_saved(data: bytes) -> Saved:
+    """As `read_proof`. Whatever else a saved answer says must be what is proved, but for what is
+    named as `unproved`. Raises `ProofError`."""
     try:
         fields = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
         if "proof" not in fields:
-            return msgspec.json.decode(data, type=Proof)
+            proof = msgspec.json.decode(data, type=Proof)
+            _check_names(data)
+            return Saved(proof, [])
         answer = msgspec.json.decode(data, type=_Answer)
+        _check_names(data)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ProofError(f"this is not a receipt's proof: {error}") from error
     if answer.proof is None:
@@ -129,7 +165,7 @@ def read_proof(data: bytes) -> Proof:
             "the receipt was not sealed yet when it was saved: get it again, some seconds later"
         )
     _same_as_answer(answer, answer.proof)
-    return answer.proof
+    return Saved(answer.proof, _unproved(answer))
 
 
 def verify_proof(proof: Proof, public_key: str | None = None) -> Verified:
@@ -218,6 +254,28 @@ def _root(leaf: str, path: Sequence[PathStep], name: str) -> str:
     return root_of(leaf.encode(), path).hex()
 
 
+def _check_names(data: bytes) -> None:
+    """No member may be there twice: of two, one would be read here and the other by somebody else.
+    Once the data has its type, so that it is not deep."""
+
+    def once(members: list[tuple[str, object]]) -> None:
+        names = [name for name, _ in members]
+        if len(set(names)) < len(names):
+            raise ProofError(f"a member is there twice, of {', '.join(sorted(set(names)))}")
+
+    json.loads(data, object_pairs_hook=once)
+
+
+def _unproved(answer: _Answer) -> list[str]:
+    """What the box says beside the receipt, of prices and of its model."""
+    said = {
+        "price_book.number": answer.price_book.number,
+        "price_book.sha256": answer.price_book.sha256,
+        "serving_note": answer.serving_note,
+    }
+    return [name for name, value in said.items() if value]
+
+
 def _same_as_answer(answer: _Answer, proof: Proof) -> None:
     """What the box's answer says in its own fields must be what is proved."""
     receipt = _canonical(proof.receipt, ReceiptRecord, "receipt")
@@ -226,10 +284,21 @@ def _same_as_answer(answer: _Answer, proof: Proof) -> None:
         "model": receipt.endpoint_name,
         "version": receipt.version_number,
         "lines": [_Line(*line) for line in receipt.lines],
+        "price_book": receipt.price_book_id,
+    }
+    said: dict[str, object] = {
+        "lines": sorted(answer.lines, key=lambda line: line.dimension),
+        "price_book": answer.price_book.id,
+        "started_at": _instant_text(answer.started_at),
+        "finished_at": _instant_text(answer.finished_at),
     }
     for name in _Answer.__struct_fields__:
-        said, expected = getattr(answer, name), proved.get(name, getattr(receipt, name, None))
-        if name == "lines":
-            said = sorted(said, key=lambda line: line.dimension)
-        if name != "proof" and said != expected:
+        if name in ("object", "proof", "serving_note"):
+            continue
+        expected = proved[name] if name in proved else getattr(receipt, name)
+        if said.get(name, getattr(answer, name)) != expected:
             raise ProofError(f"{name} is not what the proof says: {expected!r}")
+
+
+def _instant_text(at: datetime) -> str:
+    return "without a time zone" if at.tzinfo is None else instant_text(at)

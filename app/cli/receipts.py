@@ -6,7 +6,7 @@ from typing import Any
 import click
 import msgspec
 
-from app.billing.proofs import ProofError, Verified, read_proof, verify_proof
+from app.billing.proofs import ProofError, Verified, read_saved, verify_proof
 from app.cli.client import Box, Refused
 from app.cli.listings import print_table
 from app.core.money import format_nano
@@ -73,12 +73,15 @@ def verify(file: Path, key: str) -> None:
     Exit code 0: it is what the box signed. 1: something in it is not, which is named.
     """
     try:
-        verified = verify_proof(read_proof(file.read_bytes()), key.strip().lower() or None)
+        saved = read_saved(file.read_bytes())
+        verified = verify_proof(saved.proof, key.strip().lower() or None)
     except ProofError as error:
         raise Refused(f"{file} is NOT a valid receipt: {error}") from error
     for check in verified.checks:
         click.echo(f"ok  {check}")
     click.echo(f"\n{_summary(verified)}")
+    if saved.unproved:
+        click.echo(f"Not a part of what is proved: {', '.join(saved.unproved)}.")
     if not key:
         click.echo(
             "The key is the one in the file. That it is your box's, compare with its "

@@ -3,6 +3,7 @@
 import asyncio
 import re
 from collections.abc import AsyncIterator, Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from app.api.receipts import ReceiptAnswer, ReceiptBook
 from app.billing.accounts import AccountWriter
 from app.billing.digests import ReceiptRecord
-from app.billing.proofs import Proof, ProofError, read_proof, verify_proof
+from app.billing.proofs import Proof, ProofError, read_proof, read_saved, verify_proof
 from app.billing.rating import Settlement
 from app.billing.signing import open_key
 from app.cli import main
@@ -137,13 +139,39 @@ async def test_a_saved_answer_must_say_what_is_proved(books: Books, database: Da
     request_id = verify_proof(proof).receipt.event_id.removesuffix(":1")
     async with database.read() as session:
         receipt = await books.records.receipt(session, "org_1", request_id)
-    answer: dict[str, Any] = {**msgspec.to_builtins(receipt), "proof": msgspec.to_builtins(proof)}
-    assert read_proof(msgspec.json.encode(answer)) == proof
-    for name in ("request_id", "model", "version", "route", "outcome", "amount_nano", "lines"):
-        value = answer[name]
-        changed = value + 1 if isinstance(value, int) else value[:-1]
+    fields = msgspec.structs.asdict(receipt)
+    book = ReceiptBook(fields.pop("price_book_id"), 1, "ab" * 32)
+    note = "is served with some of its layers on the CPU"
+    whole = ReceiptAnswer(**fields, price_book=book, proof=proof, serving_note=note)
+    answer: dict[str, Any] = msgspec.to_builtins(whole)
+    saved = read_saved(msgspec.json.encode(answer))
+    assert saved.proof == proof
+    assert saved.unproved == ["price_book.number", "price_book.sha256", "serving_note"]
+    forged = {
+        name: value + 1 if isinstance(value, int) else value[:-1]
+        for name, value in answer.items()
+        if name
+        not in ("price_book", "started_at", "finished_at", "proof", "serving_note", "object")
+    }
+    assert len(forged) == 13
+    forged["first_token_ns"] = None
+    forged["price_book"] = {**answer["price_book"], "id": "pb_2"}
+    for name in ("started_at", "finished_at"):
+        other = getattr(receipt, name) + timedelta(microseconds=1)
+        forged[name] = other.isoformat()
         with pytest.raises(ProofError, match=f"{name} is not what the proof says"):
-            read_proof(msgspec.json.encode({**answer, name: changed}))
+            read_proof(msgspec.json.encode({**answer, name: other.replace(tzinfo=None)}))
+    for name, value in forged.items():
+        with pytest.raises(ProofError, match=f"{name} is not what the proof says"):
+            read_proof(msgspec.json.encode({**answer, name: value}))
+    for unknown in ({"paid": True}, {"price_book": {**answer["price_book"], "discount": "10%"}}):
+        with pytest.raises(ProofError, match="unknown field"):
+            read_proof(msgspec.json.encode({**answer, **unknown}))
+    for name in ("price_book", "started_at", "amount_nano", "lines"):
+        with pytest.raises(ProofError, match="missing required field"):
+            read_proof(msgspec.json.encode({k: v for k, v in answer.items() if k != name}))
+    with pytest.raises(ProofError, match="twice"):
+        read_proof(b'{"amount_nano": 1,' + msgspec.json.encode(answer)[1:])
     with pytest.raises(ProofError, match="not sealed yet"):
         read_proof(msgspec.json.encode({**answer, "proof": None}))
 
