@@ -63,7 +63,7 @@ class TransactionRecord(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.json.encode(self)
 
 
-class PathStep(msgspec.Struct, frozen=True):
+class PathStep(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The neighbour at one level of a tree, and on which side of us it stands."""
 
     side: Literal["left", "right"]

@@ -134,7 +134,9 @@ async def test_what_is_wrong_is_named(books: Books, tmp_path: Path) -> None:
             read_proof(data)
 
 
-async def test_a_saved_answer_must_say_what_is_proved(books: Books, database: Database) -> None:
+async def test_a_saved_answer_must_say_what_is_proved(
+    books: Books, database: Database, tmp_path: Path
+) -> None:
     proof = await one_proof(books)
     request_id = verify_proof(proof).receipt.event_id.removesuffix(":1")
     async with database.read() as session:
@@ -170,6 +172,15 @@ async def test_a_saved_answer_must_say_what_is_proved(books: Books, database: Da
     for name in ("price_book", "started_at", "amount_nano", "lines"):
         with pytest.raises(ProofError, match="missing required field"):
             read_proof(msgspec.json.encode({k: v for k, v in answer.items() if k != name}))
+    steps = [{**step, "note": "x"} for step in answer["proof"]["receipt_path"]]
+    altered = {**answer["proof"], "receipt_path": steps}
+    with pytest.raises(ProofError, match="unknown field"):
+        read_proof(msgspec.json.encode({**answer, "proof": altered}))
+    file = tmp_path / "answer.json"
+    file.write_bytes(msgspec.json.encode(answer))
+    done = CliRunner().invoke(main, ["receipt", "verify", str(file)])
+    assert done.exit_code == 0, done.output
+    assert "Not a part of what is proved: price_book.number, price_book.sha256" in done.output
     with pytest.raises(ProofError, match="twice"):
         read_proof(b'{"amount_nano": 1,' + msgspec.json.encode(answer)[1:])
     with pytest.raises(ProofError, match="not sealed yet"):
