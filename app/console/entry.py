@@ -1,4 +1,5 @@
-"""The pages before a session exists, and its end: set-up by the one-time link, signing in, out."""
+"""The pages before a session exists, and its end: set-up and invitations by a one-time link,
+signing in, out."""
 
 from typing import Any
 
@@ -6,6 +7,7 @@ from litestar import Response, Router, get, post
 from litestar.params import FromPath, FromQuery
 
 from app.console.sessions import (
+    HOME,
     ended_session_cookie,
     form_cookie,
     form_field,
@@ -20,6 +22,8 @@ from app.console.sessions import (
 from app.console.templating import PageRequest, page
 from app.core.database import Database
 from app.core.errors import AppError, Forbidden, InvalidRequest, RateLimited, Unauthenticated
+from app.organizations.invitations import Invited, find_invited, redeem
+from app.organizations.principal import ROLE_MEANINGS
 from app.organizations.service import is_setup_token, redeem_setup
 from app.organizations.signins import SignedIn, SignIns
 
@@ -53,7 +57,55 @@ async def set_up(request: PageRequest, token: FromPath[str]) -> Response[Any]:
             request, "entry/setup.html", status_code=400, email=email, errors=errors, error=message
         )
     sign_ins: SignIns = request.app.state.sign_ins
-    return _enter(request, await sign_ins.open(user), "/console/models")
+    return _enter(request, await sign_ins.open(user), HOME)
+
+
+@get("/invitation/{token:str}")
+async def show_invitation(request: PageRequest, token: FromPath[str]) -> Response[str]:
+    """The form behind a link that a member made."""
+    database: Database = request.app.state.database
+    async with database.read() as session:
+        invited = await find_invited(session, token)
+    return _invitation_form(request, invited, "")
+
+
+@post("/invitation/{token:str}", status_code=200)
+async def join(request: PageRequest, token: FromPath[str]) -> Response[Any]:
+    """Lets a person in, with the account they have or a new one, and signs them in."""
+    email = await form_field(request, "email")
+    password = await form_field(request, "password")
+    database: Database = request.app.state.database
+    sign_ins: SignIns = request.app.state.sign_ins
+    address = request.client.host if request.client else ""
+    async with database.read() as session:
+        invited = await find_invited(session, token)
+    try:
+        user = await redeem(database, sign_ins, token, email, password, address)
+    except Forbidden:
+        raise
+    except AppError as error:
+        return _invitation_form(request, invited, email, error)
+    if old := session_token(request):
+        await sign_ins.sign_out(old)
+    return _enter(request, await sign_ins.open(user, invited.organization_id), HOME)
+
+
+def _invitation_form(
+    request: PageRequest, invited: Invited, email: str, error: AppError | None = None
+) -> Response[str]:
+    response = _form(
+        request,
+        "entry/invitation.html",
+        status_code=error.status if error else 200,
+        invited=invited,
+        meanings=ROLE_MEANINGS,
+        email=email,
+        errors={error.param: error.message} if error and error.param else {},
+        error=error.message if error and not error.param else "",
+    )
+    if error is not None and error.retry_after_seconds is not None:
+        response.headers["Retry-After"] = str(error.retry_after_seconds)
+    return response
 
 
 @get("/sign-in")
@@ -127,6 +179,14 @@ def _form(
 
 router = Router(
     "",
-    route_handlers=[show_setup, set_up, show_sign_in, sign_in, sign_out],
+    route_handlers=[
+        show_setup,
+        set_up,
+        show_invitation,
+        join,
+        show_sign_in,
+        sign_in,
+        sign_out,
+    ],
     before_request=require_own_form,
 )

@@ -21,10 +21,10 @@ from app.console.snippets import snippets
 from app.console.templating import PageRequest, base_url, render
 from app.core.broadcast import Broadcast
 from app.core.database import Database
-from app.core.errors import NotFound
+from app.core.errors import NotFound, Unauthenticated
 from app.core.storage import Storage
 from app.deployments.logs import build_log_name, read_log, replica_log_name
-from app.organizations.signins import SignedIn
+from app.organizations.signins import SignedIn, SignIns
 
 LOG_TAIL_BYTES = 24 * 1024
 LOOK_SECONDS = 1.0  # at least this often, while something is under way
@@ -137,15 +137,19 @@ def _changed(
 async def _views(
     request: PageRequest, person: SignedIn, first: ModelView
 ) -> AsyncGenerator[ModelView | None]:
-    """The page as it is now, again and again; None once the model is gone."""
+    """The page as it is now, again and again; None once the model or the session is gone."""
     database: Database = request.app.state.database
     broadcast: Broadcast = request.app.state.broadcast
+    sign_ins: SignIns = request.app.state.sign_ins
     organization_id = person.principal.organization_id
     async for _ in broadcast.listen(f"version:{first.shown.id}", LOOK_SECONDS):
         try:
+            now = (await sign_ins.authenticate(person.token)).principal
+            if now.organization_id != organization_id:
+                raise Unauthenticated("The session is another organization's now.")
             async with database.read() as session:
                 view = await read_model(session, organization_id, first.name, first.shown.number)
-        except NotFound:
+        except (NotFound, Unauthenticated):
             yield None
             return
         yield view

@@ -10,6 +10,7 @@ from litestar.static_files import (
 )
 
 from app.console import (
+    account,
     billing,
     books,
     budgets,
@@ -19,6 +20,7 @@ from app.console import (
     guide,
     invoices,
     keys,
+    members,
     models,
     notices,
     optimisations,
@@ -59,6 +61,8 @@ behind_session = Router(
         uploads.router,
         rebuilding.router,
         keys.router,
+        members.router,
+        account.router,
         usage.router,
         billing.router,
         top_ups.router,

@@ -22,6 +22,7 @@ from app.settings import Settings
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 SESSION, FORM = COOKIE, "tapeout_form"
 SIGN_IN_PATH = "/console/sign-in"
+HOME = "/console/models"  # where people start
 
 
 class SignInRequired(AppError):
@@ -159,7 +160,7 @@ def safe_next(target: str) -> str:
     """Where to go after signing in: a page of this console, never another site."""
     parts = urlsplit(target)
     is_own = not parts.scheme and not parts.netloc and parts.path.startswith("/console/")
-    return target if is_own and "\\" not in target and target.isprintable() else "/console/models"
+    return target if is_own and "\\" not in target and target.isprintable() else HOME
 
 
 def go(request: PageRequest, location: str) -> Response[None]:

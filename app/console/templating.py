@@ -104,6 +104,12 @@ NOTICES = {
     "prices-cancelled": "The scheduled price book is gone. The prices in force stay.",
     "compared": "The books have been compared.",
     "device-cost": "The price of a device's hour is set.",
+    "invitation-revoked": "The invitation is revoked. Its link leads nowhere any more.",
+    "role": "The role is changed, and in force from their next click on.",
+    "removed": "They are no member any more. Revoke the keys that they know.",
+    "left": "You have left the organization.",
+    "switched": "You are in the other organization now.",
+    "password": "The password is changed. Your other sessions have ended.",
     "revoked": "The key is revoked. Calls that use it are refused within a second.",
 }
 

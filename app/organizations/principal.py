@@ -26,6 +26,14 @@ SCOPES_BY_ROLE: dict[str, frozenset[str]] = {
     "viewer": frozenset({"read"}),
 }
 
+# What a role is, in the words shown to people.
+ROLE_MEANINGS: dict[str, str] = {
+    "owner": "everything, also who else is an owner",
+    "admin": "everything but making or removing owners",
+    "member": "upload, deploy and call models, see usage and bills",
+    "viewer": "only look: models, usage and bills",
+}
+
 
 class Principal(msgspec.Struct, frozen=True, kw_only=True):
     """A caller, on behalf of one organization. `api_key_id` is empty for a person in the

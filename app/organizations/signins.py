@@ -8,7 +8,8 @@ from collections import OrderedDict
 from datetime import timedelta
 
 import msgspec
-from sqlalchemy import delete, select
+from sqlalchemy import delete, select, update
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.core import clock
 from app.core.database import Database
@@ -57,8 +58,13 @@ class SignIns:
         self._brake = Brake()
 
     async def sign_in(self, email: str, password: str, address: str) -> SignedIn:
-        """A new session. Raises `Unauthenticated`, which never says which of the two was wrong,
-        or `RateLimited` after repeated failures from one address."""
+        """A new session. Raises what `recognise` does, and `Forbidden` for who belongs to no
+        organization any more."""
+        return await self.open(await self.recognise(email, password, address))
+
+    async def recognise(self, email: str, password: str, address: str) -> User:
+        """Whose password it is. Raises `Unauthenticated`, which never says which of the two was
+        wrong, or `RateLimited` after repeated failures from one address."""
         email = email.strip().lower()
         keys = {f"{address} {email}": NUM_FREE_FAILURES, address: NUM_FREE_FAILURES_PER_ADDRESS}
         # Counted before the answer is known: many guesses at once are braked like one by one.
@@ -70,22 +76,16 @@ class SignIns:
                 "The e-mail address or the password is wrong.", code="wrong_password"
             )
         self._brake.forgive(keys)
-        return await self.open(user)
+        return user
 
-    async def open(self, user: User) -> SignedIn:
-        """A new session for someone who has just proved who they are."""
+    async def open(self, user: User, organization_id: str | None = None) -> SignedIn:
+        """A new session for someone who has just proved who they are, in one of their
+        organizations: the one they have belonged to for longest, unless one is named."""
         token = new_token()
         moment = clock.now()
         async with self._database.write() as session:
             await session.execute(delete(SignIn).where(SignIn.expires_at <= moment))
-            organization_id = await session.scalar(
-                select(Membership.organization_id)
-                .where(Membership.user_id == user.id)
-                .order_by(Membership.created_at)
-                .limit(1)
-            )
-            if organization_id is None:
-                raise Forbidden("This account belongs to no organization.", code="no_membership")
+            organization_id = await _home(session, user.id, organization_id)
             session.add(
                 SignIn(
                     id=new_id("signin"),
@@ -130,10 +130,53 @@ class SignIns:
             token=token, csrf_token=sign_in.csrf_token, email=user.email, principal=principal
         )
 
+    async def switch(self, person: SignedIn, organization_id: str) -> None:
+        """Takes the session to another organization of the person's; forms that are open are out
+        of date then. Raises `Forbidden`."""
+        user_id = person.principal.user_id
+        assert user_id is not None, "a session is a person's"
+        async with self._database.write() as session:
+            await _home(session, user_id, organization_id)
+            await session.execute(
+                update(SignIn)
+                .where(SignIn.token_hash == token_hash(person.token))
+                .values(organization_id=organization_id, csrf_token=new_token())
+            )
+
+    async def change_password(self, person: SignedIn, password_hash: str) -> None:
+        """Ends every other session of this person, wherever it is."""
+        user_id = person.principal.user_id
+        async with self._database.write() as session:
+            await session.execute(
+                update(User).where(User.id == user_id).values(password_hash=password_hash)
+            )
+            await session.execute(
+                delete(SignIn).where(
+                    SignIn.user_id == user_id, SignIn.token_hash != token_hash(person.token)
+                )
+            )
+
     async def sign_out(self, token: str) -> None:
         """Ends a session; the cookie is worthless from here on."""
         async with self._database.write() as session:
             await session.execute(delete(SignIn).where(SignIn.token_hash == token_hash(token)))
+
+
+async def _home(session: AsyncSession, user_id: str, wanted: str | None) -> str:
+    """The organization of a new session."""
+    query = select(Membership.organization_id).where(Membership.user_id == user_id)
+    if wanted is not None:
+        query = query.where(Membership.organization_id == wanted)
+    organization_id = await session.scalar(query.order_by(Membership.created_at).limit(1))
+    if organization_id is None:
+        raise Forbidden(
+            "This account does not belong to the organization."
+            if wanted
+            else "This account belongs to no organization any more. Ask an owner of one for an "
+            "invitation.",
+            code="no_membership",
+        )
+    return organization_id
 
 
 class Brake:

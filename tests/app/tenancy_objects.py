@@ -30,6 +30,8 @@ from app.core.ids import new_id
 from app.deployments.service import CHANGED
 from app.deployments.tables import Deployment, Replica
 from app.metering.tables import UsageEvent
+from app.organizations.invitations import invite_into
+from app.organizations.people import create_person
 from app.registry.tables import Artifact, Upload
 from tests.app.console.samples import add_model, add_usage
 from tests.app.whole_app import Tenant
@@ -60,6 +62,8 @@ class Owned(msgspec.Struct, frozen=True):
     organization_id: str
     operation_id: str
     event_id: str
+    user_id: str
+    invitation_id: str
 
 
 async def add_objects(application: Litestar, tenant: Tenant) -> Owned:
@@ -103,6 +107,10 @@ async def add_objects(application: Litestar, tenant: Tenant) -> Owned:
         session.add_all((upload, top_up, invoice, operation, event))
         await session.flush()
         session.add(_line(invoice.id, name))
+        user = await create_person(session, tenant.id, f"{MARK}@people.example", "-", "member")
+        invitation, _ = await invite_into(
+            session, tenant.id, "member", note=f"{MARK} friend", hours=1, created_by=f"{MARK} key"
+        )
     application.state.storage.upload(upload.id).write_bytes(b"quib")
     assert version.number == 1
     await _seen_by_the_fleet(application, tenant)
@@ -119,6 +127,8 @@ async def add_objects(application: Litestar, tenant: Tenant) -> Owned:
         organization_id=tenant.id,
         operation_id=operation.id,
         event_id=event.id,
+        user_id=user.id,
+        invitation_id=invitation.id,
     )
 
 

@@ -89,6 +89,11 @@ RULES: dict[str, Rule] = {
 RULES |= {
     "POST /v1/chat/completions": Rule(needs="inference", json=CHAT),
     "POST /v1/completions": Rule(needs="inference", json={"model": "{name}", "prompt": "hi"}),
+    **_same(
+        "inference",
+        *("POST /v1/responses", "POST /v1/responses/input_tokens"),
+        json={"model": "{name}", "input": "hi"},
+    ),
     "POST /v1/embeddings": Rule(needs="inference", json={"model": "{name}", "input": "hi"}),
     "POST /models/{name}/predict": Rule(needs="inference", json={"inputs": [1]}),
     **_same("inference", "POST /v2/models/{name}/infer", json=V2_INPUTS),
@@ -268,10 +273,16 @@ RULES |= {
     **_same("admin", "POST /console/keys/{key_id}/revoke", form={}),
     **_same("read", "GET /console/members", "GET /console/account"),
     **_same("admin", "POST /console/members/invitations", form={"role": "member", "hours": "24"}),
-    **_same("admin", "POST /console/members/invitations/{invitation_id}/revoke", form={}),
+    # The API's own ends these by then, or needs them still.
+    **_same(
+        "admin",
+        "POST /console/members/invitations/{invitation_id}/revoke",
+        "POST /console/members/{user_id}/remove",
+        form={},
+        is_let_in=False,
+    ),
     **_same("admin", "POST /console/members/{user_id}/role", form={"role": "viewer"}),
     **_same("admin", "GET /console/members/{user_id}/remove"),
-    **_same("admin", "POST /console/members/{user_id}/remove", form={}),
     # Who is alone cannot leave, and there is no other organization to go to.
     **_same("read", "GET /console/account/leave"),
     **_same("read", "POST /console/account/leave", form={}, is_let_in=False),

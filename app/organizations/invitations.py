@@ -1,0 +1,213 @@
+"""One-time links into an organization: made, listed, revoked, and used.
+
+A link is a secret: it is shown once and stored as a hash. It ends with its use, with its time, and
+when it is revoked.
+"""
+
+from datetime import datetime, timedelta
+
+import msgspec
+from sqlalchemy import delete, func, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.core import clock
+from app.core.database import Database
+from app.core.errors import Conflict, Forbidden, InvalidRequest, NotFound, Unauthenticated
+from app.core.ids import new_id
+from app.core.security import new_token, token_hash
+from app.organizations import people
+from app.organizations.members import check_role, require_power
+from app.organizations.principal import Principal
+from app.organizations.signins import SignIns
+from app.organizations.tables import Invitation, Membership, Organization, User
+
+PATH = "/console/invitation/"  # of the link, before its token
+DEFAULT_HOURS = 72
+MAX_HOURS = 30 * 24
+MAX_OPEN = 100  # of one organization
+MAX_NOTE_CHARS = 80
+
+
+class Invited(msgspec.Struct, frozen=True, kw_only=True):
+    """What a link leads to."""
+
+    organization_id: str
+    organization_name: str
+    role: str
+    expires_at: datetime
+
+
+async def invite(
+    session: AsyncSession, principal: Principal, role: str, note: str, hours: int
+) -> tuple[Invitation, str]:
+    """A new link's row and token, for somebody the caller may let in. Raises `Forbidden`,
+    `InvalidRequest` and `Conflict`."""
+    await require_power(session, principal, check_role(role))
+    created_by = principal.api_key_name
+    if principal.user_id is not None:
+        created_by = (await session.get_one(User, principal.user_id)).email
+    return await invite_into(
+        session, principal.organization_id, role, note=note, hours=hours, created_by=created_by
+    )
+
+
+async def invite_into(
+    session: AsyncSession,
+    organization_id: str,
+    role: str,
+    *,
+    note: str,
+    hours: int,
+    created_by: str,
+) -> tuple[Invitation, str]:
+    """Like `invite`, for a caller whose power is known: the operator's, over every organization."""
+    note = note.strip()
+    if len(note) > MAX_NOTE_CHARS or not note.isprintable():
+        raise InvalidRequest(
+            f"A note has at most {MAX_NOTE_CHARS} printable characters.", param="note"
+        )
+    if not 0 < hours <= MAX_HOURS:
+        raise InvalidRequest(f"A link lasts 1 to {MAX_HOURS} hours.", param="hours")
+    moment = clock.now()
+    mine = Invitation.organization_id == organization_id
+    await session.execute(delete(Invitation).where(mine, Invitation.expires_at <= moment))
+    if (await session.scalar(select(func.count()).where(mine)) or 0) >= MAX_OPEN:
+        raise Conflict(
+            f"There are {MAX_OPEN} open invitations already. Revoke some of them first.",
+            code="too_many_invitations",
+        )
+    token = new_token()
+    invitation = Invitation(
+        id=new_id("invite"),
+        organization_id=organization_id,
+        role=check_role(role),
+        note=note,
+        token_hash=token_hash(token),
+        created_by=created_by,
+        created_at=moment,
+        expires_at=moment + timedelta(hours=hours),
+    )
+    session.add(invitation)
+    await session.flush()
+    return invitation, token
+
+
+async def list_invitations(session: AsyncSession, organization_id: str) -> list[Invitation]:
+    """Those that can still be used, newest first."""
+    rows = await session.scalars(
+        select(Invitation)
+        .where(Invitation.organization_id == organization_id, Invitation.expires_at > clock.now())
+        .order_by(Invitation.created_at.desc(), Invitation.id.desc())
+    )
+    return list(rows)
+
+
+async def revoke_invitation(
+    session: AsyncSession, principal: Principal, invitation_id: str
+) -> None:
+    """The link leads nowhere from then on. Raises `NotFound`, also for one that was used."""
+    principal.require("admin")
+    removed = await session.execute(
+        delete(Invitation)
+        .where(
+            Invitation.organization_id == principal.organization_id,
+            Invitation.id == invitation_id,
+        )
+        .returning(Invitation.id)
+    )
+    if removed.first() is None:
+        raise NotFound("There is no such invitation: it was used, was revoked, or has ended.")
+
+
+async def find_invited(session: AsyncSession, token: str) -> Invited:
+    """Raises `Forbidden` for a link that leads nowhere, whyever."""
+    row = (
+        await session.execute(
+            select(Invitation, Organization.name)
+            .join(Organization, Organization.id == Invitation.organization_id)
+            .where(Invitation.token_hash == token_hash(token), Invitation.expires_at > clock.now())
+        )
+    ).one_or_none()
+    if row is None:
+        raise _ended()
+    invitation, name = row
+    return Invited(
+        organization_id=invitation.organization_id,
+        organization_name=name,
+        role=invitation.role,
+        expires_at=invitation.expires_at,
+    )
+
+
+async def redeem(
+    database: Database, sign_ins: SignIns, token: str, email: str, password: str, address: str
+) -> User:
+    """Lets somebody in, once: with the account of this e-mail address, or with a new one.
+
+    Raises `Forbidden` for a link that leads nowhere, `InvalidRequest` for what breaks a rule,
+    `Conflict` for a member, `RateLimited`; all of them leave the link as it was.
+    """
+    async with database.read() as session:
+        await find_invited(session, token)
+        email = people.checked_email(email)
+        known = await session.scalar(select(User.id).where(User.email == email))
+    password_hash = ""
+    if known is None:
+        people.check_password(password, email)
+        password_hash = await people.hashed(password)
+    else:
+        await _prove(sign_ins, email, password, address)
+    async with database.write() as session:
+        removed = await session.execute(
+            delete(Invitation)
+            .where(Invitation.token_hash == token_hash(token), Invitation.expires_at > clock.now())
+            .returning(Invitation.organization_id, Invitation.role)
+        )
+        row = removed.first()
+        if row is None:
+            raise _ended()
+        organization_id, role = row
+        if known is None:
+            return await people.create_person(session, organization_id, email, password_hash, role)
+        user = await session.get_one(User, known)
+        await _join(session, user, organization_id, role)
+        return user
+
+
+async def _prove(sign_ins: SignIns, email: str, password: str, address: str) -> None:
+    try:
+        await sign_ins.recognise(email, password, address)
+    except Unauthenticated:
+        raise InvalidRequest(
+            "There is an account with this e-mail address, and this is not its password.",
+            param="password",
+        ) from None
+
+
+async def _join(session: AsyncSession, user: User, organization_id: str, role: str) -> None:
+    held = select(Membership.id).where(
+        Membership.user_id == user.id, Membership.organization_id == organization_id
+    )
+    if await session.scalar(held) is not None:
+        raise Conflict(
+            "You belong to this organization already. The link can be used by somebody else.",
+            code="already_member",
+        )
+    session.add(
+        Membership(
+            id=new_id("member"),
+            user_id=user.id,
+            organization_id=organization_id,
+            role=role,
+            created_at=clock.now(),
+        )
+    )
+    await session.flush()
+
+
+def _ended() -> Forbidden:
+    return Forbidden(
+        "This invitation was used, was revoked, or has ended. Ask whoever sent it for a new link; "
+        "if you have an account, sign in.",
+        code="invitation_ended",
+    )
