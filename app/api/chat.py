@@ -56,9 +56,15 @@ class ChatDialect(Dialect[ChatRequest]):
         for old, new in (("functions", "tools"), ("function_call", "tool_choice")):
             if getattr(request, old) not in (None, [], "none", "auto"):
                 raise not_supported(old, f"the older form of {new} is")
-        self._json_schema = json_schema_of(request)
-        self._tools = tools_of(request)
-        self._tool_choice = tool_choice_of(request)
+        if request.moderation is not None:
+            raise not_supported("moderation", "judging what is asked and answered is")
+        if request.web_search_options is not None:
+            raise not_supported("web_search_options", "searching the web is")
+        if request.audio is not None:
+            raise not_supported("audio", "answers that are spoken are")
+        self._json_schema = json_schema_of(request.response_format)
+        self._tools = tools_of(request.tools)
+        self._tool_choice = tool_choice_of(request.tool_choice, self._tools)
         if request.modalities is not None and set(request.modalities) != {"text"}:
             raise not_supported("modalities", "modalities other than text are")
         self._started: set[int] = set()
@@ -192,19 +198,20 @@ def _text_of(part: ContentPart, i: int, j: int) -> str:
 
 
 def _logprobs(entries: list[TokenLogprob] | None) -> ChatLogprobs | None:
-    if entries is None:
-        return None
-    return ChatLogprobs(
-        [
-            ChatLogprob(
-                entry.text,
-                json_logprob(entry.logprob),
-                list(entry.text.encode()),
-                [
-                    TopLogprob(text, json_logprob(logprob), list(text.encode()))
-                    for _, text, logprob in entry.top
-                ],
-            )
-            for entry in entries
-        ]
-    )
+    return None if entries is None else ChatLogprobs(logprobs_of(entries))
+
+
+def logprobs_of(entries: list[TokenLogprob]) -> list[ChatLogprob]:
+    """In the shape that chats and responses share."""
+    return [
+        ChatLogprob(
+            entry.text,
+            json_logprob(entry.logprob),
+            list(entry.text.encode()),
+            [
+                TopLogprob(text, json_logprob(logprob), list(text.encode()))
+                for _, text, logprob in entry.top
+            ],
+        )
+        for entry in entries
+    ]

@@ -27,6 +27,8 @@ from app.api.models import NewVersion
 from app.api.openai_types import ChatCompletion, ChatRequest, Completion, CompletionRequest
 from app.api.predict import PredictAnswer, PredictRequest
 from app.api.prices import BookAnswer, NewBook, Preview
+from app.api.responses import InputTokens
+from app.api.responses_types import ResponseAnswer, ResponsesRequest
 from app.api.schema_view import Schema, read_groups
 
 TEMPLATES_DIR = Path(__file__).resolve().parents[2] / "templates" / "docs"
@@ -53,6 +55,8 @@ PAGE_HEADERS = {
 BODIES: dict[str, tuple[type[msgspec.Struct], type[msgspec.Struct]]] = {
     "/v1/completions": (CompletionRequest, Completion),
     "/v1/chat/completions": (ChatRequest, ChatCompletion),
+    "/v1/responses": (ResponsesRequest, ResponseAnswer),
+    "/v1/responses/input_tokens": (ResponsesRequest, InputTokens),
     "/v1/embeddings": (EmbeddingsRequest, Embeddings),
     "/models/{name}/predict": (PredictRequest, PredictAnswer),
     "/v2/models/{name}/infer": (InferRequest, Inferred),

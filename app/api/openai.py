@@ -1,5 +1,5 @@
-"""The routes of OpenAI's API: models, completions and chat completions; and embeddings,
-which `embeddings.py` answers."""
+"""The routes of OpenAI's API: models, completions and chat completions; embeddings and responses
+are answered by their own modules."""
 
 from typing import Any
 
@@ -16,6 +16,7 @@ from app.api.completions import CompletionsDialect
 from app.api.embeddings import create_embeddings
 from app.api.openai_types import Model, ModelList
 from app.api.request_ids import exception_handlers
+from app.api.responses import count_input_tokens, create_response
 from app.core.database import Database
 from app.core.errors import Forbidden, NotFound
 from app.deployments.tables import Endpoint
@@ -82,6 +83,8 @@ router = Router(
     route_handlers=[
         create_completion,
         create_chat_completion,
+        create_response,
+        count_input_tokens,
         create_embeddings,
         list_models,
         retrieve_model,

@@ -151,6 +151,9 @@ class ChatRequest(SamplingRequest, frozen=True, kw_only=True):
     function_call: Any = None
     response_format: ResponseFormat | None = None
     modalities: list[str] | None = None
+    audio: Any = None
+    moderation: Any = None
+    web_search_options: Any = None
 
 
 # --- answers ----------------------------------------------------------------------------

@@ -1,12 +1,14 @@
-"""Tools and answer formats of the chat API, as a worker wants them.
+"""Tools and answer formats of the APIs for text, as a worker wants them.
 
-Owns what OpenAI's fields mean and their refusals. Whether a schema can be enforced is the worker's
+Owns what their fields mean and their refusals. Whether a schema can be enforced is the worker's
 to say.
 """
 
+from collections.abc import Sequence
+
 import msgspec
 
-from app.api.openai_types import ChatRequest, FunctionTool, Message, NamedToolChoice
+from app.api.openai_types import FunctionTool, Message, NamedToolChoice, ResponseFormat
 from app.api.sampling import not_supported
 from app.core.errors import InvalidRequest
 from runtime.protocol import Tool, ToolCall
@@ -15,35 +17,31 @@ MAX_SCHEMA_BYTES = 64 * 1024
 ANY_OBJECT = "{}"
 
 
-def json_schema_of(request: ChatRequest) -> str | None:
+def json_schema_of(wanted: ResponseFormat | None, param: str = "response_format") -> str | None:
     """The schema of the answer, None for text. Raises `InvalidRequest`."""
-    wanted = request.response_format
     if wanted is None or wanted.type == "text":
         return None
     if wanted.type == "json_object":
         return ANY_OBJECT
     if wanted.type != "json_schema":
-        raise not_supported("response_format", f"the format {wanted.type!r} is")
+        raise not_supported(param, f"the format {wanted.type!r} is")
     if wanted.json_schema is None:
-        raise InvalidRequest(
-            "response_format.json_schema is required.", param="response_format.json_schema"
-        )
-    return _schema(wanted.json_schema.schema, "response_format") or ANY_OBJECT
+        raise InvalidRequest(f"{param}.json_schema is required.", param=f"{param}.json_schema")
+    return schema_text(wanted.json_schema.schema, param) or ANY_OBJECT
 
 
-def tools_of(request: ChatRequest) -> list[Tool]:
+def tools_of(tools: Sequence[FunctionTool] | None) -> list[Tool]:
     """Raises `InvalidRequest`."""
-    return [_tool(tool, at) for at, tool in enumerate(request.tools or [])]
+    return [_tool(tool, at) for at, tool in enumerate(tools or [])]
 
 
-def tool_choice_of(request: ChatRequest) -> str:
+def tool_choice_of(choice: str | NamedToolChoice | None, tools: Sequence[Tool]) -> str:
     """In the worker's words. Raises `InvalidRequest`."""
-    choice = request.tool_choice
     if isinstance(choice, NamedToolChoice):
         if choice.type != "function" or choice.function is None:
             raise not_supported("tool_choice", "choices other than of a function are")
         name = choice.function.name
-        if all(tool.function is None or tool.function.name != name for tool in request.tools or []):
+        if all(tool.name != name for tool in tools):
             raise InvalidRequest(
                 f"tool_choice: there is no tool {name!r} in tools.", param="tool_choice"
             )
@@ -52,7 +50,7 @@ def tool_choice_of(request: ChatRequest) -> str:
         raise InvalidRequest(
             "tool_choice must be none, auto, required, or name a function.", param="tool_choice"
         )
-    if choice == "required" and not request.tools:
+    if choice == "required" and not tools:
         raise InvalidRequest("tool_choice is only allowed with tools.", param="tool_choice")
     return choice or "auto"
 
@@ -76,14 +74,14 @@ def _tool(tool: FunctionTool, at: int) -> Tool:
     function = tool.function
     if function is None:
         raise InvalidRequest(f"tools[{at}].function is required.", param=f"tools[{at}].function")
-    parameters = _schema(function.parameters, f"tools[{at}].function.parameters")
+    parameters = schema_text(function.parameters, f"tools[{at}].function.parameters")
     return Tool(
         name=function.name, description=function.description or "", parameters=parameters or ""
     )
 
 
-def _schema(raw: msgspec.Raw, param: str) -> str | None:
-    """The schema as it was sent; None for none, and for null."""
+def schema_text(raw: msgspec.Raw, param: str) -> str | None:
+    """The schema as it was sent; None for none, and for null. Raises `InvalidRequest`."""
     if len(raw) > MAX_SCHEMA_BYTES:
         raise InvalidRequest(
             f"{param}: a schema may have at most {MAX_SCHEMA_BYTES:,} bytes.", param=param
