@@ -21,7 +21,6 @@ from app.billing.ledger import REVENUE, credit_account, on_account, posting_time
 from app.billing.rating import Settlement
 from app.billing.statements import RECORDED, Statements, open_statement, statements_of
 from app.core.failpoints import failpoint
-from app.core.money import price_of
 from app.metering.series import SeriesKey
 
 
@@ -188,7 +187,7 @@ class _Rows:
             sums = self._hours[_Hour(series_id, hour)]
             sums[0] += line.quantity
             sums[1] += line.amount_nano
-            sums[2] += saved_nano(settlement) if line.dimension == "cached_input" else 0
+            sums[2] += settlement.saved_nano if line.dimension == "cached_input" else 0
 
     def write(self, connection: Connection) -> None:
         sql = self._sql
@@ -222,16 +221,6 @@ def _entries(settlements: list[Settlement], draws: list[Draw]) -> dict[str, int]
         entries[account] = entries.get(account, 0) - drawn_nano
         entries[on_account(name)] += drawn_nano
     return entries
-
-
-def saved_nano(settlement: Settlement) -> int:
-    """How much more the cached tokens would have cost at the input price of the same request.
-    Waived requests saved nothing, because they cost nothing."""
-    lines = {line.dimension: line for line in settlement.lines}
-    cached, fresh = lines.get("cached_input"), lines.get("input")
-    if cached is None or fresh is None or cached.disposition != "billed":
-        return 0
-    return price_of(cached.quantity, fresh.price_nano, fresh.unit_scale) - cached.amount_nano
 
 
 def receipt_of(settlement: Settlement) -> ReceiptRecord:

@@ -43,13 +43,15 @@ class Line(msgspec.Struct, frozen=True):
 
 
 class Settlement(msgspec.Struct, frozen=True):
-    """All that one finished request writes to the database."""
+    """All that one finished request writes to the database. `saved_nano`: how much more its cached
+    tokens would have cost at the input price; nothing where they were waived."""
 
     usage: Usage
     currency: str
     lines: list[Line]
     amount_nano: int
     attempt: int = 1
+    saved_nano: int = 0
 
     @property
     def request_id(self) -> str:
@@ -127,7 +129,16 @@ def rate(usage: Usage, rates: Rates) -> Settlement:
     }
     lines = lines_of(quantities, usage.outcome, BILLED[usage.admitted.kind], rates)
     amount_nano = sum(line.amount_nano for line in lines)
-    return Settlement(usage, rates.currency, lines, amount_nano)
+    saved_nano = sum(_saved_nano(line, rates) for line in lines if line.dimension == "cached_input")
+    return Settlement(usage, rates.currency, lines, amount_nano, saved_nano=saved_nano)
+
+
+def _saved_nano(cached: Line, rates: Rates) -> int:
+    """At the price in force, as a prompt that was cached to its end has no line of input."""
+    if cached.disposition != "billed":
+        return 0
+    fresh = rates.prices.get("input", NO_PRICE)
+    return _charge(cached.quantity, fresh) - cached.amount_nano
 
 
 def lines_of(

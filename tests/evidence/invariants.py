@@ -217,7 +217,7 @@ def events_are_what_was_posted(books: Books) -> Iterator[str]:
 
 def hours_are_sums_of_lines(books: Books) -> Iterator[str]:
     names = {row["id"]: tuple(row[name] for name in SERIES) for row in books.rows["usage_series"]}
-    expected: dict[tuple[Any, ...], list[int]] = defaultdict(lambda: [0, 0, 0])
+    expected: dict[tuple[Any, ...], list[Any]] = defaultdict(lambda: [0, 0, 0])
     for event in books.rows["usage_event"]:
         transaction = books.transactions.get(event["ledger_transaction_id"])
         at = instant(transaction["created_at"] if transaction else event["finished_at"])
@@ -228,10 +228,13 @@ def hours_are_sums_of_lines(books: Books) -> Iterator[str]:
             total[0] += line["quantity"]
             total[1] += line["amount_nano"]
             if transaction and transaction["content_sha256"]:  # older ones did not count it
-                total[2] += _saved_nano(line, books.lines[event["id"]])
+                saved = _saved_nano(line, books.lines[event["id"]])
+                total[2] = None if None in (saved, total[2]) else total[2] + saved
     for row in books.rows["usage_hour"]:
         key = (*names[row["series_id"]], row["hour"])
         found = expected.pop(key, None)
+        if found and found[2] is None:
+            found[2] = row["saved_nano"]
         if found != [row["quantity"], row["amount_nano"], row["saved_nano"]]:
             yield f"hour {key} says {row}, its lines {found}"
     if expected:
@@ -242,11 +245,14 @@ def hours_are_sums_of_lines(books: Books) -> Iterator[str]:
             yield f"series {series_id} is not named by {key}"
 
 
-def _saved_nano(line: Row, lines: list[Row]) -> int:
-    """What cached tokens would have cost more at the input price beside them; may be negative."""
+def _saved_nano(line: Row, lines: list[Row]) -> int | None:
+    """What cached tokens would have cost more at the input price beside them; may be negative.
+    None where the whole prompt was cached, so that no line tells that price."""
     fresh = [each for each in lines if each["dimension"] == "input"]
-    if line["dimension"] != "cached_input" or line["disposition"] != "billed" or not fresh:
+    if line["dimension"] != "cached_input" or line["disposition"] != "billed":
         return 0
+    if not fresh:
+        return None
     exact = Fraction(line["quantity"] * fresh[0]["price_nano"], fresh[0]["unit_scale"])
     return round(exact) - int(line["amount_nano"])
 

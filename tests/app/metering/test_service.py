@@ -5,9 +5,10 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from msgspec.structs import replace
 
 from app.billing.accounts import AccountWriter
-from app.billing.rating import Settlement
+from app.billing.rating import Settlement, rate
 from app.core import clock
 from app.core.database import Database
 from app.core.errors import NotFound
@@ -15,7 +16,7 @@ from app.metering.activity import saved_by_caching_nano, spend_by_day
 from app.metering.hours import hour_of, period, start_of
 from app.metering.receipts import read_receipt
 from app.metering.service import UsageRow, read_usage, total_nano, usage_by
-from tests.app.billing.conftest import ORGANIZATION, accounts, settlement
+from tests.app.billing.conftest import ORGANIZATION, RATES, accounts, settlement
 
 __all__ = ["accounts", "settlement"]  # fixtures
 
@@ -93,6 +94,22 @@ async def test_usage_by_group(database: Database) -> None:
         }
         # Seven tokens at a tenth of the price.
         assert await saved_by_caching_nano(session, ORGANIZATION, JANUARY, MARCH) == 630
+
+
+async def test_a_prompt_that_was_cached_to_its_end_saved_its_whole_price(
+    accounts: AccountWriter, settlement: Callable[..., Settlement], database: Database
+) -> None:
+    """No line tells the input price then."""
+    for outcome in ("completed", "failed"):
+        usage = settlement(f"req_{outcome}", outcome=outcome, cached_tokens=7).usage
+        settled = rate(replace(usage, input_tokens=0), RATES)
+        assert "input" not in {line.dimension for line in settled.lines}
+        accounts.settle(settled)
+    await accounts.flush()
+    start, end = clock.now() - HOUR, clock.now() + HOUR
+    async with database.read() as session:
+        cells = await read_usage(session, ORGANIZATION, period(start, end, end), "model")
+    assert cells.saved_nano == 630
 
 
 @pytest.mark.usefixtures("month")
