@@ -19,6 +19,7 @@ from typing import NamedTuple
 from app.core.errors import Conflict, Unavailable
 from app.core.failpoints import failpoint
 from app.core.ids import new_id
+from app.core.storage import fsync_directory
 from app.metering.open_requests import OpenRequests
 from app.metering.records import (
     AdmitRecord,
@@ -381,12 +382,17 @@ def _lock(directory: Path) -> int:
 
 
 def _directory_id(directory: Path) -> str:
-    """The name under which this journal's process takes holds; made at first use."""
+    """The name under which this journal's process takes holds; made at first use, and durable
+    before it is used: holds of a name that was lost would be nobody's."""
     path = directory / "id"
     if not path.exists():
         fresh = path.with_suffix(".new")
-        fresh.write_text(new_id("jnl"))
+        with fresh.open("w") as file:
+            file.write(new_id("jnl"))
+            file.flush()
+            os.fsync(file.fileno())
         failpoint("journal.before_identity")
         fresh.rename(path)
+        fsync_directory(directory)
         failpoint("journal.after_identity")
     return path.read_text()

@@ -14,6 +14,7 @@ import msgspec
 import pytest
 
 from app.core.errors import Conflict, Unavailable
+from app.core.failpoints import observed
 from app.metering.journal import LAZY_SECONDS, Journal, read_unsettled
 from app.metering.records import AdmitRecord, FinishRecord, Usage
 from app.metering.segments import Segment, SegmentReader, segment_numbers, segment_path
@@ -273,6 +274,31 @@ async def test_the_identity_survives_a_restart(journal: Journal, tmp_path: Path)
     await again.start()
     assert again.id == journal.id != ""
     await again.close()
+
+
+async def test_the_identity_is_durable_before_it_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[int] = set()
+    seen: dict[str, bool] = {}
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
+
+    def look(name: str) -> None:
+        if name == "journal.before_identity":
+            seen[name] = (tmp_path / "id.new").stat().st_ino in synced
+        elif name == "journal.after_identity":
+            seen[name] = tmp_path.stat().st_ino in synced
+
+    monkeypatch.setattr(os, "fsync", noted)
+    journal = Journal(tmp_path)
+    with observed(look):
+        await journal.start()
+    await journal.close()
+    assert seen == {"journal.before_identity": True, "journal.after_identity": True}
 
 
 async def test_records_of_another_version_stop_the_start(tmp_path: Path) -> None:
