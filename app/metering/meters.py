@@ -13,11 +13,16 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 
 NANO_PER_SECOND = 1e9
 
 
+MAX_ENDPOINTS = 1000  # names that are counted apart, at some kilobytes each
+
+
 class Meters:
-    """One per process. An endpoint's name is the only label that people choose."""
+    """One per process. An endpoint's name is the only label that people choose: of more than
+    `MAX_ENDPOINTS`, the one that was idle for longest is forgotten, whether anybody scrapes or
+    not."""
 
     def __init__(self) -> None:
-        self._endpoints: set[str] = set()
+        self._endpoints: dict[str, None] = {}  # the one that served last is the last
         self.registry = CollectorRegistry()
         self._requests = Counter(
             "tapeout_requests",
@@ -61,7 +66,10 @@ class Meters:
     def observe(self, usage: Usage) -> None:
         """Counts a request that has ended."""
         endpoint = usage.admitted.endpoint_name
-        self._endpoints.add(endpoint)
+        self._endpoints.pop(endpoint, None)
+        self._endpoints[endpoint] = None
+        if len(self._endpoints) > MAX_ENDPOINTS:
+            self._forget(next(iter(self._endpoints)))
         self._requests.labels(endpoint, usage.outcome).inc()
         for kind, count in (
             ("input", usage.input_tokens),
@@ -79,16 +87,19 @@ class Meters:
 
     def keep(self, endpoints: Collection[str]) -> None:
         """Forgets all others: names that no longer serve would fill every scrape for good."""
-        for gone in self._endpoints.difference(endpoints):
-            for metric in (
-                self._requests,
-                self._tokens,
-                self._device_seconds,
-                self._seconds,
-                self._first_token_seconds,
-            ):
-                metric.remove_by_labels({"endpoint": gone})
-            self._endpoints.remove(gone)
+        for gone in self._endpoints.keys() - set(endpoints):
+            self._forget(gone)
+
+    def _forget(self, endpoint: str) -> None:
+        del self._endpoints[endpoint]
+        for metric in (
+            self._requests,
+            self._tokens,
+            self._device_seconds,
+            self._seconds,
+            self._first_token_seconds,
+        ):
+            metric.remove_by_labels({"endpoint": endpoint})
 
     def refuse(self, code: str) -> None:
         """Counts a request that was refused for want of money."""

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 from litestar import Litestar
+from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from app.metering import meters
 from app.metering.meters import Meters
 from app.metering.records import AdmitRecord, Outcome, Usage
 from app.settings import Settings
@@ -45,10 +47,10 @@ def usage(outcome: Outcome = "completed", num_cached: int = 7, endpoint: str = "
 
 
 async def test_the_operator_reads_what_was_served(app: Litestar) -> None:
-    meters: Meters = app.state.meters
-    meters.observe(usage())
-    meters.observe(usage("failed", 0))
-    meters.refuse("budget_reached")
+    counters: Meters = app.state.meters
+    counters.observe(usage())
+    counters.observe(usage("failed", 0))
+    counters.refuse("budget_reached")
     async with client(app) as http:
         response = await http.get("/metrics", headers=OPERATOR)
     assert response.status_code == 200
@@ -70,11 +72,11 @@ async def test_the_operator_reads_what_was_served(app: Litestar) -> None:
 
 
 async def test_a_model_that_is_gone_is_in_one_more_scrape(app: Litestar) -> None:
-    meters: Meters = app.state.meters
+    counters: Meters = app.state.meters
     async with client(app) as http:
         empty = (await http.get("/metrics", headers=OPERATOR)).text
         for index in range(1_000):
-            meters.observe(usage(endpoint=f"model-{index}"))
+            counters.observe(usage(endpoint=f"model-{index}"))
         last = (await http.get("/metrics", headers=OPERATOR)).text
         after = (await http.get("/metrics", headers=OPERATOR)).text
     assert last.count('tapeout_requests_total{endpoint="model-') == 1_000
@@ -83,15 +85,29 @@ async def test_a_model_that_is_gone_is_in_one_more_scrape(app: Litestar) -> None
 
 
 def test_a_model_that_serves_keeps_its_counters() -> None:
-    meters = Meters()
+    counters = Meters()
     for _ in range(2):
-        meters.observe(usage())
-        meters.observe(usage(endpoint="gone"))
-        meters.keep({"tiny", "idle"})
+        counters.observe(usage())
+        counters.observe(usage(endpoint="gone"))
+        counters.keep({"tiny", "idle"})
     counted = {"endpoint": "tiny", "outcome": "completed"}
-    assert meters.registry.get_sample_value("tapeout_requests_total", counted) == 2
+    assert counters.registry.get_sample_value("tapeout_requests_total", counted) == 2
     gone = {**counted, "endpoint": "gone"}
-    assert meters.registry.get_sample_value("tapeout_requests_total", gone) is None
+    assert counters.registry.get_sample_value("tapeout_requests_total", gone) is None
+
+
+def test_names_are_bounded_though_nobody_scrapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever makes models and deletes them fills neither memory nor the next scrape."""
+    monkeypatch.setattr(meters, "MAX_ENDPOINTS", 10)
+    counters = Meters()
+    for index in range(100):
+        counters.observe(usage())
+        counters.observe(usage(endpoint=f"model-{index}"))
+    text = generate_latest(counters.registry).decode()
+    names = set(re.findall(r'endpoint="([^"]*)"', text))
+    assert names == {"tiny", *(f"model-{index}" for index in range(91, 100))}
+    counted = {"endpoint": "tiny", "outcome": "completed"}
+    assert counters.registry.get_sample_value("tapeout_requests_total", counted) == 100
 
 
 async def test_nobody_else_does(app: Litestar) -> None:
