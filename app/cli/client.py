@@ -11,13 +11,22 @@ DEFAULT_URL = "http://127.0.0.1:8080"
 
 class Refused(click.ClickException):
     """The box said no, or could not be reached: one plain line why on stderr, exit code 1.
-    Further lines of the message are what the user may run instead."""
+    Further lines of the message are what the user may run instead. `status` is that of the box's
+    answer, 0 where there was none."""
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
 
     def show(self, file: Any = None) -> None:
         why, *lines = self.format_message().strip().splitlines()
         click.echo(f"tapeout: {why}", err=True, file=file)
         for line in lines:
             click.echo(f"  {line}".rstrip(), err=True, file=file)
+
+
+class Unreachable(Refused):
+    """Nobody answered; that may pass."""
 
 
 class Box:
@@ -39,7 +48,7 @@ class Box:
         except httpx.InvalidURL as error:
             raise Refused(f"TAPEOUT_URL {self.url!r} is not a URL: {error}") from error
         except httpx.TransportError as error:
-            raise Refused(
+            raise Unreachable(
                 f"no answer from {self.url} ({error}). Is `tapeout serve` running, "
                 "and TAPEOUT_URL right?"
             ) from error
@@ -57,4 +66,4 @@ class Box:
             message = response.json()["error"]["message"]
         except (ValueError, KeyError, TypeError):
             message = response.text.strip()[:300] or response.reason_phrase
-        raise Refused(str(message))
+        raise Refused(str(message), response.status_code)

@@ -4,6 +4,7 @@ The tar is a list of pieces with known lengths, so its size is known before it i
 upload can go on from any offset. It is reproducible: equal files give equal bytes.
 """
 
+import hashlib
 import tarfile
 from bisect import bisect_right
 from collections.abc import Iterable
@@ -27,6 +28,17 @@ class Parcel:
         self._ends = list(accumulate(lengths))
         self._starts = [end - length for end, length in zip(self._ends, lengths, strict=True)]
         self.num_bytes = self._ends[-1] if pieces else 0
+
+    def fingerprint(self) -> str:
+        """Of the name and the files as they are on the disk, by path, size and time of change."""
+        digest = hashlib.sha256(self.filename.encode())
+        for piece in self._pieces:
+            if isinstance(piece, bytes):
+                digest.update(piece)
+            else:
+                found = piece.stat()
+                digest.update(f"{piece.resolve()}\n{found.st_size}\n{found.st_mtime_ns}".encode())
+        return digest.hexdigest()
 
     def read(self, offset: int, num_bytes: int) -> bytes:
         """Up to `num_bytes` from `offset`; fewer only at the end. Raises `Refused` when a file

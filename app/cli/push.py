@@ -3,28 +3,23 @@
 Progress goes to stderr; stdout gets the endpoint's URL alone.
 """
 
-import base64
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import click
-import httpx
 
 from app.cli.client import Box, Refused
 from app.cli.optimise import follow_optimisation
-from app.cli.packing import Parcel, pack
+from app.cli.packing import pack
+from app.cli.sending import Sender
 from app.core.errors import InvalidRequest
 from app.registry.input_hints import parse_inputs
 from app.registry.names import check_model_name
 
-CHUNK_BYTES = 8 * 1024**2
-NUM_RETRIES = 5
 POLL_SECONDS = 0.4
 NUM_FAILED_STARTS = 3  # then waiting on is of no use
 SUPERSEDED_SECONDS = 5.0  # a version is deployed right after its build, or not at all
-TUS = {"Tus-Resumable": "1.0.0"}
 
 
 @click.command()
@@ -61,6 +56,8 @@ def push(
     """Upload PATH (a .pt2, .onnx or TorchScript file, an archive or a Hugging Face directory) and
     build it.
 
+    Interrupted with Ctrl-C, the same command goes on from there.
+
     Exit code 0: the endpoint answers (or, with --no-wait, the build is queued). 1: refused.
     The search for a faster form goes on while it answers; --optimised waits for that too.
     """
@@ -70,9 +67,10 @@ def push(
     except InvalidRequest as error:
         raise Refused(error.message) from error
     box = Box()
-    upload_id = upload(box, pack(path, tokenizer, example))
-    new = {"upload_id": upload_id, "inputs": inputs, "accepts_loss": accept_loss}
+    sender = Sender(box, pack(path, tokenizer, example))
+    new = {"upload_id": sender.send(), "inputs": inputs, "accepts_loss": accept_loss}
     version = box.json("POST", f"/api/models/{name}/versions", json=new)
+    sender.forget()
     label = f"{name}@{version['number']}"
     if no_wait:
         say(f"{label} is queued; `tapeout logs {name}` shows its build.")
@@ -87,48 +85,6 @@ def push(
         say(f"\nNo longer watching; what is under way for {label} goes on.")
         raise SystemExit(130) from None
     click.echo(f"{box.url}/models/{name}")
-
-
-def upload(box: Box, parcel: Parcel) -> str:
-    """Sends the parcel through tus and gives the upload's id. A cut connection is resumed."""
-    filename = base64.b64encode(parcel.filename.encode()).decode()
-    headers = {
-        **TUS,
-        "Upload-Length": str(parcel.num_bytes),
-        "Upload-Metadata": f"filename {filename}",
-    }
-    created = box.checked(box.request("POST", "/api/uploads", headers=headers))
-    location = created.headers["Location"]
-    bar = ProgressBar(f"Uploading {parcel.filename}", parcel.num_bytes)
-    offset, failures = 0, 0
-    while offset < parcel.num_bytes:
-        try:
-            offset = send_chunk(box, location, parcel, offset)
-            failures = 0
-        except Refused:
-            failures += 1
-            if failures > NUM_RETRIES:
-                raise
-            time.sleep(0.5 * 2**failures)
-            head = box.checked(box.request("HEAD", location, headers=TUS))
-            offset = int(head.headers["Upload-Offset"])
-        bar.show(offset)
-    bar.finish()
-    return location.rstrip("/").rsplit("/", 1)[-1]
-
-
-def send_chunk(box: Box, location: str, parcel: Parcel, offset: int) -> int:
-    """The offset after one PATCH."""
-    headers = {
-        **TUS,
-        "Upload-Offset": str(offset),
-        "Content-Type": "application/offset+octet-stream",
-    }
-    chunk = parcel.read(offset, CHUNK_BYTES)
-    response = box.request("PATCH", location, headers=headers, content=chunk)
-    if response.status_code in {httpx.codes.REQUEST_ENTITY_TOO_LARGE, httpx.codes.FORBIDDEN}:
-        box.checked(response)
-    return int(box.checked(response).headers["Upload-Offset"])
 
 
 def is_optimising(version: dict[str, Any]) -> bool:
@@ -188,36 +144,6 @@ def describe(version: dict[str, Any]) -> str:
     if version["status"] == "ready" and not version["is_serving"]:
         return f"  built; {version['serving_detail'] or 'the worker is starting'}"
     return f"  {version['status']}"
-
-
-class ProgressBar:
-    """Bytes moved, speed and time left: redrawn in place on a terminal, else every few seconds."""
-
-    def __init__(self, title: str, total_bytes: int) -> None:
-        self._title = title
-        self._total_bytes = total_bytes
-        self._started = self._shown_at = time.monotonic()
-        self._is_terminal = sys.stderr.isatty()
-
-    def show(self, done_bytes: int) -> None:
-        moment = time.monotonic()
-        if moment - self._shown_at < (0.1 if self._is_terminal else 5):
-            return
-        self._shown_at = moment
-        speed = done_bytes / max(moment - self._started, 1e-6)
-        left = (self._total_bytes - done_bytes) / max(speed, 1)
-        share = done_bytes / max(self._total_bytes, 1)
-        line = f"{self._title} {share:4.0%} at {speed / 1e6:.1f} MB/s, {left:.0f} s left"
-        if self._is_terminal:
-            click.echo(f"\r\033[K{line}", nl=False, err=True)
-        else:
-            say(line)
-
-    def finish(self) -> None:
-        seconds = max(time.monotonic() - self._started, 1e-6)
-        speed = self._total_bytes / 1e6 / seconds
-        start = "\r\033[K" if self._is_terminal else ""
-        say(f"{start}{self._title}: {self._total_bytes / 1e6:.1f} MB at {speed:.0f} MB/s")
 
 
 def say(line: str) -> None:

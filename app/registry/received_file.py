@@ -13,6 +13,7 @@ from app.core.errors import StorageFull
 from app.core.storage import fsync_directory
 
 READ_BYTES = 4 * 1024**2
+WRITE_OUT_BYTES = 8 * 1024**2
 CHECKSUMS = {"sha1": 20, "sha256": 32}  # tus's names, with their digests' bytes; sha1 is its least
 
 
@@ -46,6 +47,7 @@ class ReceivedFile:
         self._path = path
         self._sha256: Hash = hashlib.sha256()
         self._piece_hash: Hash | None = None
+        self._written_out_bytes = 0  # up to here the disk has been told to begin
         self.num_bytes = 0
 
     @classmethod
@@ -56,6 +58,7 @@ class ReceivedFile:
             while data := source.read(READ_BYTES):
                 file._sha256.update(data)
                 file.num_bytes += len(data)
+        file._written_out_bytes = file.num_bytes
         return file
 
     @property
@@ -75,6 +78,8 @@ class ReceivedFile:
             with self._path.open("r+b") as file:
                 file.seek(self.num_bytes)
                 file.write(data)
+                file.flush()
+                self._begin_write_out(file.fileno(), self.num_bytes + len(data))
         except FileNotFoundError:
             raise
         except OSError as error:
@@ -89,6 +94,17 @@ class ReceivedFile:
             self._piece_hash.update(data)
         self.num_bytes += len(data)
 
+    def _begin_write_out(self, descriptor: int, end: int) -> None:
+        # The kernel would keep gigabytes back, for which the last piece's answer then waited.
+        if end - self._written_out_bytes >= WRITE_OUT_BYTES:
+            os.posix_fadvise(
+                descriptor,
+                self._written_out_bytes,
+                end - self._written_out_bytes,
+                os.POSIX_FADV_DONTNEED,
+            )
+            self._written_out_bytes = end
+
     def piece_digest(self) -> bytes:
         """Of what came since the mark, by its checksum's algorithm."""
         assert self._piece_hash is not None, "the mark asked for a checked piece"
@@ -98,6 +114,7 @@ class ReceivedFile:
         """Forgets everything since the mark."""
         self.num_bytes = mark.num_bytes
         self._sha256 = mark.sha256
+        self._written_out_bytes = min(self._written_out_bytes, mark.num_bytes)
         self._truncate()
 
     def sync(self) -> None:

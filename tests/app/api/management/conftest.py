@@ -1,5 +1,7 @@
 """The management API on a real database and disk, with stand-ins for what runs models."""
 
+import asyncio
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
+import uvicorn
 from litestar import Litestar
 from litestar.datastructures import State
 
@@ -160,3 +163,18 @@ async def serving(app: Litestar, database: Database, caller: Caller, program: by
     """The caller's model `digits`, which serves."""
     principal = await app.state.key_ring.authenticate(caller.secret)
     return await make_serving(database, app.state.uploads, caller, principal, program)
+
+
+@pytest.fixture
+async def server(app: Litestar) -> AsyncIterator[str]:
+    """The application under uvicorn, in this event loop; gives host and port."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(16)
+        config = uvicorn.Config(app, lifespan="off", log_config=None, timeout_graceful_shutdown=1)
+        server = uvicorn.Server(config)
+        task = asyncio.create_task(server.serve(sockets=[listener]))
+        host, port = listener.getsockname()
+        yield f"{host}:{port}"
+        server.should_exit = True
+        await task

@@ -4,12 +4,9 @@ import asyncio
 import base64
 import hashlib
 import os
-import socket
-from collections.abc import AsyncIterator
 
 import httpx
 import pytest
-import uvicorn
 from litestar import Litestar
 from sqlalchemy import update
 
@@ -266,21 +263,6 @@ async def test_a_full_box(
 
 
 # --- under a real server ----------------------------------------------------------------
-
-
-@pytest.fixture
-async def server(app: Litestar) -> AsyncIterator[str]:
-    """The application under uvicorn, in this event loop; gives host and port."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(16)
-        config = uvicorn.Config(app, lifespan="off", log_config=None, timeout_graceful_shutdown=1)
-        server = uvicorn.Server(config)
-        task = asyncio.create_task(server.serve(sockets=[listener]))
-        host, port = listener.getsockname()
-        yield f"{host}:{port}"
-        server.should_exit = True
-        await task
 
 
 async def test_a_cut_connection_is_resumed(server: str, app: Litestar, caller: Caller) -> None:
