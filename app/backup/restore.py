@@ -25,6 +25,7 @@ from app.backup.backup import (
     read_manifest,
 )
 from app.backup.dump import DumpError, is_empty, load_table, revision_of, tables
+from app.backup.triggers import without_triggers
 from app.billing.payments.tables import StripeOperation
 from app.core.database import create_writer_engine
 from app.core.errors import Conflict, InvalidRequest
@@ -69,7 +70,8 @@ def _restore(
             _check_database(connection, manifest)
             for name, expected in manifest.files.items():
                 _restore_file(backup, data_dir, name, expected, copied)
-            _restore_rows(connection, backup, manifest)
+            with without_triggers(connection):
+                _restore_rows(connection, backup, manifest)
     except BaseException:
         _remove(copied)
         raise
