@@ -1,17 +1,21 @@
 """The operator's page Books: the numbers that must agree, side by side, and what ever differed."""
 
+from datetime import datetime
 from typing import Any
 
 from litestar import Response, Router, get, post
 from litestar.params import FromQuery
 
+from app.billing.payments import steady_clock
 from app.billing.reconciliation.check import Check
 from app.billing.reconciliation.reconciler import SECONDS, Reconciler
 from app.billing.reconciliation.runs import find_run, past_differences
 from app.console.lamps import Lamp
 from app.console.sessions import go, signed_in
 from app.console.templating import PageRequest, page
+from app.core import clock
 from app.core.database import Database
+from app.core.errors import InvalidRequest
 from app.core.money import format_nano
 from app.settings import Settings
 
@@ -29,6 +33,7 @@ async def show_books(request: PageRequest, run: FromQuery[str] = "") -> Response
     async with database.read() as session:
         shown = await find_run(session, run) if run else latest
         past = await past_differences(session, NUM_PAST)
+        clock_waits_since = await steady_clock.waits_since(session)
 
     def amount(check: Check, number: int) -> str:
         return format_number(check, number, settings.currency)
@@ -42,6 +47,8 @@ async def show_books(request: PageRequest, run: FromQuery[str] = "") -> Response
         lamp=lamp,
         amount=amount,
         every_seconds=round(SECONDS),
+        now=clock.now(),
+        clock_waits_since=clock_waits_since,
     )
 
 
@@ -52,6 +59,21 @@ async def compare_now(request: PageRequest) -> Response[Any]:
     reconciler: Reconciler = request.app.state.reconciler
     await reconciler.run()
     return go(request, "/console/books?notice=compared")
+
+
+@post("/books/clock", status_code=200)
+async def confirm_clock(request: PageRequest) -> Response[Any]:
+    """The operator says that the time which the page showed is right."""
+    signed_in(request).principal.require_operator()
+    try:
+        told = datetime.fromisoformat(str((await request.form()).get("now", "")))
+    except ValueError:
+        raise InvalidRequest("now is an instant such as 2026-03-01T12:00Z.", param="now") from None
+    database: Database = request.app.state.database
+    async with database.write() as session:
+        await steady_clock.confirm(session, told)
+    request.app.state.clerk.wake("months")
+    return go(request, "/console/books?notice=clock-confirmed")
 
 
 def lamp(check: Check) -> Lamp:
@@ -72,4 +94,4 @@ def format_number(check: Check, number: int, currency: str) -> str:
     return f"{number:,} ms" if check.unit == "ms" else f"{number:,}"
 
 
-router = Router("", route_handlers=[show_books, compare_now])
+router = Router("", route_handlers=[show_books, compare_now, confirm_clock])

@@ -103,6 +103,7 @@ NOTICES = {
     "prices-scheduled": "The new prices are scheduled. Until then you can take them back.",
     "prices-cancelled": "The scheduled price book is gone. The prices in force stay.",
     "compared": "The books have been compared.",
+    "clock-confirmed": "The time is confirmed. Months that are over are being closed.",
     "device-cost": "The price of a device's hour is set.",
     "invitation-revoked": "The invitation is revoked. Its link leads nowhere any more.",
     "role": "The role is changed, and in force from their next click on.",

@@ -269,6 +269,8 @@ RULES |= {
     **_same("write", "POST /console/uploads/{upload_id}/discard", form={}, is_let_in=False),
     **_same("write", "DELETE /console/uploads/{upload_id}", headers=TUS, is_let_in=False),
     **_same("admin", "GET /console/keys", "GET /console/keys/{key_id}/revoke"),
+    **_same("admin", "GET /console/keys/{key_id}"),
+    **_same("admin", "POST /console/keys/{key_id}/limit", form={"limit": "5", "period": "day"}),
     **_same("admin", "POST /console/keys", form={"name": "k", "scope": "read"}),
     **_same("admin", "POST /console/keys/{key_id}/revoke", form={}),
     **_same("read", "GET /console/members", "GET /console/account"),
@@ -321,6 +323,7 @@ RULES |= {
     **_same("operator", "POST /console/earnings/device-cost", form={"hour": "2"}),
     **_same("operator", "GET /console/books"),
     **_same("operator", "POST /console/books", form={}),
+    **_same("operator", "POST /console/books/clock", form={"now": "2026-03-01T12:00Z"}),
     **_same("operator", "GET /console/organizations"),
     **_same("operator", "GET /console/organizations/{organization_id}"),
     "POST /console/organizations/{organization_id}/limit": Rule(

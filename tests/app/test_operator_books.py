@@ -4,6 +4,7 @@ import csv
 import io
 import re
 from collections.abc import AsyncIterator, Callable
+from datetime import timedelta
 from typing import Any
 
 import httpx
@@ -12,7 +13,9 @@ import pytest
 from litestar import Litestar
 from sqlalchemy import text
 
+from app.billing.payments import mirror, steady_clock
 from app.billing.rating import Settlement
+from app.core import clock
 from app.settings import Settings
 from tests.app.billing.conftest import settlement  # noqa: F401 - a fixture
 from tests.app.whole_app import URL, Tenant, add_tenant, client, running
@@ -115,6 +118,22 @@ async def test_a_difference_is_on_the_page_and_in_its_history(office: Office) ->
     history = (await office.get("/api/reconciliation/history")).json()["runs"]
     assert history[0]["found"] == ["Balances = ledger: org_1"]
     assert history[0]["num_confirmed"] == 1
+
+
+async def test_a_leapt_clock_is_confirmed_on_the_page(office: Office) -> None:
+    seen_at = clock.now() - timedelta(days=50)
+    assert "Is it " not in (await office.page("/console/books")).text
+    async with office.application.state.database.write() as session:
+        data = {"seen_at": seen_at.isoformat(), "is_alarmed": False}
+        await mirror.put(session, steady_clock.ROW_ID, "cursor", data)
+        assert not await steady_clock.is_steady(session)
+    assert "Is it " in (await office.page("/console/books")).text
+    for wrong in ("", "soon", "2020-01-01T00:00", "2020-01-01T00:00Z"):
+        assert (await office.send("/console/books/clock", {"now": wrong})).status_code in (400, 409)
+    assert "Is it " in (await office.page("/console/books")).text
+    sent = await office.send("/console/books/clock", {"now": clock.now().isoformat()})
+    assert sent.headers["location"] == "/console/books?notice=clock-confirmed"
+    assert "Is it " not in (await office.page("/console/books")).text
 
 
 async def test_earnings_follow_from_the_price_of_the_hour(office: Office) -> None:

@@ -44,6 +44,15 @@ async def is_steady(session: AsyncSession) -> bool:
     return True
 
 
+async def waits_since(session: AsyncSession) -> datetime | None:
+    """The last instant seen before the clock leapt, while nobody has confirmed the time; else
+    None."""
+    row = await mirror.read(session, ROW_ID)
+    if row is None or not row.data["is_alarmed"]:
+        return None
+    return datetime.fromisoformat(row.data["seen_at"])
+
+
 async def confirm(session: AsyncSession, told: datetime) -> None:
     """A person says what time it is: if the box's clock says the same, it is right. Raises
     `InvalidRequest`, `Conflict`."""
@@ -79,7 +88,8 @@ async def _tell(session: AsyncSession, seen_at: datetime, now: datetime) -> None
         await default_organization_id(session),
         ALARM,
         f"The clock says {now:%Y-%m-%d %H:%M} UTC, but the box last ran at {seen_at:%Y-%m-%d}. "
-        "No month is closed until somebody confirms the time: POST /api/invoices/clock with "
-        '{"now": "..."}. If the clock is wrong, set it right, and this ends by itself.',
+        "No month is closed until somebody confirms the time, on the page Books or by POST "
+        '/api/invoices/clock with {"now": "..."}. If the clock is wrong, set it right, and this '
+        "ends by itself.",
         {"seen_at": seen_at.isoformat()},
     )
