@@ -9,7 +9,11 @@ import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-FORMULA = re.compile(r"""(^|[;,|\t\r\n])(?=[\s"]*[=+@-])""")  # where a cell may begin with one
+# What begins a formula, also as typed in Japan, and what a spreadsheet may take away before it:
+# blanks, quotes, control characters and characters without width.
+SIGNS = r"=+@\uff1d\uff0b\uff20\uff0d-"
+UNSEEN = r"""\s"\x00-\x1f\x7f\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff"""
+FORMULA = re.compile(rf"(^|[;,|\t\r\n])(?=[{UNSEEN}]*[{SIGNS}])")  # where a cell may begin with one
 BLOCK_ROWS = 500
 
 Value = str | int
@@ -20,7 +24,7 @@ def csv_blocks(header: Sequence[str], rows: Iterable[Sequence[Value]]) -> Iterat
     text = io.StringIO()
     writer = csv.writer(text, quoting=csv.QUOTE_ALL)
     if header:
-        writer.writerow(header)
+        writer.writerow([safe(name) for name in header])
     for count, row in enumerate(rows, 1):
         writer.writerow([safe(value) for value in row])
         if count % BLOCK_ROWS == 0:

@@ -3,18 +3,38 @@
 import csv
 import io
 import re
+from pathlib import Path
 
 import pytest
 
+from app.core import csv_text
 from app.core.csv_text import BLOCK_ROWS, csv_blocks
 
 
-@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1"),
+        *("\uff1d1+1", "\uff0b1", "\uff0d1", "\uff20SUM(A1)"),
+        *("\ufeff=1", "\u200b=1", "\x00=1", "\x01\x7f@SUM(A1)", "\u202e-1"),
+    ],
+)
 def test_text_is_never_a_formula(text: str) -> None:
-    (block,) = csv_blocks(["name"], [[text]])
-    (_, (cell,)) = csv.reader(io.StringIO(block.decode(), newline=""))
-    assert cell.startswith("'")
-    assert cell.replace("'", "") == text
+    """Nor is that of a header."""
+    (block,) = csv_blocks([text], [[text]])
+    for (cell,) in csv.reader(io.StringIO(block.decode(), newline="")):
+        assert cell.startswith("'")
+        assert cell.replace("'", "") == text
+
+
+def test_every_file_is_written_here() -> None:
+    """So that none can forget it."""
+    app = Path(csv_text.__file__).parents[1]
+    assert [
+        path.name
+        for path in app.rglob("*.py")
+        if re.search(r"^import csv|csv\.writer", path.read_text(), re.M)
+    ] == ["csv_text.py"]
 
 
 @pytest.mark.parametrize(
