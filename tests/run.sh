@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Every check this machine can run, and what it skipped and why. Called by `make test`.
 # One suite runs on SQLite; the control plane's part runs again on PostgreSQL where a server is
-# installed: TEST_DATABASE_URL names one, or a private cluster is started for the run.
+# installed: TEST_DATABASE_URL names one, or a private cluster is started for the run. It does not
+# wait for the disk: the tests kill Tapeout, never the machine.
 set -u
 cd "$(dirname "$0")/.."
 bin=.venv/bin
@@ -28,7 +29,7 @@ start_postgres() {
     "${as[@]}" "$programs/initdb" -D "$cluster/data" -U tapeout --auth=trust >"$cluster.log" 2>&1 || return 1
     local port=$((20000 + RANDOM % 20000))
     "${as[@]}" "$programs/pg_ctl" -D "$cluster/data" -w -l "$cluster/server.log" \
-        -o "-p $port -k $cluster -c listen_addresses=127.0.0.1 -c max_connections=200" start >>"$cluster.log" 2>&1 || return 1
+        -o "-p $port -k $cluster -c listen_addresses=127.0.0.1 -c max_connections=200 -c fsync=off" start >>"$cluster.log" 2>&1 || return 1
     trap '"${as[@]}" "'"$programs"'/pg_ctl" -D "'"$cluster"'/data" -m immediate stop >/dev/null 2>&1; rm -rf "'"$cluster"'" "'"$cluster"'.log"' EXIT
     export TEST_DATABASE_URL="postgresql://tapeout@127.0.0.1:$port/postgres"
 }
