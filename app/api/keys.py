@@ -1,4 +1,5 @@
-"""API keys over HTTP: list, make, revoke. What a key is: `app.organizations.keys`."""
+"""API keys over HTTP: list, make, limit, revoke. What a key is: `app.organizations.keys`; what it
+may spend: `app.billing.budgets`."""
 
 from datetime import datetime
 from typing import Any
@@ -8,27 +9,45 @@ from litestar import Request, Router, delete, get, post
 from litestar.datastructures import State
 from litestar.di import NamedDependency
 from litestar.params import FromPath, JSONBody
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.api.auth import allowed, authenticated, dependencies
+from app.billing import budgets
+from app.billing.budgets import BudgetView
 from app.core.database import Database
 from app.core.errors import Forbidden
 from app.organizations import keys
 from app.organizations.principal import Principal
 from app.organizations.tables import ApiKey
+from app.settings import Settings
 
 AnyRequest = Request[object, object, State]
 
 
 class NewKey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`expires_at` is an instant with a time zone; without it the key never expires."""
+    """`expires_at` is an instant with a time zone; without it the key never expires. `limit_nano`
+    is the most that it may spend in each `limit_period`, a day or a month (UTC)."""
 
     name: str
     scopes: list[str] = msgspec.field(default_factory=lambda: ["inference"])
     expires_at: datetime | None = None
+    limit_nano: int | None = None
+    limit_period: str = "month"
+
+
+class KeyLimit(msgspec.Struct, frozen=True, kw_only=True):
+    """A budget of the key, in nano-units (10^-9) of the currency: `PUT /api/budgets` changes it,
+    `DELETE /api/budgets/{id}` takes it away."""
+
+    id: str
+    period: str
+    limit_nano: int
+    spent_nano: int
+    held_nano: int
 
 
 class Key(msgspec.Struct, frozen=True, kw_only=True):
-    """`prefix` is what the secret begins with."""
+    """`prefix` is what the secret begins with; `limits` are how much it may spend."""
 
     id: str
     name: str
@@ -38,6 +57,7 @@ class Key(msgspec.Struct, frozen=True, kw_only=True):
     expires_at: datetime | None
     revoked_at: datetime | None
     last_used_at: datetime | None
+    limits: list[KeyLimit]
 
 
 class CreatedKey(Key, frozen=True, kw_only=True):
@@ -56,7 +76,8 @@ async def list_keys(request: AnyRequest, principal: NamedDependency[Principal]) 
     database: Database = request.app.state.database
     async with database.read() as session:
         rows = await keys.list_keys(session, principal.organization_id)
-    return KeyList([_shown(row) for row in rows])
+        limits = await key_budgets(session, principal.organization_id)
+    return KeyList([Key(**_fields(row, limits.get(row.id, []))) for row in rows])
 
 
 @post("/keys", guards=[allowed("admin")], summary="Make an API key")
@@ -72,15 +93,18 @@ async def create_key(
             param="scopes",
         )
     database: Database = request.app.state.database
+    settings: Settings = request.app.state.settings
+    organization_id = principal.organization_id
     async with database.write() as session:
         row, secret = await keys.create_key(
-            session,
-            principal.organization_id,
-            data.name,
-            frozenset(data.scopes),
-            data.expires_at,
+            session, organization_id, data.name, frozenset(data.scopes), data.expires_at
         )
-    return CreatedKey(**_fields(row), secret=secret)
+        if data.limit_nano is not None:
+            await limit_key(
+                session, row, data.limit_period, data.limit_nano, currency=settings.currency
+            )
+        limits = await key_budgets(session, organization_id)
+    return CreatedKey(**_fields(row, limits.get(row.id, [])), secret=secret)
 
 
 @delete("/keys/{key_id:str}", guards=[allowed("admin")], summary="Revoke an API key")
@@ -93,12 +117,38 @@ async def revoke_key(
         await keys.revoke_key(session, principal.organization_id, key_id)
 
 
-def _shown(row: ApiKey) -> Key:
-    return Key(**_fields(row))
+async def limit_key(
+    session: AsyncSession, key: ApiKey, period: str, limit_nano: int, *, currency: str
+) -> None:
+    """How much it may spend in a day or a month. Raises `InvalidRequest`."""
+    await budgets.set_budget(
+        session,
+        key.organization_id,
+        scope="key",
+        subject=key.id,
+        subject_name=key.name,
+        period=period,
+        limit_nano=limit_nano,
+        currency=currency,
+    )
 
 
-def _fields(row: ApiKey) -> dict[str, Any]:
-    return {name: getattr(row, name) for name in Key.__struct_fields__}
+async def key_budgets(session: AsyncSession, organization_id: str) -> dict[str, list[BudgetView]]:
+    """The budgets of keys, by their ids."""
+    found: dict[str, list[BudgetView]] = {}
+    for budget in await budgets.list_budgets(session, organization_id):
+        if budget.scope == "key":
+            found.setdefault(budget.subject, []).append(budget)
+    return found
+
+
+def _fields(row: ApiKey, limits: list[BudgetView]) -> dict[str, Any]:
+    shown = [
+        KeyLimit(**{name: getattr(limit, name) for name in KeyLimit.__struct_fields__})
+        for limit in limits
+    ]
+    names = set(Key.__struct_fields__) - {"limits"}
+    return {name: getattr(row, name) for name in names} | {"limits": shown}
 
 
 router = Router(

@@ -9,8 +9,10 @@ from app.cli.backup import backup as backup_command
 from app.cli.backup import restore as restore_command
 from app.cli.bench import bench as bench_command
 from app.cli.doctor import doctor as doctor_command
+from app.cli.keys import keys
 from app.cli.launcher import launcher as launcher_command
-from app.cli.listings import keys, logs, models, prices, usage
+from app.cli.listings import logs, models, prices, usage
+from app.cli.members import members
 from app.cli.optimise import optimise as optimise_command
 from app.cli.push import push as push_command
 from app.cli.receipts import ledger, receipt
@@ -38,6 +40,7 @@ for command in (
     receipt,
     ledger,
     keys,
+    members,
     prices,
     bench_command,
     doctor_command,

@@ -1,4 +1,4 @@
-"""The commands that only show: models, logs, usage, keys and prices."""
+"""The commands that only show: models, logs, usage and prices."""
 
 import time
 from datetime import UTC, datetime, timedelta
@@ -120,45 +120,6 @@ def print_usage(answer: dict[str, Any]) -> None:
     header = [answer["group_by"], *columns, "amount"]
     print_table([title.upper().replace("_", " ") for title in header], rows)
     click.echo(f"\nOwed: {format_nano(answer['owed_nano'], currency, places=9)}")
-
-
-@click.group(invoke_without_command=True)
-@click.pass_context
-def keys(context: click.Context) -> None:
-    """List API keys; `create` and `revoke` change them."""
-    if context.invoked_subcommand is not None:
-        return
-    rows = [
-        [
-            key["id"],
-            key["name"],
-            key["prefix"],
-            ",".join(key["scopes"]),
-            "revoked" if key["revoked_at"] else (key["expires_at"] or "never expires"),
-        ]
-        for key in Box().json("GET", "/api/keys")["keys"]
-    ]
-    print_table(["ID", "NAME", "PREFIX", "SCOPES", "EXPIRES"], rows)
-
-
-@keys.command()
-@click.argument("name")
-@click.option("--scope", "scopes", multiple=True, default=("inference",), show_default=True)
-@click.option("--days", type=int, help="Days until it expires; without, never.")
-def create(name: str, scopes: tuple[str, ...], days: int | None) -> None:
-    """Make a key and print it: this is the only time it is shown."""
-    expires_at = (datetime.now(UTC) + timedelta(days=days)).isoformat() if days else None
-    body = {"name": name, "scopes": list(scopes), "expires_at": expires_at}
-    click.echo(Box().json("POST", "/api/keys", json=body)["secret"])
-
-
-@keys.command()
-@click.argument("key_id")
-def revoke(key_id: str) -> None:
-    """Make a key useless within a second."""
-    box = Box()
-    box.checked(box.request("DELETE", f"/api/keys/{key_id}"))
-    click.echo(f"{key_id} is revoked.")
 
 
 @click.command()

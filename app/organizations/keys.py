@@ -90,6 +90,16 @@ async def list_keys(session: AsyncSession, organization_id: str) -> list[ApiKey]
     return list(rows)
 
 
+async def get_key(session: AsyncSession, organization_id: str, key_id: str) -> ApiKey:
+    """Raises `NotFound`."""
+    key = await session.scalar(
+        select(ApiKey).where(ApiKey.organization_id == organization_id, ApiKey.id == key_id)
+    )
+    if key is None:
+        raise NotFound(f"There is no API key {key_id!r}.")
+    return key
+
+
 async def revoke_key(session: AsyncSession, organization_id: str, key_id: str) -> ApiKey:
     """Makes a key useless for good; doing it twice does no harm."""
     key = await session.scalar(
@@ -170,7 +180,11 @@ class KeyRing:
             raise _unknown_key()
         moment = clock.now()
         if entry.expires_at is not None and entry.expires_at <= moment:
-            raise Unauthenticated("This API key has expired.", code="expired_api_key")
+            raise Unauthenticated(
+                f"This API key expired at {entry.expires_at:%Y-%m-%d %H:%M} UTC. The console's "
+                "page Keys makes another one.",
+                code="expired_api_key",
+            )
         self._note_use(entry.principal.api_key_id, moment)
         return entry.principal
 

@@ -94,6 +94,11 @@ RULES |= {
         *("POST /v1/responses", "POST /v1/responses/input_tokens"),
         json={"model": "{name}", "input": "hi"},
     ),
+    **_same(
+        "inference",
+        *("POST /v1/messages", "POST /v1/messages/count_tokens"),
+        json=CHAT | {"max_tokens": 4},
+    ),
     "POST /v1/embeddings": Rule(needs="inference", json={"model": "{name}", "input": "hi"}),
     "POST /models/{name}/predict": Rule(needs="inference", json={"inputs": [1]}),
     **_same("inference", "POST /v2/models/{name}/infer", json=V2_INPUTS),

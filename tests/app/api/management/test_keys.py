@@ -1,11 +1,13 @@
 """Keys and the organization over HTTP."""
 
+from datetime import UTC, datetime
 from typing import Any
 
 import httpx
 import pytest
 from litestar import Litestar
 
+from app.core import clock
 from app.core.database import Database
 from app.organizations.keys import ENVIRONMENT_KEY_ID
 from tests.app.api.management.callers import Caller, make_caller
@@ -131,3 +133,35 @@ async def test_bad_limits(client: httpx.AsyncClient, limit: Any) -> None:
     )
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "spending_limit"
+
+
+async def test_a_key_is_made_with_a_limit(client: httpx.AsyncClient, caller: Caller) -> None:
+    body = {"name": "ci", "limit_nano": 5_000_000_000, "limit_period": "day"}
+    made = (await client.post("/api/keys", headers=caller.headers, json=body)).json()
+    (limit,) = made["limits"]
+    assert (limit["period"], limit["limit_nano"], limit["spent_nano"]) == ("day", 5_000_000_000, 0)
+    listed = (await client.get("/api/keys", headers=caller.headers)).json()["keys"]
+    assert [key["limits"] for key in listed if key["id"] == made["id"]] == [[limit]]
+    for wrong in ({"limit_nano": -1}, {"limit_nano": 5, "limit_period": "year"}):
+        response = await client.post(
+            "/api/keys", headers=caller.headers, json={"name": "wrong", **wrong}
+        )
+        assert response.status_code == 400
+    listed = (await client.get("/api/keys", headers=caller.headers)).json()["keys"]
+    assert "wrong" not in [key["name"] for key in listed]
+
+
+async def test_an_expired_key_is_told_so(
+    client: httpx.AsyncClient, caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = {"name": "ci", "scopes": ["read"], "expires_at": "2099-01-01T00:00:00Z"}
+    made = (await client.post("/api/keys", headers=caller.headers, json=body)).json()
+    headers = {"Authorization": f"Bearer {made['secret']}"}
+    assert (await client.get("/api/models", headers=headers)).status_code == 200
+    at = datetime(2099, 1, 1, tzinfo=UTC)
+    monkeypatch.setattr(clock, "now", lambda: at)
+    response = await client.get("/api/models", headers=headers)
+    assert response.status_code == 401
+    error = response.json()["error"]
+    assert error["code"] == "expired_api_key"
+    assert error["message"].startswith("This API key expired at 2099-01-01 00:00 UTC.")
