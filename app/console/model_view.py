@@ -1,4 +1,4 @@
-"""What a model's page and the list of models show: one read of the database, as plain values.
+"""What a model's page shows: one read of the database, as plain values.
 
 Reads registry and deployments together, which neither area does for itself. Changes nothing.
 """
@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 
 import msgspec
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import defer
 
 from app.console.candidates_view import CandidatesView, candidates_view
 from app.console.form_names import title_of
@@ -23,7 +24,7 @@ from app.registry.service import version_hints
 from app.registry.tables import Model, ModelVersion
 from runtime.protocol import BuildReceipt, Manifest
 
-MAX_MODELS = 1000
+NUM_VERSIONS = 20  # listed at once
 NEEDS_INPUTS = "needs_inputs"  # the build's code for a file that does not say what it takes
 ASKING_CODES = (NEEDS_INPUTS, "inputs")
 LIVE_REPLICAS = ("starting", "ready", "draining")
@@ -55,14 +56,6 @@ REPLICA_LAMPS = {
 }
 
 
-class ModelLine(msgspec.Struct, frozen=True):
-    """A model in the list."""
-
-    name: str
-    about: str
-    lamp: Lamp
-
-
 class VersionLine(msgspec.Struct, frozen=True):
     """A version in its model's history."""
 
@@ -72,6 +65,26 @@ class VersionLine(msgspec.Struct, frozen=True):
     created_at: datetime
     lamp: Lamp
     can_roll_back: bool
+
+
+class VersionWindow(msgspec.Struct, frozen=True):
+    """The versions that are listed, newest first, and where those beside them begin."""
+
+    numbers: list[int]
+    newer: int | None
+    older: int | None
+
+
+def version_window(newest_first: list[int], shown: int) -> VersionWindow:
+    """The newest, or those from the shown one on."""
+    place = newest_first.index(shown)
+    start = 0 if place < NUM_VERSIONS else place
+    end = start + NUM_VERSIONS
+    return VersionWindow(
+        newest_first[start:end],
+        newest_first[max(0, start - NUM_VERSIONS)] if start else None,
+        newest_first[end] if end < len(newest_first) else None,
+    )
 
 
 class ReplicaLine(msgspec.Struct, frozen=True):
@@ -99,6 +112,7 @@ class ModelView(msgspec.Struct, frozen=True):
     name: str
     shown: ModelVersion
     versions: list[VersionLine]
+    window: VersionWindow
     endpoint: EndpointView | None
     manifest: Manifest | None
     receipt: BuildReceipt | None
@@ -189,36 +203,6 @@ class ModelView(msgspec.Struct, frozen=True):
 # --- reading ----------------------------------------------------------------------------
 
 
-async def read_models(session: AsyncSession, organization_id: str) -> list[ModelLine]:
-    """The organization's models, newest first, each with the state of its newest version."""
-    newest = (
-        select(ModelVersion.model_id, func.max(ModelVersion.number).label("number"))
-        .group_by(ModelVersion.model_id)
-        .subquery()
-    )
-    statement = (
-        select(Model, ModelVersion, Deployment)
-        .join(newest, newest.c.model_id == Model.id)
-        .join(
-            ModelVersion,
-            (ModelVersion.model_id == Model.id) & (ModelVersion.number == newest.c.number),
-        )
-        .outerjoin(Deployment, Deployment.model_id == Model.id)
-        .where(Model.organization_id == organization_id)
-        .order_by(Model.created_at.desc())
-        .limit(MAX_MODELS)
-    )
-    found = await session.execute(statement)
-    rows: list[tuple[Model, ModelVersion, Deployment | None]] = [
-        (model, version, deployment) for model, version, deployment in found
-    ]
-    replicas = await _live_replicas(session, [row[2].id for row in rows if row[2]])
-    return [
-        _line(model, version, deployment, replicas.get(deployment.id, []) if deployment else [])
-        for model, version, deployment in rows
-    ]
-
-
 async def read_model(
     session: AsyncSession, organization_id: str, name: str, number: int | None = None
 ) -> ModelView:
@@ -229,22 +213,25 @@ async def read_model(
     )
     if model is None:
         raise NotFound(f"You have no model named {name!r}. It may have been deleted.")
-    versions = list(
-        await session.scalars(
-            select(ModelVersion)
-            .where(ModelVersion.model_id == model.id)
-            .order_by(ModelVersion.number.desc())
-        )
+    rows = await session.execute(
+        select(ModelVersion.number, ModelVersion.id)
+        .where(ModelVersion.model_id == model.id)
+        .order_by(ModelVersion.number.desc())
     )
-    shown = next((v for v in versions if number in (None, v.number)), None)
-    if shown is None:
+    numbers: dict[int, str] = {row[0]: row[1] for row in rows}
+    shown_id = numbers.get(max(numbers, default=0) if number is None else number)
+    if shown_id is None:
         raise NotFound(f"The model {name!r} has no version {number}.")
-    endpoint = await _read_endpoint(session, model.id, {v.id: v.number for v in versions})
+    shown = await session.get_one(ModelVersion, shown_id, populate_existing=True)
+    names = {id: number for number, id in numbers.items()}
+    endpoint = await _read_endpoint(session, model.id, names)
     optimisations = await read_optimisations(session, [shown])
+    window = version_window(list(numbers), shown.number)
     return ModelView(
         name=model.name,
         shown=shown,
-        versions=[_version_line(version, endpoint) for version in versions],
+        versions=await _version_lines(session, model.id, window.numbers, endpoint),
+        window=window,
         endpoint=endpoint,
         manifest=msgspec.convert(shown.manifest, Manifest) if shown.manifest else None,
         receipt=msgspec.convert(shown.receipt, BuildReceipt, str_keys=True)
@@ -252,6 +239,18 @@ async def read_model(
         else None,
         optimisation=optimisations.get(shown.id),
     )
+
+
+async def _version_lines(
+    session: AsyncSession, model_id: str, numbers: list[int], endpoint: EndpointView | None
+) -> list[VersionLine]:
+    rows = await session.scalars(
+        select(ModelVersion)
+        .where(ModelVersion.model_id == model_id, ModelVersion.number.in_(numbers))
+        .order_by(ModelVersion.number.desc())
+        .options(*(defer(getattr(ModelVersion, name)) for name in ("manifest", "receipt", "hints")))
+    )
+    return [_version_line(version, endpoint) for version in rows]
 
 
 async def _read_endpoint(
@@ -285,7 +284,7 @@ async def _read_endpoint(
     )
 
 
-async def _live_replicas(
+async def live_replicas(
     session: AsyncSession, deployment_ids: Iterable[str]
 ) -> dict[str, list[Replica]]:
     """Replicas that run, and the failed one that explains why none does."""
@@ -296,7 +295,6 @@ async def _live_replicas(
             Replica.status.in_((*LIVE_REPLICAS, "failed")),
         )
         .order_by(Replica.created_at.desc())
-        .limit(4 * MAX_MODELS)
     )
     found: dict[str, list[Replica]] = {}
     for replica in rows:
@@ -342,23 +340,6 @@ def about(manifest: Manifest) -> str:
     kind = KINDS.get(manifest.kind, manifest.kind)
     size = format_short(manifest.num_parameters)
     return f"{kind}, {size} parameters, {format_bytes(manifest.weight_bytes)}"
-
-
-def _line(
-    model: Model,
-    version: ModelVersion,
-    deployment: Deployment | None,
-    replicas: list[Replica],
-) -> ModelLine:
-    lamp = version_lamp(version)
-    is_settled = version.status not in ("queued", "building")
-    if deployment is not None and is_settled:
-        lamp = endpoint_lamp(deployment, replicas)
-    if version.manifest:
-        text = f"{about(msgspec.convert(version.manifest, Manifest))}, version {version.number}"
-    else:
-        text = f"{version.filename}, {format_bytes(version.upload_bytes)}, version {version.number}"
-    return ModelLine(model.name, text, lamp)
 
 
 def _version_line(version: ModelVersion, endpoint: EndpointView | None) -> VersionLine:

@@ -2,13 +2,14 @@
 serve another version, delete."""
 
 import asyncio
-from typing import Any
+from typing import Annotated, Any
 
 from litestar import Response, Router, get, post
-from litestar.params import FromPath
+from litestar.params import FromPath, FromQuery, QueryParameter
 
 from app.console.live import model_events, model_parts, seen_mark
-from app.console.model_view import read_model, read_models
+from app.console.model_view import read_model
+from app.console.models_view import read_models
 from app.console.sessions import form_field, go, signed_in
 from app.console.templating import PageRequest, base_url, page
 from app.core.broadcast import Broadcast
@@ -21,15 +22,21 @@ from app.deployments.logs import build_log_name, read_log
 from app.registry import service as registry
 
 MAX_LOG_BYTES = 4 * 1024**2
+MAX_SEARCH = 64  # characters, as long as a name
 
 
 @get("/models")
-async def show_models(request: PageRequest) -> Response[str]:
-    """Every model of the organization, or how to get the first one."""
+async def show_models(
+    request: PageRequest,
+    q: FromQuery[str] = "",
+    number: Annotated[int, QueryParameter(name="page", required=False)] = 1,
+) -> Response[str]:
+    """The organization's models, those whose names hold `q`, or how to get the first one."""
     database: Database = request.app.state.database
+    organization_id = signed_in(request).principal.organization_id
     async with database.read() as session:
-        lines = await read_models(session, signed_in(request).principal.organization_id)
-    return page(request, "models/list.html", lines=lines, base_url=base_url(request))
+        shown = await read_models(session, organization_id, q.strip()[:MAX_SEARCH], number)
+    return page(request, "models/list.html", shown=shown, base_url=base_url(request))
 
 
 @get("/models/{name:str}")
