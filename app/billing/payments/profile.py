@@ -30,6 +30,7 @@ from app.core.ids import new_id
 from app.organizations.tables import Organization
 
 MAX_EMAIL_CHARS = 254
+EMAIL_REFUSED = "email_refused"  # a notice
 MAX_REASON_CHARS = 200
 _EMAIL = re.compile(r"[^@\s]+@[^@\s.]+(\.[^@\s.]+)+")
 
@@ -80,6 +81,8 @@ async def set_email(session: AsyncSession, organization_id: str, email: str) -> 
     profile = await open_profile(session, organization_id)
     is_new = email != profile.email
     profile.email, profile.updated_at = email, clock.now()
+    if is_new:
+        await end(session, organization_id, EMAIL_REFUSED)
     if is_new and profile.stripe_customer_id is not None:
         await _plan_update(session, organization_id)
     return profile
@@ -144,10 +147,15 @@ async def follow_customer(session: AsyncSession, organization_id: str, customer:
     locked the account."""
     profile = await open_profile(session, organization_id)
     if customer.is_deleted:
-        profile.stripe_customer_id = profile.payment_method_id = None
-        profile.card_label = ""
+        _forget_customer(profile)
     elif customer.default_payment_method:
         await keep_card(session, organization_id, customer.default_payment_method, "")
+
+
+def _forget_customer(profile: BillingProfile) -> None:
+    """With its card, which is gone as well."""
+    profile.stripe_customer_id = profile.payment_method_id = None
+    profile.card_label, profile.updated_at = "", clock.now()
 
 
 async def organization_of_customer(session: AsyncSession, customer_id: str) -> str | None:
@@ -238,9 +246,28 @@ class UpdateCustomer(Kind):
         self, session: AsyncSession, operation: Operation, answer: Customer
     ) -> None:
         """One that was long in doubt may have undone a later one."""
+        await end(session, operation.organization_id, EMAIL_REFUSED)
         profile = await open_profile(session, operation.organization_id)
         if not answer.is_deleted and profile.email != operation.params["email"]:
             await _plan_update(session, operation.organization_id)
+
+    async def refused(self, session: AsyncSession, operation: Operation, why: Refusal) -> None:
+        """A customer that is gone is made again, with the address, when one is needed. An address
+        that Stripe does not take is told of: bills would go on to the one before."""
+        profile = await open_profile(session, operation.organization_id)
+        email, customer_id = operation.params["email"], operation.params["customer_id"]
+        if why.code == "resource_missing":
+            if profile.stripe_customer_id == customer_id:
+                _forget_customer(profile)
+        elif profile.email == email:
+            await notify(
+                session,
+                operation.organization_id,
+                EMAIL_REFUSED,
+                f"Bills do not go to {email!r} but to the address before: {why.message} Set "
+                "another one under Billing.",
+                {"email": email},
+            )
 
 
 async def _fail_waiting(session: AsyncSession, organization_id: str, reason: str) -> None:
