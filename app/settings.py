@@ -172,7 +172,7 @@ def _log_level(text: str) -> str:
     return text.upper()
 
 
-# variable suffix: (field, parser, what it does). The README's settings table is checked
+# variable suffix: (field, parser, what it does). The table in docs/operations.md is checked
 # against this.
 FIELDS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "DATA_DIR": ("data_dir", Path, "where uploads, models, journal and SQLite live"),

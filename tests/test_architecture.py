@@ -144,14 +144,15 @@ def test_nothing_unpickles_what_it_did_not_write() -> None:
         assert not banned.search(path.read_text()), path
 
 
-def test_the_readme_lists_every_setting_and_command() -> None:
+def test_every_setting_and_command_is_documented() -> None:
     from app.cli import main
 
-    readme = (ROOT / "README.md").read_text()
+    settings = (ROOT / "docs" / "operations.md").read_text()
     for name in FIELDS:
-        assert f"`TAPEOUT_{name}`" in readme, name
+        assert f"`TAPEOUT_{name}`" in settings, f"{name} is missing in docs/operations.md"
+    readme = (ROOT / "README.md").read_text()
     for name in main.commands:
-        assert re.search(rf"tapeout {name}\b", readme), name
+        assert re.search(rf"tapeout {name}\b", readme), f"{name} is missing in README.md"
 
 
 def test_importing_the_gateway_loads_no_torch() -> None:
