@@ -22,6 +22,7 @@ from markupsafe import Markup, escape
 from app.api.embeddings import Embeddings, EmbeddingsRequest
 from app.api.inference_v2_answers import Inferred
 from app.api.inference_v2_requests import InferRequest
+from app.api.messages_types import MessageAnswer, MessagesRequest, PromptRequest, TokenCount
 from app.api.model_view import VersionState
 from app.api.models import NewVersion
 from app.api.openai_types import ChatCompletion, ChatRequest, Completion, CompletionRequest
@@ -34,9 +35,9 @@ from app.api.schema_view import Schema, read_groups
 TEMPLATES_DIR = Path(__file__).resolve().parents[2] / "templates" / "docs"
 VERSION = "1"
 DESCRIPTION = (
-    "One box, one API: OpenAI's routes under /v1, /models and the Open Inference Protocol under "
-    "/v2 for calling endpoints, and /api for managing models, keys and money. Send an API key as "
-    "`Authorization: Bearer <key>`. Every "
+    "One box, one API: OpenAI's routes and Anthropic's messages under /v1, /models and the Open "
+    "Inference Protocol under /v2 for calling endpoints, and /api for managing models, keys and "
+    "money. Send an API key as `Authorization: Bearer <key>`. Every "
     'error has the body {"error": {"message", "type", "param", "code"}}; under /v2, as that '
     'protocol has it, {"error": message, "type", "param", "code"}.'
 )
@@ -57,6 +58,8 @@ BODIES: dict[str, tuple[type[msgspec.Struct], type[msgspec.Struct]]] = {
     "/v1/chat/completions": (ChatRequest, ChatCompletion),
     "/v1/responses": (ResponsesRequest, ResponseAnswer),
     "/v1/responses/input_tokens": (ResponsesRequest, InputTokens),
+    "/v1/messages": (MessagesRequest, MessageAnswer),
+    "/v1/messages/count_tokens": (PromptRequest, TokenCount),
     "/v1/embeddings": (EmbeddingsRequest, Embeddings),
     "/models/{name}/predict": (PredictRequest, PredictAnswer),
     "/v2/models/{name}/infer": (InferRequest, Inferred),

@@ -1,4 +1,5 @@
-"""Errors as JSON: OpenAI's error object for everything that is not a page.
+"""Errors as JSON: OpenAI's error object for everything that is not a page, but where a route
+speaks another protocol.
 
 No answer ever holds a stack trace, a path or anything else of the box's inside.
 """
@@ -48,7 +49,7 @@ class ErrorDetail(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ErrorBody(msgspec.Struct, frozen=True):
-    """The body of every error, but for those below /v2."""
+    """The body of every error, but for those below /v2 and of /v1/messages."""
 
     error: ErrorDetail
 
@@ -63,7 +64,38 @@ class FlatErrorBody(msgspec.Struct, frozen=True):
     code: str | None
 
 
-def _body(request: AnyRequest, detail: ErrorDetail) -> ErrorBody | FlatErrorBody:
+class MessagesErrorBody(msgspec.Struct, frozen=True, tag_field="type", tag="error"):
+    """As Anthropic's clients read it; `error` has Anthropic's type, and our code and param."""
+
+    error: ErrorDetail
+
+
+# Anthropic's error types, by status. Every other refusal is an invalid request.
+_MESSAGES_TYPES = {
+    401: "authentication_error",
+    402: "billing_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    409: "conflict_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+def messages_error_body(detail: ErrorDetail, status: int) -> MessagesErrorBody:
+    """How an error of `/v1/messages` reads; its streams send it as their last event."""
+    kind = _MESSAGES_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+    return MessagesErrorBody(msgspec.structs.replace(detail, type=kind))
+
+
+def _body(
+    request: AnyRequest, detail: ErrorDetail, status: int
+) -> ErrorBody | FlatErrorBody | MessagesErrorBody:
+    if request.url.path.startswith("/v1/messages"):
+        return messages_error_body(detail, status)
     if request.url.path.startswith("/v2/"):
         return FlatErrorBody(detail.message, detail.type, detail.param, detail.code)
     return ErrorBody(detail)
@@ -84,7 +116,7 @@ def render_app_error(request: AnyRequest, error: AppError) -> Response[Any]:
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return Response(
-        _body(request, error_body(error).error),
+        _body(request, error_body(error).error, error.status),
         status_code=error.status,
         headers=headers,
         media_type="application/json",
@@ -102,7 +134,8 @@ def render_http_error(request: AnyRequest, error: HTTPException) -> Response[Any
     param: str | None = None
     if isinstance(error, ValidationException):
         message, param = _invalid_parameter(error)
-    body = _body(request, ErrorDetail(message=message, type=kind, param=param, code=code))
+    detail = ErrorDetail(message=message, type=kind, param=param, code=code)
+    body = _body(request, detail, error.status_code)
     headers = {
         name: value
         for name, value in (error.headers or {}).items()
@@ -132,7 +165,7 @@ def render_unknown_error(request: AnyRequest, error: Exception) -> Response[Any]
         param=None,
         code="internal_error",
     )
-    return Response(_body(request, detail), status_code=500, media_type="application/json")
+    return Response(_body(request, detail, 500), status_code=500, media_type="application/json")
 
 
 def _invalid_parameter(error: ValidationException) -> tuple[str, str | None]:

@@ -17,7 +17,17 @@ import uvicorn
 from litestar import Litestar
 from litestar.datastructures import State
 
-from app.api import health, inference_v2, model_docs, predict, prices, receipts, seals, usage
+from app.api import (
+    health,
+    inference_v2,
+    messages,
+    model_docs,
+    predict,
+    prices,
+    receipts,
+    seals,
+    usage,
+)
 from app.api import openai as openai_routes
 from app.api.errors import EXCEPTION_HANDLERS
 from app.api.relay import Relay
@@ -174,6 +184,7 @@ class Box:
             [
                 health.router,
                 openai_routes.router,
+                messages.router,
                 predict.router,
                 inference_v2.router,
                 model_docs.router,

@@ -215,7 +215,7 @@ class ScriptedWorker:
         if generate.tools and generate.tool_choice not in ("none", "auto"):
             return self._call_tools(generate, num_cached)
         event, at = (scripted[1], int(scripted[2])) if scripted else ("", -1)
-        num_words = max_tokens if generate.sampling.ignore_eos else NUM_WORDS
+        num_words = 0 if generate.sampling.ignore_eos else NUM_WORDS
         for i in range(max_tokens):
             is_cancelled = generate.request_id in self._cancelled
             if is_cancelled or (event == "abort" and i == at):
