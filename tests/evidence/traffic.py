@@ -9,6 +9,7 @@ import os
 import random
 from pathlib import Path
 
+from app.api.execution import Execution
 from app.billing import credits
 from app.billing.ledger import PROMOTIONAL_COST, STRIPE_CLEARING
 from app.billing.price_changes import change_prices
@@ -62,6 +63,7 @@ async def prepare(box: Box) -> None:
 
 async def run(box: Box, log: Log, seed: int, seconds: float) -> None:
     """Everybody at once, for so long."""
+    log.write("life", NUM_CLIENTS)
     stop = asyncio.get_running_loop().time() + seconds
     rngs = [random.Random(f"{seed} {i}") for i in range(NUM_CLIENTS + 1)]  # noqa: S311
     people = asyncio.create_task(_people(box, log, rngs[-1]))
@@ -90,7 +92,8 @@ async def _client(box: Box, log: Log, rng: random.Random, stop: float) -> None:
 
 
 async def stream(box: Box, log: Log, rng: random.Random, organization_id: str) -> None:
-    """One generation; `got` is what was delivered so far, `end` that it is the whole answer."""
+    """One generation; `ask` says how long it may get, `got` is what was delivered so far, `end`
+    that it is the whole answer, `failed` that there will be no more."""
     call = box.call(organization_id, "tiny", key=rng.choice("123"))
     request = Generate(
         request_id=call.request_id,
@@ -99,18 +102,26 @@ async def stream(box: Box, log: Log, rng: random.Random, organization_id: str) -
         text=rng.choice(PROMPTS),
     )
     cancel_at = rng.choice([None, None, None, 0, 2, 4])
-    log.write("ask", call.request_id, organization_id)
-    execution = box.relay.generate(call, request)
+    log.write("ask", call.request_id, request.sampling.max_tokens)
+    try:
+        num_tokens = await _read(box.relay.generate(call, request), log, cancel_at)
+    except AppError:
+        log.write("failed", call.request_id)
+        raise
+    log.write("end", call.request_id, num_tokens)
+
+
+async def _read(execution: Execution, log: Log, cancel_at: int | None) -> int:
     await execution.started
     num_tokens = 0
     if cancel_at == 0:
         execution.cancel()
     while outputs := await execution.next_outputs():
         num_tokens += sum(len(output.token_ids) for output in outputs)
-        log.write("got", call.request_id, num_tokens)
+        log.write("got", execution.request_id, num_tokens)
         if cancel_at is not None and num_tokens >= cancel_at:
             execution.cancel()
-    log.write("end", call.request_id, num_tokens)
+    return num_tokens
 
 
 async def predict(box: Box, log: Log, rng: random.Random, organization_id: str) -> None:
@@ -120,12 +131,16 @@ async def predict(box: Box, log: Log, rng: random.Random, organization_id: str) 
         Tensor(name="x", dtype="float32", shape=[1, 2], data=bytes(8)),
         Tensor(name="k", dtype="int64", shape=[1], data=k.to_bytes(8, "little")),
     ]
-    log.write("ask", call.request_id, organization_id)
+    log.write("ask", call.request_id, 0)
     prediction = box.relay.predict(call, Predict(request_id=call.request_id, inputs=inputs))
     if rng.random() < 0.2:  # while its money is being set aside
         await asyncio.sleep(0)
         prediction.cancel()
-    _, usage = await prediction
+    try:
+        _, usage = await prediction
+    except AppError:
+        log.write("failed", call.request_id)
+        raise
     log.write("answered", call.request_id, usage.device_ms)
 
 
