@@ -73,6 +73,7 @@ from app.core.lock import hold_data_dir
 from app.core.migration import upgrade
 from app.core.storage import Storage
 from app.deployments.builder import Builder
+from app.deployments.devices import Devices
 from app.deployments.fleet import Fleet
 from app.deployments.launchers.base import Launcher
 from app.deployments.launchers.docker import DockerLauncher
@@ -249,6 +250,7 @@ async def start_records(state: State, settings: Settings, stack: AsyncExitStack)
 async def start_serving(state: State, settings: Settings, stack: AsyncExitStack) -> None:
     """The launcher and its users: workers of what is deployed, builds and optimisations of what is
     queued."""
+    state.devices = Devices(settings.device)
     launcher = choose_launcher(settings, state.storage)
     stack.push_async_callback(launcher.close)
     parts = (state.database, state.storage, launcher, state.broadcast, settings)

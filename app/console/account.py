@@ -5,7 +5,7 @@ from typing import Any
 
 from litestar import Response, Router, get, post
 
-from app.console.sessions import form_field, go, signed_in
+from app.console.sessions import HOME, form_field, go, signed_in
 from app.console.templating import PageRequest, page
 from app.core.database import Database
 from app.core.errors import AppError, InvalidRequest, Unauthenticated
@@ -27,7 +27,7 @@ async def switch(request: PageRequest) -> Response[Any]:
     """Takes this session to another organization of one's own."""
     sign_ins: SignIns = request.app.state.sign_ins
     await sign_ins.switch(signed_in(request), await form_field(request, "organization_id"))
-    return go(request, "/console/models?notice=switched")
+    return go(request, f"{HOME}?notice=switched")
 
 
 @get("/account/leave")

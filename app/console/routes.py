@@ -13,6 +13,7 @@ from app.console import (
     account,
     billing,
     books,
+    box,
     budgets,
     decoder_playground,
     earnings,
@@ -25,6 +26,7 @@ from app.console import (
     notices,
     optimisations,
     organizations,
+    overview,
     playground,
     prices,
     rebuilding,
@@ -33,6 +35,7 @@ from app.console import (
     usage,
 )
 from app.console.errors import exception_handlers
+from app.console.sessions import HOME
 from app.console.templating import HEADERS, STATIC_DIR, STATIC_PATH, PageRequest
 
 YEAR_SECONDS = 365 * 86400
@@ -47,13 +50,14 @@ def secure(response: Response[Any]) -> Response[Any]:
 
 @get(["/", "/console"], include_in_schema=False)
 async def home(request: PageRequest) -> Response[None]:
-    """The models are where people start."""
-    return Response(None, status_code=303, headers={"Location": "/console/models"})
+    """Where people start."""
+    return Response(None, status_code=303, headers={"Location": HOME})
 
 
 behind_session = Router(
     "/console",
     route_handlers=[
+        overview.router,
         models.router,
         playground.router,
         decoder_playground.router,
@@ -72,6 +76,7 @@ behind_session = Router(
         organizations.router,
         prices.router,
         books.router,
+        box.router,
         earnings.router,
     ],
     before_request=notices.enter,

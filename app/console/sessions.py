@@ -22,7 +22,7 @@ from app.settings import Settings
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 SESSION, FORM = COOKIE, "tapeout_form"
 SIGN_IN_PATH = "/console/sign-in"
-HOME = "/console/models"  # where people start
+HOME = "/console/overview"  # where people start
 
 
 class SignInRequired(AppError):

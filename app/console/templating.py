@@ -105,6 +105,8 @@ NOTICES = {
     "compared": "The books have been compared.",
     "clock-confirmed": "The time is confirmed. Months that are over are being closed.",
     "device-cost": "The price of a device's hour is set.",
+    "default": "The model is recommended. Calls of default are answered by it from now on.",
+    "default-gone": "No model is recommended any more. Calls of default answer 404.",
     "invitation-revoked": "The invitation is revoked. Its link leads nowhere any more.",
     "role": "The role is changed, and in force from their next click on.",
     "removed": "They are no member any more. Revoke the keys that they know.",

@@ -237,6 +237,7 @@ RULES |= {
 
 RULES |= {
     "POST /console/sign-out": Rule(needs="read", form={}, is_let_in=False),
+    **_same("read", "GET /console/overview"),
     **_same("read", "GET /console/models", "GET /console/models/{name}"),
     **_same("read", "GET /console/models/{name}/versions/{number}"),
     **_same("read", "GET /console/models/{name}/versions/{number}/log"),
@@ -326,6 +327,8 @@ RULES |= {
     **_same("read", "GET /console/billing/invoices/{invoice_id}/lines/{position}"),
     **_same("operator", "GET /console/earnings", "GET /console/earnings.csv"),
     **_same("operator", "POST /console/earnings/device-cost", form={"hour": "2"}),
+    **_same("operator", "GET /console/box"),
+    **_same("operator", "POST /console/box/default-model", form={"model": "", "note": ""}),
     **_same("operator", "GET /console/books"),
     **_same("operator", "POST /console/books", form={}),
     **_same("operator", "POST /console/books/clock", form={"now": "2026-03-01T12:00Z"}),

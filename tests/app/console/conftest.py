@@ -96,7 +96,7 @@ class Console(msgspec.Struct):
         """Makes the owner's account and signs in as the owner."""
         path = f"/console/setup/{self.setup_token}"
         done = await self.post(path, path, email=EMAIL, password=PASSWORD)
-        assert (done.status, done.location) == (303, "/console/models"), done.text
+        assert (done.status, done.location) == (303, "/console/overview"), done.text
 
 
 class Answer(msgspec.Struct):
@@ -169,22 +169,37 @@ def free_port() -> int:
 @contextmanager
 def serving(directory: Path, port: int, **settings: str) -> Iterator[Box]:
     """A box of its own, with more settings (`TAPEOUT_...`)."""
+    with _process(directory, port, settings) as process:
+        yield Box(f"http://127.0.0.1:{port}", _setup_url(process, directory / "log"))
+
+
+@contextmanager
+def restarted(directory: Path, port: int, **settings: str) -> Iterator[None]:
+    """The box that `serving` had there before, again."""
+    with _process(directory, port, settings):
+        yield
+
+
+@contextmanager
+def _process(
+    directory: Path, port: int, settings: dict[str, str]
+) -> Iterator["subprocess.Popen[bytes]"]:
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("TAPEOUT_")
     } | {
         "TAPEOUT_WORKER_THREADS": "1",
         "TAPEOUT_BUILD_THREADS": "1",
         "TAPEOUT_OPTIMISE": "0",
+        "TAPEOUT_DRAIN_SECONDS": "2",
         "PYTHONUNBUFFERED": "1",
         **settings,
     }
     command = [sys.executable, "-c", "from app.cli import main; main()", "serve"]
     command += ["--data-dir", str(directory / "data"), "--port", str(port)]
-    log = directory / "log"
-    with log.open("wb") as output:
+    with (directory / "log").open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
         try:
-            yield Box(f"http://127.0.0.1:{port}", _setup_url(process, log))
+            yield process
         finally:
             process.terminate()
             process.wait(timeout=60)
@@ -238,11 +253,11 @@ def owner(box: Box, page: Page) -> Page:
             page.get_by_label("E-mail").fill(EMAIL)
             page.get_by_label("Password").fill(PASSWORD)
             page.get_by_role("button", name="Create the owner").click()
-            page.wait_for_url("**/console/models")
+            page.wait_for_url("**/console/overview")
             return page
     page.goto(f"{box.url}/console/sign-in")
     page.get_by_label("E-mail").fill(EMAIL)
     page.get_by_label("Password").fill(PASSWORD)
     page.get_by_role("button", name="Sign in").click()
-    page.wait_for_url("**/console/models")
+    page.wait_for_url("**/console/overview")
     return page

@@ -214,4 +214,4 @@ async def test_notices_stand_on_every_page_until_dismissed(desk: Desk) -> None:
     assert notice.dismissed_at is not None
     assert await desk.done(
         f"/console/notices/{notice_id}/dismiss", next="https://elsewhere.example/"
-    ) == ("/console/models")
+    ) == ("/console/overview")

@@ -155,7 +155,7 @@ async def test_signing_in_never_leads_to_another_site(owned: Console, target: st
     done = await owned.post(
         "/console/sign-in", "/console/sign-in", email=EMAIL, password=PASSWORD, next=target
     )
-    assert (done.status, done.location) == (303, "/console/models")
+    assert (done.status, done.location) == (303, "/console/overview")
 
 
 async def test_every_page_forbids_what_is_not_its_own(owned: Console) -> None:
