@@ -64,7 +64,14 @@ async def test_every_document_is_a_page_that_anybody_may_read(console: Console) 
             elif not path:
                 assert f'id="{anchor}"' in page.text, f"{name}: #{anchor}"
             else:
-                known = ("/guide", "/docs", "/console/models", STATIC_PATH, "https://")
+                known = (
+                    "/guide",
+                    "/docs",
+                    "/console/models",
+                    "/console/overview",
+                    STATIC_PATH,
+                    "https://",
+                )
                 assert target.startswith(known), f"{name} links to {target}"
 
 
