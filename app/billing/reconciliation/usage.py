@@ -53,6 +53,13 @@ _ORPHANS = text(
 ).bindparams(bindparam("ids", expanding=True))
 
 
+class Place(NamedTuple):
+    """Of a transaction in the chain of seals."""
+
+    seal_number: int
+    position: int
+
+
 class Finding(NamedTuple):
     """Sums over some transactions, and what differs in them. `unbalanced` do not sum to zero."""
 
@@ -64,10 +71,12 @@ class Finding(NamedTuple):
 
 class UsageWalk:
     """Remembers how far transactions and events have been looked at. Transactions are told apart
-    by their seals, which have an order; what is not sealed yet is looked at each time."""
+    by their seals, which have an order; what is not sealed yet is looked at each time, after what
+    is, so that every run gets on in the chain. It stops before the first that differs."""
 
     def __init__(self, until: int = 0) -> None:
         self.until = until  # the last seal whose transactions were all found clean
+        self._within = Place(0, 0)  # and the last of these in the seal after it
         self._event_id = ""
         self.orphans: list[str] = []  # requests that were found last
 
@@ -79,11 +88,10 @@ class UsageWalk:
             text("SELECT ledger_transaction_id FROM unsealed_transaction LIMIT :most"),
             {"most": MAX_NEW},
         ).all()
-        fresh = [*unsealed, *_sealed(connection, self.until, newest)]
-        found, num_done = _look(connection, fresh, kept_from)
-        is_clean = not found.differences and not found.unbalanced
-        if num_done == len(fresh) < MAX_NEW and is_clean:
-            self.until = newest
+        sealed = _sealed(connection, self.until, self._within, newest)
+        fresh = [*(name for name, _ in sealed), *unsealed]
+        found, num_done, num_clean = _look(connection, fresh, kept_from)
+        self._go_on([place for _, place in sealed], num_clean, newest)
         note = f"{num_done:,} of {len(fresh):,} new postings looked at."
         check = POSTINGS.compared(
             found.events_nano,
@@ -93,6 +101,15 @@ class UsageWalk:
             num_more=max(0, len(found.differences) - MAX_NAMED),
         )
         return check, found.unbalanced
+
+    def _go_on(self, places: Sequence[Place], num_clean: int, newest: int) -> None:
+        """Past as many of these as were clean."""
+        if num_clean >= len(places) < MAX_NEW:
+            self.until = newest
+        elif num_clean:
+            # More of its seal may be to come.
+            self._within = places[min(num_clean, len(places)) - 1]
+            self.until = self._within.seal_number - 1
 
     def check_orphans(self, connection: Connection) -> Check:
         """Goes on where it stopped, by the events' ids, and begins again at their end. What was
@@ -125,25 +142,31 @@ def _orphans(connection: Connection, event_ids: Sequence[str]) -> list[Differenc
     ]
 
 
-def _sealed(connection: Connection, after: int, until: int) -> list[str]:
+def _sealed(
+    connection: Connection, after: int, within: Place, until: int
+) -> list[tuple[str, Place]]:
+    """The next in the chain, after a seal and what was looked at of the following one."""
     if after >= until:
         return []
-    return list(
-        connection.scalars(
-            text(
-                "SELECT ledger_transaction_id FROM sealed_transaction"
-                " WHERE seal_number > :after AND seal_number <= :until"
-                " ORDER BY seal_number, position LIMIT :most"
-            ),
-            {"after": after, "until": until, "most": MAX_NEW},
-        )
+    rows = connection.execute(
+        text(
+            "SELECT ledger_transaction_id, seal_number, position FROM sealed_transaction"
+            " WHERE seal_number > :after AND seal_number <= :until"
+            " AND (seal_number <> :seal_number OR position > :position)"
+            " ORDER BY seal_number, position LIMIT :most"
+        ),
+        {"after": after, "until": until, "most": MAX_NEW, **within._asdict()},
     )
+    return [(name, Place(number, position)) for name, number, position in rows]
 
 
-def _look(connection: Connection, ids: Sequence[str], kept_from: datetime) -> tuple[Finding, int]:
-    """Looks at transactions in order until the time is used up; returns how many were."""
+def _look(
+    connection: Connection, ids: Sequence[str], kept_from: datetime
+) -> tuple[Finding, int, int]:
+    """Looks at transactions in order until the time is used up; returns how many were, and how
+    many of them come before the first that differs, or some less."""
     ends_at = time.monotonic() + SECONDS
-    found, num_done = Finding(0, 0, [], []), 0
+    found, num_done, num_clean = Finding(0, 0, [], []), 0, 0
     for at in range(0, len(ids), CHUNK):
         if at and time.monotonic() > ends_at:
             break
@@ -156,7 +179,9 @@ def _look(connection: Connection, ids: Sequence[str], kept_from: datetime) -> tu
             found.unbalanced + more.unbalanced,
         )
         num_done += len(chunk)
-    return found, num_done
+        if not found.differences and not found.unbalanced:
+            num_clean = num_done
+    return found, num_done, num_clean
 
 
 def check_transactions(connection: Connection, ids: Sequence[str], kept_from: datetime) -> Finding:
