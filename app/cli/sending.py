@@ -10,6 +10,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -35,6 +36,7 @@ class Sender:
         self._box = box
         self._parcel = parcel
         self._memory = _memory(box, parcel)
+        self._ahead = ReadAhead(parcel)
         self._location = ""
         self._offset = 0
 
@@ -59,6 +61,8 @@ class Sender:
                 f"Stopped at {share:.0%}. Give the same command within a day to go on from there."
             )
             raise SystemExit(130) from None
+        finally:
+            self._ahead.close()
         bar.finish()
         return self._location.rsplit("/", 1)[-1]
 
@@ -118,8 +122,7 @@ class Sender:
         self._offset = int(headers["Upload-Offset"])
 
     def _send_piece(self, bar: ProgressBar) -> None:
-        piece = self._parcel.read(self._offset, CHUNK_BYTES)
-        checksum = base64.b64encode(hashlib.sha256(piece).digest()).decode()
+        piece, checksum = self._ahead.take(self._offset)
         headers = {
             **TUS,
             "Upload-Offset": str(self._offset),
@@ -160,6 +163,35 @@ class Sender:
         with suppress(OSError):
             self._memory.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._memory.write_text(f"{self._location}\n")
+
+
+class ReadAhead:
+    """Reads and hashes the next piece while one is on its way."""
+
+    def __init__(self, parcel: Parcel) -> None:
+        self._parcel = parcel
+        self._thread = ThreadPoolExecutor(1)
+        self._next: tuple[int, Future[tuple[bytes, str]]] | None = None
+
+    def take(self, offset: int) -> tuple[bytes, str]:
+        """The piece at `offset` and its SHA-256 in base64. Raises `Refused` where a file changed
+        meanwhile."""
+        if self._next is None or self._next[0] != offset:
+            piece, checksum = self._read(offset)
+        else:
+            piece, checksum = self._next[1].result()
+        after = offset + len(piece)
+        self._next = None
+        if after < self._parcel.num_bytes:
+            self._next = (after, self._thread.submit(self._read, after))
+        return piece, checksum
+
+    def close(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def _read(self, offset: int) -> tuple[bytes, str]:
+        piece = self._parcel.read(offset, CHUNK_BYTES)
+        return piece, base64.b64encode(hashlib.sha256(piece).digest()).decode()
 
 
 def _is_passing(error: Refused) -> bool:

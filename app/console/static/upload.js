@@ -1,191 +1,174 @@
-// Resumable uploads from the browser, in the tus 1.0 protocol: drop a file or a folder, see how
-// far it is, stop it, and go on after a cut or a reload. A folder travels as a tar that is never
-// built: its pieces stay on disk until they are sent. Without JavaScript the plain form works.
+// The upload page: drop a file, several, or a folder; see how far it is, pause it, go on, cancel.
+// A folder travels as a tar that is never built: its pieces stay on disk until they are sent. How
+// it travels is tus.js's. Without JavaScript the plain form works.
 "use strict";
 
 (() => {
   const form = document.querySelector("[data-upload]");
   if (!form) return;
-  const SLICE = 16 * 1024 * 1024;
-  const RETRIES_MS = [500, 1000, 2000, 4000, 8000, 15000];
+  const WINDOW_MS = 5000; // speed is that of the last seconds
   const one = (name, root = form) => root.querySelector(`[data-${name}]`);
-  const token = form.elements.csrf_token.value;
-  const show = one("transfer"), bar = one("bar"), line = one("line"), alert = one("alert");
-  let chosen = null, request = null, isStopped = false;
+  const { file: field, name: nameField, csrf_token: { value: token } } = form.elements;
+  const line = one("line"), alert = one("alert"), said = one("said");
+  const title = document.title;
+  let chosen = null, transfer = null, samples = [];
 
   // --- choosing ---------------------------------------------------------------------------
 
-  function choose(file) {
-    if (!file) return;
+  async function choose(file) {
+    if (!file || isBusy()) return;
     chosen = file;
+    transfer = newTransfer(file);
+    alert.replaceChildren();
+    one("transfer").hidden = true;
     // What was dropped or is a folder never was in the file field, which then must not insist.
-    form.elements.file.required = false;
-    if (form.elements.file.files[0] !== file) form.elements.file.value = "";
+    field.required = false;
+    if (field.files[0] !== file) field.value = "";
     one("chosen").textContent = `${file.name}, ${bytes(file.size)}`;
-    const name = form.elements.name;
-    if (!name.value) {
-      name.value = file.name.toLowerCase().replace(/(\.(pt2|onnx|pt|tar|tgz|gz|zip))+$/, "")
+    if (!nameField.value) {
+      nameField.value = file.name.toLowerCase()
+        .replace(/(\.(pt2|onnx|pt|tar|tgz|gz|zip))+$/, "")
         .replace(/[^a-z0-9._-]+/g, "-").replace(/^[^a-z0-9]+/, "").slice(0, 63);
     }
-    one("resume-hint").hidden = !remembered(file);
-    name.focus();
+    nameField.focus();
+    one("resume-hint").hidden = true;
+    const found = await transfer.found();
+    if (chosen !== file || !found) return;
+    one("resume-hint").hidden = false;
+    one("found").textContent = found < file.size
+      ? `${bytes(found)} of this file are here already.` : "All of this file is here already.";
   }
 
-  form.elements.file.addEventListener("change", (event) => choose(event.target.files[0]));
-  one("folder").addEventListener("change", (event) => choose(packed([...event.target.files]
+  // Several files, or a folder's, go as one tar.
+  function together(files) {
+    return files.length === 1 ? files[0]
+      : packed(files.map((file) => [`${nameField.value || "model"}/${file.name}`, file]));
+  }
+
+  const attempt = (work) => async (event) => {
+    try { await choose(await work(event)); } catch (error) { fail(error); }
+  };
+  field.multiple = true;
+  field.addEventListener("change", attempt(() => together([...field.files])));
+  one("folder").addEventListener("change", attempt((event) => packed([...event.target.files]
     .map((file) => [file.webkitRelativePath, file]))));
   const drop = one("drop");
   for (const type of ["dragenter", "dragover"]) {
     drop.addEventListener(type, (event) => { event.preventDefault(); drop.classList.add("over"); });
   }
   drop.addEventListener("dragleave", () => drop.classList.remove("over"));
-  drop.addEventListener("drop", async (event) => {
+  drop.addEventListener("drop", attempt(async (event) => {
     event.preventDefault();
     drop.classList.remove("over");
-    const entry = event.dataTransfer.items?.[0]?.webkitGetAsEntry?.();
-    try {
-      choose(entry?.isDirectory ? packed(await filesBelow(entry, entry.name))
-        : event.dataTransfer.files[0]);
-    } catch (error) { fail(error); }
-  });
+    // Before the first wait: the browser takes them away after the event.
+    const entries = [...event.dataTransfer.items].map((item) => item.webkitGetAsEntry?.());
+    const files = [...event.dataTransfer.files];
+    if (!entries.some((entry) => entry?.isDirectory)) return files.length ? together(files) : null;
+    const root = entries.length === 1 ? "" : "model/";
+    const found = [];
+    for (const entry of entries) found.push(...await filesBelow(entry, `${root}${entry.name}`));
+    return packed(found);
+  }));
 
-  async function filesBelow(directory, path) {
-    const reader = directory.createReader(), found = [];
+  async function filesBelow(entry, path) {
+    if (entry.isFile) return [[path, await new Promise((done, no) => entry.file(done, no))]];
+    const reader = entry.createReader(), found = [];
     for (;;) {
       const entries = await new Promise((done, no) => reader.readEntries(done, no));
       if (!entries.length) return found;
-      for (const entry of entries) {
-        const name = `${path}/${entry.name}`;
-        if (entry.isDirectory) found.push(...await filesBelow(entry, name));
-        else found.push([name, await new Promise((done, no) => entry.file(done, no))]);
-      }
+      for (const each of entries) found.push(...await filesBelow(each, `${path}/${each.name}`));
     }
   }
 
   // --- sending ----------------------------------------------------------------------------
 
+  function newTransfer(file) {
+    return new Transfer(file, {
+      url: form.dataset.upload, token, owner: form.dataset.owner,
+      metadata: () => ({ name: nameField.value }), onState: show, onProgress: tell,
+    });
+  }
+
   form.addEventListener("submit", async (event) => {
     if (!chosen) return; // the browser asks for a file, as without JavaScript
     event.preventDefault();
-    isStopped = false;
+    if (isBusy()) return;
     alert.replaceChildren();
-    busy(true);
+    one("resume-hint").hidden = true;
+    samples = [];
+    const id = await transfer.start();
+    if (id === null) return;
     try {
-      const id = await transfer(chosen);
-      localStorage.removeItem(fingerprint(chosen));
-      line.textContent = "Received. Checking what is inside…";
-      location.assign(await createVersion(id));
+      const page = await createVersion(id);
+      transfer.forget();
+      location.assign(page);
     } catch (error) {
-      if (isStopped) line.textContent = "Stopped. Upload again to go on from here.";
-      else fail(error);
-      busy(false);
+      if (error.status === 422) transfer.forget(); // it can never be served: the box let it go
+      transfer.become("failed", error);
     }
   });
-  one("stop").addEventListener("click", () => { isStopped = true; request?.abort(); });
-  one("discard").addEventListener("click", async () => {
-    const known = remembered(chosen);
-    localStorage.removeItem(fingerprint(chosen));
-    if (known) await send("DELETE", `${form.dataset.upload}/${known}`).catch(() => null);
-    show.hidden = one("resume-hint").hidden = true;
-  });
-
-  async function transfer(file) {
-    let id = remembered(file), offset = 0, failures = 0;
-    const started = { at: performance.now(), offset: null };
-    while (id === null || offset < file.size) {
-      try {
-        if (id === null) {
-          id = await create(file);
-          localStorage.setItem(fingerprint(file), id);
-        } else if (started.offset === null || failures) {
-          const head = await send("HEAD", `${form.dataset.upload}/${id}`);
-          offset = Number(head.getResponseHeader("Upload-Offset"));
-        }
-        started.offset ??= offset;
-        const piece = file.slice(offset, offset + SLICE);
-        const from = offset;
-        const done = await send("PATCH", `${form.dataset.upload}/${id}`, piece, {
-          "Upload-Offset": offset, "Content-Type": "application/offset+octet-stream",
-        }, (sent) => tell(file, from + sent, started));
-        offset = Number(done.getResponseHeader("Upload-Offset"));
-        failures = 0;
-      } catch (error) {
-        if (isStopped) throw error;
-        if ([404, 410].includes(error.status) && id !== null) { // expired: begin anew
-          localStorage.removeItem(fingerprint(file));
-          id = null;
-          offset = 0;
-        } else if (error.isFinal || failures >= RETRIES_MS.length) throw error;
-        line.textContent = "The connection was cut. Trying again…";
-        await new Promise((done) => setTimeout(done, RETRIES_MS[failures]));
-        failures += 1;
-      }
-    }
-    return id;
-  }
-
-  async function create(file) {
-    const encoded = (text) => btoa(String.fromCharCode(...new TextEncoder().encode(text)));
-    const made = await send("POST", form.dataset.upload, null, {
-      "Upload-Length": file.size,
-      "Upload-Metadata": `filename ${encoded(file.name)},name ${encoded(form.elements.name.value)}`,
-    });
-    return made.getResponseHeader("Location").split("/").pop();
-  }
+  one("pause").addEventListener("click", () => transfer.pause());
+  one("resume").addEventListener("click", () => form.requestSubmit());
+  one("cancel").addEventListener("click", () => transfer.cancel());
 
   async function createVersion(id) {
-    const { name, inputs, accepts_loss: loss, had_inputs: hadInputs } = form.elements;
-    const body = new URLSearchParams({ upload_id: id, name: name.value, inputs: inputs.value });
+    const { inputs, accepts_loss: loss, had_inputs: hadInputs } = form.elements;
+    const body = new URLSearchParams({ upload_id: id, name: nameField.value, inputs: inputs.value });
     if (loss.checked) body.set("accepts_loss", "on");
     if (hadInputs) body.set("had_inputs", "on");
-    const done = await send("POST", form.dataset.versions, body, { "HX-Request": "true" });
-    return done.getResponseHeader("HX-Redirect");
-  }
-
-  // XMLHttpRequest, because fetch does not tell how much of a body was sent.
-  function send(method, url, body = null, headers = {}, onSent = null) {
-    return new Promise((done, refuse) => {
-      request = new XMLHttpRequest();
-      request.open(method, url);
-      request.setRequestHeader("X-CSRF-Token", token);
-      request.setRequestHeader("Tus-Resumable", "1.0.0");
-      for (const [name, value] of Object.entries(headers)) request.setRequestHeader(name, value);
-      if (onSent) request.upload.onprogress = (event) => onSent(event.loaded);
-      request.onload = function () {
-        if (this.status < 300) return done(this);
-        const page = new DOMParser().parseFromString(this.responseText, "text/html");
-        const error = new Error(`The box answered ${this.status}.`);
-        error.told = page.querySelector("[data-message]");
-        error.status = this.status;
-        error.isFinal = this.status === 507 || (this.status === 409 && method === "POST")
-          || (this.status < 500 && ![404, 408, 409, 423, 429, 460].includes(this.status));
-        refuse(error);
-      };
-      request.onerror = request.onabort = () => refuse(new Error("The connection was cut."));
-      request.send(body);
-    });
+    const done = await transfer.send("POST", form.dataset.versions, body, { "HX-Request": "true" });
+    return transfer.header(done, "HX-Redirect");
   }
 
   // --- telling ----------------------------------------------------------------------------
 
-  function tell(file, offset, started) {
-    const seconds = (performance.now() - started.at) / 1000;
-    const speed = (offset - started.offset) / Math.max(seconds, 0.001);
-    bar.value = offset / file.size;
-    const left = speed > 0 ? `, ${duration((file.size - offset) / speed)} left` : "";
-    const told = `${bytes(offset)} of ${bytes(file.size)}, ${bytes(speed)}/s${left}`;
-    if (seconds - (started.told ?? -1) > 0.4 || offset >= file.size) {
-      line.textContent = told;
-      started.told = seconds;
+  const isBusy = () => ["running", "waiting", "received"].includes(transfer?.state);
+
+  function show(state, about) {
+    const words = {
+      running: "Uploading",
+      waiting: `The connection was cut. Trying again in ${Math.ceil(about)} s`,
+      paused: "Paused. What was sent is kept for a day, also when you leave this page.",
+      failed: "Not uploaded.",
+      received: "Received. Checking what is inside…",
+      cancelled: "Cancelled. Nothing of it was kept.",
+    };
+    said.textContent = words[state];
+    one("transfer").hidden = false;
+    one("bar").hidden = line.hidden = ["failed", "cancelled"].includes(state) && !transfer.offset;
+    one("pause").hidden = !["running", "waiting"].includes(state);
+    one("resume").hidden = state !== "paused";
+    one("cancel").hidden = !["running", "waiting", "paused"].includes(state)
+      && !(state === "failed" && transfer.id);
+    one("send").disabled = isBusy() || state === "paused";
+    one("transfer").dataset.transfer = state;
+    for (const control of [field, one("folder")]) control.disabled = isBusy();
+    // Discarding the one that runs is Cancel's.
+    const unfinished = document.querySelector("[data-unfinished]");
+    if (unfinished) unfinished.hidden = isBusy() || state === "paused";
+    samples = [];
+    if (state === "failed") fail(about);
+    if (state !== "running") document.title = title;
+    if (state === "cancelled") {
+      one("bar").value = 0;
+      line.textContent = "";
     }
   }
 
-  function busy(isBusy) {
-    show.hidden = false;
-    one("stop").hidden = !isBusy;
-    one("discard").hidden = isBusy || !remembered(chosen);
-    one("send").disabled = isBusy;
-    if (isBusy) line.textContent = "Starting…";
+  function tell(offset) {
+    const now = performance.now();
+    samples.push([now, offset]);
+    while (samples.length > 2 && now - samples[0][0] > WINDOW_MS) samples.shift();
+    if (now - (samples.told ?? -Infinity) < 300 && offset < chosen.size) return;
+    samples.told = now;
+    const seconds = (now - samples[0][0]) / 1000;
+    const speed = seconds > 0 ? (offset - samples[0][1]) / seconds : 0;
+    const share = offset / chosen.size;
+    one("bar").value = share;
+    const left = speed > 0 && offset < chosen.size
+      ? `, ${bytes(speed)}/s, ${duration((chosen.size - offset) / speed)} left` : "";
+    line.textContent = `${bytes(offset)} of ${bytes(chosen.size)}${left}`;
+    document.title = `${Math.floor(share * 100)} % – ${title}`;
   }
 
   function fail(error) {
@@ -193,13 +176,13 @@
     box.className = "alert";
     if (error.told) box.append(...document.importNode(error.told, true).childNodes);
     else box.textContent = error.message;
+    if (transfer?.id && transfer.state === "failed") {
+      const kept = document.createElement("p");
+      kept.textContent = "What was sent is kept. Upload again to go on from there.";
+      box.append(kept);
+    }
     alert.replaceChildren(box);
-    line.textContent = "Not uploaded.";
   }
-
-  const fingerprint = (file) =>
-    `tapeout-upload:${form.dataset.owner}:${file.name}:${file.size}:${file.lastModified}`;
-  const remembered = (file) => localStorage.getItem(fingerprint(file));
 
   function bytes(number) {
     const units = ["B", "kB", "MB", "GB", "TB"];

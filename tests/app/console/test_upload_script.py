@@ -3,12 +3,20 @@
 import base64
 import io
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from tests.app.console.conftest import EMAIL, PASSWORD, Box
+from tests.app.console.conftest import (
+    EMAIL,
+    PASSWORD,
+    Box,
+    free_port,
+    restarted,
+    serving,
+)
 
 pytestmark = pytest.mark.browser
 
@@ -21,28 +29,24 @@ def large_path(tmp_path: Path) -> Path:
     return path
 
 
-def test_an_upload_that_was_stopped_goes_on_after_a_reload(
-    box: Box, owner: Page, large_path: Path
-) -> None:
-    slow = owner.context.new_cdp_session(owner)
-    slow.send("Network.enable")
-    speed = {"offline": False, "latency": 0, "downloadThroughput": -1, "uploadThroughput": 8e6}
-    slow.send("Network.emulateNetworkConditions", speed)
-    owner.goto(f"{box.url}/console/upload?name=weights")
-    owner.get_by_label("choose one").set_input_files(large_path)
-    owner.get_by_role("button", name="Upload and build").click()
-    line = owner.locator("[data-line]")
-    expect(line).to_contain_text("left", timeout=20_000)
-    assert "/s" in (line.text_content() or "")
-    # Once the first slice is there, stopping keeps it.
-    bar = owner.locator("[data-bar]")
-    while bar.evaluate("bar => bar.value") < 0.4:
-        owner.wait_for_timeout(50)
-    owner.get_by_role("button", name="Stop", exact=True).click()
-    expect(line).to_contain_text("Stopped")
+def slow_down(page: Page, bytes_per_second: float) -> Callable[[float], None]:
+    """Limits what the page sends; gives the way to another speed, of which -1 is no limit and 0
+    is no network."""
+    session = page.context.new_cdp_session(page)
+    session.send("Network.enable")
 
+    def limit(speed: float) -> None:
+        conditions = {"offline": speed == 0, "latency": 0, "downloadThroughput": -1}
+        session.send("Network.emulateNetworkConditions", conditions | {"uploadThroughput": speed})
+
+    limit(bytes_per_second)
+    return limit
+
+
+def begin(page: Page, box: Box, path: Path, name: str) -> list[int]:
+    """Begins to upload; gives the offsets of the pieces, as they are sent."""
     offsets: list[int] = []
-    owner.on(
+    page.on(
         "request",
         lambda request: (
             offsets.append(int(request.headers["upload-offset"]))
@@ -50,16 +54,126 @@ def test_an_upload_that_was_stopped_goes_on_after_a_reload(
             else None
         ),
     )
-    speed["uploadThroughput"] = -1
-    slow.send("Network.emulateNetworkConditions", speed)
+    page.goto(f"{box.url}/console/upload?name={name}")
+    page.get_by_label("choose one").set_input_files(path)
+    page.get_by_role("button", name="Upload and build").click()
+    expect(page.locator("[data-line]")).to_contain_text("left", timeout=20_000)
+    return offsets
+
+
+def wait_for_share(page: Page, share: float) -> None:
+    bar = page.locator("[data-bar]")
+    while bar.evaluate("bar => bar.value") < share:
+        page.wait_for_timeout(50)
+
+
+def test_pause_resume_and_a_reload_lose_nothing(box: Box, owner: Page, large_path: Path) -> None:
+    limit = slow_down(owner, 8e6)
+    offsets = begin(owner, box, large_path, "weights")
+    assert "/s" in (owner.locator("[data-line]").text_content() or "")
+    assert "%" in owner.title()
+    wait_for_share(owner, 0.4)  # once the first slice is there
+    owner.get_by_role("button", name="Pause").click()
+    said = owner.locator("[data-said]")
+    expect(said).to_contain_text("Paused")
+    limit(16e6)
+    owner.get_by_role("button", name="Resume").click()
+    expect(said).to_contain_text("Uploading")
+    wait_for_share(owner, 0.7)
+    owner.get_by_role("button", name="Pause").click()
+    assert offsets.count(0) == 1
+    num_before = len(offsets)
+
+    limit(-1)
     owner.reload()
+    unfinished = owner.locator("[data-unfinished]")
+    expect(unfinished).to_contain_text("Weights.bin")
     owner.get_by_label("choose one").set_input_files(large_path)
-    expect(owner.get_by_text("goes on from there")).to_be_visible()
+    expect(owner.get_by_text("of this file are here already")).to_be_visible()
     owner.get_by_role("button", name="Upload and build").click()
     # It is refused in the end, with what to do, and nothing of it has travelled twice.
     expect(owner.locator("[data-alert]")).to_contain_text("not recognised", timeout=30_000)
     expect(owner.locator("[data-alert] pre")).to_contain_text("torch.export.save")
-    assert offsets[0] >= 16 * 1024**2, offsets
+    assert offsets[num_before] >= 16 * 1024**2, offsets
+    assert offsets == sorted(offsets)
+    # What can never be served is not kept.
+    owner.reload()
+    expect(unfinished).to_have_count(0)
+
+
+def test_cancel_keeps_nothing(box: Box, owner: Page, large_path: Path) -> None:
+    slow_down(owner, 8e6)
+    offsets = begin(owner, box, large_path, "weights")
+    wait_for_share(owner, 0.1)
+    with owner.expect_response(lambda answer: answer.request.method == "DELETE") as answer:
+        owner.get_by_role("button", name="Cancel").click()
+    assert answer.value.status == 204
+    expect(owner.locator("[data-said]")).to_contain_text("Cancelled")
+    num_before = len(offsets)
+    owner.get_by_role("button", name="Upload and build").click()
+    expect(owner.locator("[data-line]")).to_contain_text("left", timeout=20_000)
+    assert offsets[num_before] == 0
+    owner.get_by_role("button", name="Cancel").click()
+
+
+def test_a_cut_waits_and_goes_on(box: Box, owner: Page, large_path: Path) -> None:
+    limit = slow_down(owner, 12e6)
+    offsets = begin(owner, box, large_path, "weights")
+    wait_for_share(owner, 0.4)
+    limit(0)
+    expect(owner.locator("[data-said]")).to_contain_text("The connection was cut")
+    limit(-1)
+    expect(owner.locator("[data-alert]")).to_contain_text("not recognised", timeout=30_000)
+    assert offsets.count(0) == 1
+
+
+def test_the_box_restarts_meanwhile(tmp_path: Path, browser: Browser, large_path: Path) -> None:
+    port = free_port()
+    (tmp_path / "box").mkdir()
+    with serving(tmp_path / "box", port) as box:
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(box.setup_url)
+        page.get_by_label("E-mail").fill(EMAIL)
+        page.get_by_label("Password").fill(PASSWORD)
+        page.get_by_role("button").last.click()
+        page.wait_for_url("**/console/overview")
+        limit = slow_down(page, 12e6)
+        offsets = begin(page, box, large_path, "weights")
+        wait_for_share(page, 0.4)
+    expect(page.locator("[data-said]")).to_contain_text("The connection was cut")
+    limit(-1)
+    with restarted(tmp_path / "box", port):
+        expect(page.locator("[data-alert]")).to_contain_text("not recognised", timeout=60_000)
+    assert offsets.count(0) == 1
+    context.close()
+
+
+def test_an_unfinished_upload_is_discarded_by_a_form(
+    box: Box, owner: Page, large_path: Path
+) -> None:
+    slow_down(owner, 8e6)
+    begin(owner, box, large_path, "weights")
+    owner.get_by_role("button", name="Pause").click()
+    owner.reload()
+    discard = owner.locator("[data-unfinished]").get_by_role("button", name="Discard")
+    num_before = discard.count()
+    discard.first.click()
+    expect(discard).to_have_count(num_before - 1)
+    owner.get_by_label("choose one").set_input_files(large_path)
+    owner.wait_for_timeout(300)
+    expect(owner.get_by_text("here already")).to_be_hidden()
+
+
+def test_several_files_travel_as_one(box: Box, owner: Page, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    owner.goto(f"{box.url}/console/upload?name=several")
+    files = [tmp_path / "config.json", tmp_path / "model.safetensors"]
+    owner.get_by_label("choose one").set_input_files(files)
+    expect(owner.locator("[data-chosen]")).to_contain_text("several.tar")
+    owner.get_by_role("button", name="Upload and build").click()
+    expect(owner.locator("[data-alert]")).to_contain_text("safetensors")
 
 
 def test_a_bad_name_is_refused_before_the_file_travels(
