@@ -40,9 +40,10 @@ class Entry(msgspec.Struct, frozen=True):
 @cache
 def library() -> dict[str, Entry]:
     """All documents by name. Read once: they change with the code alone."""
+    texts = {path: path.read_text(encoding="utf-8") for path in sorted(DOCS_DIR.glob("*.md"))}
+    titles = {path.name: text.partition("\n")[0].removeprefix("# ") for path, text in texts.items()}
     return {
-        path.stem: Entry(path.stem, read_document(path.read_text(encoding="utf-8")))
-        for path in sorted(DOCS_DIR.glob("*.md"))
+        path.stem: Entry(path.stem, read_document(text, titles)) for path, text in texts.items()
     }
 
 

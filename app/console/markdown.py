@@ -3,8 +3,9 @@ the console's own parts. Raw HTML in a text is shown as text; nothing is styled 
 pages' content security policy would refuse."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -35,8 +36,9 @@ class Document(msgspec.Struct, frozen=True, kw_only=True):
     html: Markup
 
 
-def read_document(text: str) -> Document:
-    """Renders a document that begins with its title."""
+def read_document(text: str, titles: Mapping[str, str] | None = None) -> Document:
+    """Renders a document that begins with its title. A link that is called by its file's name, as
+    in `[money.md](money.md)`, is called by that one's title in `titles`."""
     markdown = _markdown()
     env: dict[str, Any] = {}
     tokens = markdown.parse(text, env)
@@ -54,9 +56,9 @@ def read_document(text: str) -> Document:
         elif token.type == "paragraph_open" and not paragraphs:
             paragraphs.append(plain(tokens[i + 1]))
         elif token.type == "inline":
-            for child in token.children or []:
-                if child.type == "link_open":
-                    child.attrSet("href", page_address(str(child.attrGet("href"))))
+            lead_to_pages(token.children or [], titles or {})
+        elif token.type == "th_open" and not tokens[i + 1].content:
+            token.tag = tokens[i + 2].tag = "td"  # a corner, which heads nothing
         elif token.type in ("th_open", "td_open") and "right" in str(token.attrs.pop("style", "")):
             token.attrSet("class", "number")
     html = markdown.renderer.render(tokens, markdown.options, env)
@@ -69,7 +71,7 @@ def read_document(text: str) -> Document:
     )
 
 
-def anchors_of(tokens: Tokens) -> Any:
+def anchors_of(tokens: Tokens) -> Iterator[str]:
     """The anchors of all headings in their order, as GitHub makes them."""
     seen: dict[str, int] = {}
     for i, token in enumerate(tokens):
@@ -77,6 +79,14 @@ def anchors_of(tokens: Tokens) -> Any:
             words = re.sub(r"[^\w\- ]", "", plain(tokens[i + 1]).lower()).replace(" ", "-")
             number = seen[words] = seen.get(words, -1) + 1
             yield f"{words}-{number}" if number else words
+
+
+def lead_to_pages(children: Tokens, titles: Mapping[str, str]) -> None:
+    """Turns the links between documents into links between their pages."""
+    for opening, named in pairwise(children):
+        if opening.type == "link_open":
+            opening.attrSet("href", page_address(str(opening.attrGet("href"))))
+            named.content = titles.get(named.content, named.content)
 
 
 def page_address(target: str) -> str:
