@@ -20,11 +20,14 @@ from app.billing.standings import Standing, read_standings
 from app.billing.tables import CREDIT_KINDS, CreditLot
 from app.core import clock
 from app.core.database import Database
-from app.core.errors import Conflict, InvalidRequest, NotFound
-from app.organizations.keys import MAX_NAME_CHARS, create_key
+from app.core.errors import InvalidRequest, NotFound
+from app.organizations.keys import create_key
 from app.organizations.principal import SCOPES, Principal
-from app.organizations.service import create_organization, get_organization
-from app.organizations.tables import Organization
+from app.organizations.service import (
+    checked_new_name,
+    create_organization,
+    get_organization,
+)
 from app.settings import Settings
 
 AnyRequest = Request[object, object, State]
@@ -105,12 +108,9 @@ async def add_organization(
 ) -> CreatedOrganization:
     """With a first key, which can make others."""
     principal.require_operator()
-    name = _checked_name(data.name)
     limit_nano = _parsed_limit(data.spending_limit)
     async with _database(request).write() as session:
-        query = select(Organization.id).where(Organization.name == name)
-        if await session.scalar(query) is not None:
-            raise Conflict(f"There is already an organization named {name!r}.", param="name")
+        name = await checked_new_name(session, data.name)
         organization = await create_organization(session, name)
         await lock_account(session, organization.id, _currency(request))
         await set_spending_limit(session, organization.id, limit_nano, _currency(request))
@@ -186,16 +186,6 @@ async def list_credits(request: AnyRequest, principal: NamedDependency[Principal
             .limit(MAX_LISTED)
         )
         return LotList([_shown(lot) for lot in rows])
-
-
-def _checked_name(name: str) -> str:
-    name = name.strip()
-    if not 0 < len(name) <= MAX_NAME_CHARS or not name.isprintable():
-        raise InvalidRequest(
-            f"An organization needs a name of 1 to {MAX_NAME_CHARS} printable characters.",
-            param="name",
-        )
-    return name
 
 
 def _parsed_limit(text: str | None) -> int | None:

@@ -32,12 +32,34 @@ MODES = {
 @get("/organizations")
 async def list_organizations(request: PageRequest) -> Response[str]:
     """Everybody, with balance, mode and this month's spend."""
+    return await show_list(request)
+
+
+async def show_list(
+    request: PageRequest,
+    *,
+    error: AppError | None = None,
+    name: str = "",
+    link: str = "",
+    made: str = "",
+) -> Response[str]:
+    """The list, with what came of the form in it: `link` lets an owner into `made`."""
     signed_in(request).principal.require_operator()
     settings: Settings = request.app.state.settings
     database: Database = request.app.state.database
     async with database.read() as session:
         standings = await read_standings(session, settings.currency)
-    return page(request, "organizations/list.html", standings=standings, modes=MODES)
+    return page(
+        request,
+        "organizations/list.html",
+        status_code=error.status if error else 200,
+        standings=standings,
+        modes=MODES,
+        name=name,
+        link=link,
+        made=made,
+        error=error.message if error else "",
+    )
 
 
 @get("/organizations/{organization_id:str}")

@@ -10,11 +10,11 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.core import clock
 from app.core.database import Database
-from app.core.errors import Forbidden, NotFound
+from app.core.errors import Conflict, Forbidden, InvalidRequest, NotFound
 from app.core.ids import new_id
 from app.core.security import new_token, token_hash
 from app.organizations import people
-from app.organizations.keys import put_environment_key
+from app.organizations.keys import MAX_NAME_CHARS, put_environment_key
 from app.organizations.tables import Organization, SetupToken, User
 from app.settings import Settings
 
@@ -56,6 +56,20 @@ async def create_organization(
     session.add(organization)
     await session.flush()
     return organization
+
+
+async def checked_new_name(session: AsyncSession, name: str) -> str:
+    """The name as it is kept. Raises `InvalidRequest`, and `Conflict` where there is one of it."""
+    name = name.strip()
+    if not 0 < len(name) <= MAX_NAME_CHARS or not name.isprintable():
+        raise InvalidRequest(
+            f"An organization needs a name of 1 to {MAX_NAME_CHARS} printable characters.",
+            param="name",
+        )
+    query = select(Organization.id).where(Organization.name == name)
+    if await session.scalar(query) is not None:
+        raise Conflict(f"There is already an organization named {name!r}.", param="name")
+    return name
 
 
 async def default_organization_id(session: AsyncSession) -> str:

@@ -333,6 +333,8 @@ RULES |= {
     **_same("operator", "POST /console/books", form={}),
     **_same("operator", "POST /console/books/clock", form={"now": "2026-03-01T12:00Z"}),
     **_same("operator", "GET /console/organizations"),
+    **_same("operator", "POST /console/organizations", form={"name": "a third"}),
+    **_same("operator", "POST /console/organizations/{organization_id}/owner", form={}),
     **_same("operator", "GET /console/organizations/{organization_id}"),
     "POST /console/organizations/{organization_id}/limit": Rule(
         needs="operator", form={"mode": "limited", "limit": "5"}

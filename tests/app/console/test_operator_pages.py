@@ -9,10 +9,11 @@ from sqlalchemy import select
 from app.billing.credits import open_lots
 from app.billing.payments.tables import BillingProfile, Notice
 from app.billing.tables import AccountBalance
+from app.organizations.tables import Organization
 from app.settings import Settings
 from tests.app.console.test_billing_pages import HERE, Desk
 from tests.app.tenancy_objects import add_objects
-from tests.app.whole_app import add_tenant, client, running
+from tests.app.whole_app import add_tenant, client, form_token, running
 
 PLACES = "/console/organizations"
 
@@ -163,3 +164,34 @@ async def test_customers_have_no_page_of_organizations(operator: Desk) -> None:
     assert "/console/billing" in page
     for path in (PLACES, "/console/prices", "/console/books", "/console/earnings"):
         assert path not in page
+
+
+async def test_a_new_organization_gets_a_link_for_its_owner(operator: Desk) -> None:
+    http = operator.http
+    form = {"csrf_token": operator.tenant.csrf_token}
+    headers = {"Origin": "http://testserver.local"}
+    made = await http.post(PLACES, data=form | {"name": "acme"}, headers=headers)
+    assert made.status_code == 200, made.text
+    assert "Link for an owner of acme" in made.text
+    for name, status in (("acme", 409), ("", 400)):
+        refused = await http.post(PLACES, data=form | {"name": name}, headers=headers)
+        assert refused.status_code == status
+        assert 'role="alert"' in refused.text or 'class="error"' in refused.text
+    async with operator.database.read() as session:
+        organization = await session.scalar(select(Organization).where(Organization.name == "acme"))
+        assert organization is not None
+        account = await session.get_one(AccountBalance, organization.id)
+        assert account.credit_limit_nano == 0
+    again = await http.post(f"{PLACES}/{organization.id}/owner", data=form, headers=headers)
+    links = [re.findall(r'id="link" readonly value="([^"]+)"', page.text) for page in (made, again)]
+    for (link,), email in zip(links, ("a@acme.example", "b@acme.example"), strict=True):
+        path = link.removeprefix("http://testserver.local")
+        async with client(operator.application) as stranger:
+            page = await stranger.get(path)
+            assert "Join acme" in page.text
+            sent = {"email": email, "password": "four random words"}
+            done = await stranger.post(
+                path, data=sent | {"csrf_token": form_token(page.text)}, headers=headers
+            )
+            assert done.status_code == 303
+            assert "owner of acme" in (await stranger.get("/console/account")).text
