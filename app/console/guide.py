@@ -23,7 +23,7 @@ DOCS_DIR = Path(__file__).resolve().parents[2] / "docs"
 GROUPS: dict[str, tuple[str, ...]] = {
     "Start": ("quickstart-caller", "quickstart-owner", "quickstart-operator"),
     "Call models": ("api-chat", "api-predict", "clients", "receipts"),
-    "Bring models": ("formats", "models", "optimising"),
+    "Bring models": ("uploads", "formats", "models", "optimising"),
     "Prices and money": (*("pricing", "money", "payments", "billing-invoices", "books", "stripe"),),
     "Run a box": ("operations", "security", "design"),
 }

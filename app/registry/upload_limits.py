@@ -31,7 +31,7 @@ class UploadLimits:
         if length_bytes > self.max_bytes:
             raise TooLarge(
                 f"The file has {length_bytes:,} bytes; the largest upload this box accepts is "
-                f"{self.max_bytes:,} (its setting TAPEOUT_MAX_UPLOAD)."
+                f"{self.max_bytes:,}. Its operator can raise that with TAPEOUT_MAX_UPLOAD."
             )
 
     async def check_room(self, session: AsyncSession, upload: Upload) -> None:

@@ -134,7 +134,8 @@
       cancelled: "Cancelled. Nothing of it was kept.",
     };
     said.textContent = words[state];
-    one("transfer").hidden = false;
+    const isOver = state === "failed" && !transfer.id;
+    one("transfer").hidden = isOver;
     one("bar").hidden = line.hidden = ["failed", "cancelled"].includes(state) && !transfer.offset;
     one("pause").hidden = !["running", "waiting"].includes(state);
     one("resume").hidden = state !== "paused";
@@ -143,10 +144,11 @@
     one("send").disabled = isBusy() || state === "paused";
     one("transfer").dataset.transfer = state;
     for (const control of [field, one("folder")]) control.disabled = isBusy();
-    // Discarding the one that runs is Cancel's.
+    // The list is older than this, and discarding what runs is Cancel's.
     const unfinished = document.querySelector("[data-unfinished]");
-    if (unfinished) unfinished.hidden = isBusy() || state === "paused";
+    if (unfinished) unfinished.hidden = true;
     samples = [];
+    if (state !== "running") line.textContent = line.textContent.split(",")[0];
     if (state === "failed") fail(about);
     if (state !== "running") document.title = title;
     if (state === "cancelled") {
@@ -182,6 +184,7 @@
       box.append(kept);
     }
     alert.replaceChildren(box);
+    alert.scrollIntoView({ block: "nearest" });
   }
 
   function bytes(number) {
