@@ -1,4 +1,5 @@
-// Small comforts; every page works without them. Copy buttons, and tabs over snippets.
+// Small comforts; every page works without them. Copy buttons, tabs over snippets, and wide tables
+// that are scrolled by keyboard.
 "use strict";
 
 document.addEventListener("click", async (event) => {
@@ -64,6 +65,34 @@ function makeTabs(root) {
 function makeAllTabs() {
   document.querySelectorAll("[data-tabs]").forEach(makeTabs);
 }
-makeAllTabs();
-document.addEventListener("htmx:afterSettle", makeAllTabs);
-document.addEventListener("htmx:sseMessage", makeAllTabs);
+
+// What is wider than its frame can be focused, and then scrolled with the arrow keys; what fits is
+// no stop on the way.
+const frames = new ResizeObserver((entries) => entries.forEach((entry) => reach(entry.target)));
+
+function reach(frame) {
+  if (frame.scrollWidth > frame.clientWidth) {
+    const heading = frame.closest(".panel")?.querySelector("h2, summary");
+    frame.tabIndex = 0;
+    frame.setAttribute("role", "group");
+    frame.setAttribute("aria-label", heading?.textContent ?? "Table");
+  } else {
+    for (const name of ["tabindex", "role", "aria-label"]) frame.removeAttribute(name);
+  }
+}
+
+function reachAllFrames() {
+  for (const frame of document.querySelectorAll(".table-wrap, .chart-wrap, .code pre")) {
+    if (frame.dataset.isReached === undefined && frame.hasAttribute("tabindex")) continue;
+    frame.dataset.isReached = "";
+    frames.observe(frame);
+  }
+}
+
+function dress() {
+  makeAllTabs();
+  reachAllFrames();
+}
+dress();
+document.addEventListener("htmx:afterSettle", dress);
+document.addEventListener("htmx:sseMessage", dress);
