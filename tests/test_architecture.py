@@ -155,6 +155,13 @@ def test_every_setting_and_command_is_documented() -> None:
         assert re.search(rf"tapeout {name}\b", readme), f"{name} is missing in README.md"
 
 
+def test_compose_passes_every_setting_but_where_the_container_s_own_things_are() -> None:
+    text = (ROOT / "compose.yaml").read_text()
+    own = {"DATA_DIR", "HOST", "PORT", "LAUNCHER_SOCKET"}
+    missing = {name for name in FIELDS if not re.search(rf"- TAPEOUT_{name}(=|\n)", text)}
+    assert missing == own
+
+
 def test_importing_the_gateway_loads_no_torch() -> None:
     script = (
         "import sys, app.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
