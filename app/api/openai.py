@@ -19,6 +19,8 @@ from app.api.request_ids import exception_handlers
 from app.api.responses import count_input_tokens, create_response
 from app.core.database import Database
 from app.core.errors import Forbidden, NotFound
+from app.deployments.default_model import find_default
+from app.deployments.fleet import DEFAULT_NAME
 from app.deployments.tables import Endpoint
 from app.organizations.principal import Principal
 from app.organizations.tables import Organization
@@ -49,10 +51,13 @@ async def list_models(request: AnyRequest) -> Response[ModelList]:
 
 @get("/models/{name:str}", summary="Retrieve a model")
 async def retrieve_model(request: AnyRequest, name: FromPath[str]) -> Response[Model]:
-    """One endpoint this key may call."""
+    """One endpoint this key may call; `default` is the one that the operator recommends."""
     principal = await _reader(request)
     database: Database = request.app.state.database
     async with database.read() as session:
+        if name == DEFAULT_NAME:
+            recommended = await find_default(session, principal.organization_id)
+            name = recommended.name if recommended is not None else name
         for model in await visible_models(session, principal):
             if model.id == name:
                 return Response(model)

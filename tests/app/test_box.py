@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import httpx
 import openai
 import pytest
@@ -273,6 +274,39 @@ def test_the_openai_sdk_streams_a_chat_with_usage(box: Box) -> None:
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == 12
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
+
+
+def test_every_api_for_text_says_the_same(box: Box) -> None:
+    recommended = {"is_default": True}
+    assert box.http.patch("/api/endpoints/tiny-llama", json=recommended).is_success
+    assert box.openai.models.retrieve("default").id == "tiny-llama"
+    said: Any = [{"role": "user", "content": "Say it all."}]
+    greedy: Any = {"temperature": 0, "ignore_eos": True}
+    chat = box.openai.chat.completions.create(
+        model="default", messages=said, max_tokens=12, extra_body=greedy
+    )
+    response = box.openai.responses.create(
+        model="default", input="Say it all.", max_output_tokens=12, extra_body=greedy
+    )
+    with anthropic.Anthropic(base_url=box.url, api_key=ADMIN_KEY, max_retries=0) as claude:
+        message = claude.messages.create(
+            model="default", messages=said, max_tokens=12, extra_body=greedy
+        )
+        stop = message.content[0].text[3:6]  # type: ignore[union-attr]
+        stopped = claude.messages.create(
+            model="default", messages=said, max_tokens=12, stop_sequences=[stop], extra_body=greedy
+        )
+        counted = claude.messages.count_tokens(model="default", messages=said)
+    assert chat.usage is not None
+    assert response.usage is not None
+    text = chat.choices[0].message.content
+    assert text == response.output_text == message.content[0].text  # type: ignore[union-attr]
+    num_cached = message.usage.cache_read_input_tokens or 0
+    assert counted.input_tokens == message.usage.input_tokens + num_cached
+    assert counted.input_tokens == chat.usage.prompt_tokens == response.usage.input_tokens
+    assert num_cached == response.usage.input_tokens_details.cached_tokens > 0
+    assert chat.usage.completion_tokens == message.usage.output_tokens == 12
+    assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", stop)
 
 
 ASKED: Any = [{"role": "user", "content": "Where is it?"}]

@@ -1,0 +1,114 @@
+"""The table of errors in `docs/clients.md` is true: each status is raised as the class that it
+names, by every route for text; and what they cost is the same whichever was called."""
+
+import re
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import openai
+import pytest
+
+from app.billing.service import set_spending_limit
+from tests.app.api.conftest import ORGANIZATION, Box
+
+DOCUMENT = Path(__file__).parents[3] / "docs" / "clients.md"
+ROW = re.compile(r"^\| (\w+) \| `(\w+Error)` \| `(\w+Error)` \|", re.MULTILINE)
+CLASSES = {status: names for status, *names in ROW.findall(DOCUMENT.read_text())}
+
+Ask = Callable[..., Awaitable[Any]]
+
+
+class Clients:
+    """Both SDKs with one key."""
+
+    def __init__(self, box: Box, key: str) -> None:
+        self.openai = openai.AsyncOpenAI(base_url=f"{box.url}/v1", api_key=key, max_retries=0)
+        self.claude = anthropic.AsyncAnthropic(base_url=box.url, api_key=key, max_retries=0)
+
+    async def __aenter__(self) -> "Clients":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.openai.close()
+        await self.claude.close()
+
+    @property
+    def routes(self) -> dict[str, Ask]:
+        """Each takes a model and a text."""
+
+        async def chat(model: str, text: str, **fields: Any) -> Any:
+            said: Any = [{"role": "user", "content": text}]
+            create = self.openai.chat.completions.with_raw_response.create
+            return await create(model=model, messages=said, **fields)
+
+        async def complete(model: str, text: str, **fields: Any) -> Any:
+            text = f"user: {text}"
+            create = self.openai.completions.with_raw_response.create
+            return await create(model=model, prompt=text, **{"max_tokens": 200} | fields)
+
+        async def respond(model: str, text: str, **fields: Any) -> Any:
+            create = self.openai.responses.with_raw_response.create
+            return await create(model=model, input=text, **fields)
+
+        async def message(model: str, text: str, **fields: Any) -> Any:
+            said: Any = [{"role": "user", "content": text}]
+            create = self.claude.messages.with_raw_response.create
+            return await create(
+                model=model, messages=said, max_tokens=200, **{"extra_body": fields}
+            )
+
+        return {"chat": chat, "complete": complete, "respond": respond, "message": message}
+
+    async def fail(self, status: str, model: str = "tiny", text: str = "a", **fields: Any) -> None:
+        """Every route raises the table's class, and tells the request's id."""
+        for route, ask in self.routes.items():
+            name = CLASSES[status][route == "message"]
+            expected = getattr(anthropic if route == "message" else openai, name)
+            with pytest.raises(expected) as caught:
+                await ask(model, text, **fields)
+            told: Any = caught.value
+            assert str(told.status_code).startswith(status.rstrip("x")), route
+            assert told.request_id.startswith("req_")
+
+
+async def test_each_status_is_raised_as_its_class(box: Box) -> None:
+    assert CLASSES.keys() == {"400", "401", "402", "403", "404", "429", "5xx"}
+    async with Clients(box, "tp-wrong") as stranger, Clients(box, box.keys["read"]) as reader:
+        await stranger.fail("401")
+        await reader.fail("403")
+    async with Clients(box, box.keys[ORGANIZATION]) as clients:
+        await clients.fail("400", temperature=9)
+        await clients.fail("404", model="absent")
+        await clients.fail("5xx", text="fail@0")
+        await clients.fail("5xx", text="abort@0")
+        link = box.fleet.targets["tiny"].link
+        most, link._max_outstanding = link._max_outstanding, 0
+        await clients.fail("429")
+        link._max_outstanding = most
+        async with box.database.write() as session:
+            await set_spending_limit(session, ORGANIZATION, 0, "usd")
+        await clients.fail("402")
+        assert link.num_outstanding == 0
+
+
+async def test_every_route_costs_the_same(box: Box) -> None:
+    lines: list[list[dict[str, Any]]] = []
+    async with Clients(box, box.keys[ORGANIZATION]) as clients:
+        for ask in clients.routes.values():
+            box.workers["tiny"]._seen.clear()  # nothing is cached
+            raw = await ask("tiny", "one two three")
+            receipt = await box.receipt(raw.headers["x-request-id"])
+            lines.append([line for line in receipt["lines"] if line["dimension"] != "device_ms"])
+            assert receipt["outcome"] == "completed"
+    assert {line["dimension"]: line["quantity"] for line in lines[0]} == {
+        "input": 4,
+        "output": 8,
+        "request": 1,
+    }
+    assert lines[1:] == lines[:1] * 3
+    async with box.http() as http:
+        usage = (await http.get("/api/usage")).json()
+    assert usage["held_nano"] == 0
+    assert usage["rows"][0]["requests"] == 4
