@@ -181,8 +181,9 @@ async def test_a_format_reaches_the_worker(box: Box, claude: anthropic.AsyncAnth
 
 
 async def test_tokens_are_counted_for_nothing(box: Box, claude: anthropic.AsyncAnthropic) -> None:
-    counted = await claude.messages.count_tokens(model="tiny", messages=HELLO, system="be brief")
-    assert counted.input_tokens == 6
+    for messages in (claude.messages, claude.beta.messages):
+        counted = await messages.count_tokens(model="tiny", messages=HELLO, system="be brief")
+        assert counted.input_tokens == 6
     assert box.fleet.targets["tiny"].link.num_outstanding == 0
     async with box.http() as http:
         assert (await http.get("/api/usage")).json()["rows"] == []
