@@ -36,24 +36,31 @@ class Draw(NamedTuple):
 
 
 class LotState(NamedTuple):
-    """A lot with something left, as `posting.py` reads it, in the order of use."""
+    """A lot with something left, as `posting.py` reads it, in the order of use. `is_over`: its
+    time is, and what is left waits to be taken away."""
 
     id: str
     kind: str
     remaining_nano: int
+    is_over: bool = False
 
 
-def draw(lots: Sequence[LotState], amount_nano: int) -> list[Draw]:
+def draw(lots: Sequence[LotState], amount_nano: int, promised_nano: int = 0) -> list[Draw]:
     """How `amount_nano` is taken from lots given in the order of use. What they do not cover is
-    owed on account."""
+    owed on account. Lots whose time is over pay only for what requests were promised of them, as
+    `expire_due` leaves it: the part of `promised_nano` that the other lots do not cover."""
+    over_nano = promised_nano - sum(lot.remaining_nano for lot in lots if not lot.is_over)
     draws: list[Draw] = []
     for lot in lots:
         if amount_nano <= 0:
             break
         taken = min(lot.remaining_nano, amount_nano)
+        if lot.is_over:
+            taken = min(taken, over_nano)
         if taken > 0:
             draws.append(Draw(lot.id, lot.kind, taken))
             amount_nano -= taken
+            over_nano -= taken if lot.is_over else 0
     return draws
 
 

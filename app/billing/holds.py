@@ -44,7 +44,8 @@ class HoldRequest(NamedTuple):
 
 
 class Standing(NamedTuple):
-    """An account as it was when it could not give what was asked."""
+    """An account as it was when it could not give what was asked. Under a limit, `posted_nano` is
+    without credit whose time is over."""
 
     posted_nano: int
     held_nano: int
@@ -107,7 +108,8 @@ def _take_of_one(
         else:
             short.append(hold)
     if short:
-        standing = Standing(*connection.execute(STANDING, {"organization": organization_id}).one())
+        asked = {"organization": organization_id, "now": clock.now()}
+        standing = Standing(*connection.execute(STANDING, asked).one())
         refused |= {hold.request_id: standing for hold in short}
     return refused
 
@@ -147,8 +149,13 @@ def _record(connection: Connection, taken: Sequence[HoldRequest], journal_id: st
 def _take(connection: Connection, organization_id: str, amount_nano: int) -> bool:
     if amount_nano > MAX_BALANCE_NANO:  # of many holds at once
         return False
-    row = {"organization": organization_id, "amount": amount_nano}
-    return connection.exec_driver_sql(statements_of(connection).take, row).rowcount == 1
+    sql = statements_of(connection)
+    row = {
+        "organization": organization_id,
+        "amount": amount_nano,
+        "now": sql.instant(clock.now()),
+    }
+    return connection.exec_driver_sql(sql.take, row).rowcount == 1
 
 
 def _open(connection: Connection, organization_id: str, currency: str) -> None:

@@ -20,6 +20,7 @@ from app.billing.holds import move_balances, release_holds
 from app.billing.ledger import REVENUE, credit_account, on_account, posting_time
 from app.billing.rating import Settlement
 from app.billing.statements import RECORDED, Statements, open_statement, statements_of
+from app.core import clock
 from app.core.failpoints import failpoint
 from app.metering.series import SeriesKey
 
@@ -40,7 +41,9 @@ def post_settlements(connection: Connection, settlements: Sequence[Settlement]) 
     lots = _open_lots(connection, list(by_organization))
     rows = _Rows(statements_of(connection))
     for organization_id, own in sorted(by_organization.items()):
-        rows.add(own, posting_time(accounts[organization_id]), lots[organization_id])
+        closed_until, promised_nano = accounts[organization_id]
+        own_lots = lots[organization_id]
+        rows.add(own, posting_time(closed_until), own_lots, promised_nano)
     failpoint("posting.before_rows")
     rows.write(connection)
     failpoint("posting.after_rows")
@@ -63,11 +66,18 @@ def unrecorded(connection: Connection, settlements: Sequence[Settlement]) -> lis
     return list(fresh.values())
 
 
+class _Account(NamedTuple):
+    """Until when its books are closed, and what its running requests were promised: nothing
+    without a limit, as they owe what credit does not pay."""
+
+    closed_until: datetime | None
+    promised_nano: int
+
+
 def _lock_accounts(
     connection: Connection, by_organization: dict[str, list[Settlement]]
-) -> dict[str, datetime | None]:
-    """Until when each organization's books are closed. Accounts of those that have none, as they
-    held nothing, are opened."""
+) -> dict[str, _Account]:
+    """Each organization's. Accounts of those that have none, as they held nothing, are opened."""
     sql = statements_of(connection)
     ids = sql.ids(list(by_organization))
     rows = connection.exec_driver_sql(sql.lock_accounts, ids).all()
@@ -77,10 +87,13 @@ def _lock_accounts(
             currency = by_organization[name][0].currency
             connection.execute(open_statement(connection.dialect.name, name, currency))
         rows = connection.exec_driver_sql(sql.lock_accounts, ids).all()
-    for name, _, currency in rows:
+    accounts: dict[str, _Account] = {}
+    for name, closed_until, currency, limit_nano, held_nano in rows:
         for settlement in by_organization[name]:
             require_same(name, currency, settlement.currency)
-    return {row[0]: _closed_until(row[1]) for row in rows}
+        promised_nano = 0 if limit_nano is None else held_nano
+        accounts[name] = _Account(_closed_until(closed_until), promised_nano)
+    return accounts
 
 
 def _closed_until(stored: Any) -> datetime | None:
@@ -95,7 +108,8 @@ def _closed_until(stored: Any) -> datetime | None:
 def _open_lots(connection: Connection, organization_ids: list[str]) -> dict[str, list[LotState]]:
     sql = statements_of(connection)
     lots: dict[str, list[LotState]] = defaultdict(list)
-    for name, *lot in connection.exec_driver_sql(sql.open_lots, sql.ids(organization_ids)):
+    asked = {**sql.ids(organization_ids), "now": sql.instant(clock.now())}
+    for name, *lot in connection.exec_driver_sql(sql.open_lots, asked):
         lots[name].append(LotState(*lot))
     return lots
 
@@ -121,7 +135,13 @@ class _Rows:
         self._series: dict[str, dict[str, Any]] = {}
         self._hours: dict[_Hour, list[int]] = defaultdict(lambda: [0, 0, 0])
 
-    def add(self, settlements: list[Settlement], at: datetime, lots: list[LotState]) -> None:
+    def add(
+        self,
+        settlements: list[Settlement],
+        at: datetime,
+        lots: list[LotState],
+        promised_nano: int,
+    ) -> None:
         """All of one organization in one ledger transaction, posted at `at`."""
         settlements = sorted(settlements, key=lambda settlement: settlement.event_id)
         root = merkle_root([receipt_of(settlement).canonical for settlement in settlements])
@@ -144,7 +164,8 @@ class _Rows:
             self._inserted["event"].append(_event_row(settlement, transaction_id, self._sql))
             self._inserted["line"] += _line_rows(settlement)
             self._add_to_hours(settlement, timegm(at.utctimetuple()) // 3600)
-        draws = draw(lots, sum(settlement.amount_nano for settlement in settlements))
+        amount_nano = sum(settlement.amount_nano for settlement in settlements)
+        draws = draw(lots, amount_nano, promised_nano)
         self._draws += draws
         self._inserted["lot_use"] += [
             {"ledger_transaction_id": transaction_id, "lot_id": lot_id, "amount_nano": nano}

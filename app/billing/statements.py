@@ -15,6 +15,8 @@ from sqlalchemy import (
     Select,
     bindparam,
     case,
+    cast,
+    func,
     insert,
     literal_column,
     or_,
@@ -46,6 +48,17 @@ def _table(entity: type[Base]) -> Any:
 _balance, _hold, _event = _table(AccountBalance), _table(Hold), _table(UsageEvent)
 _window, _lot = _table(BudgetWindow), _table(CreditLot)
 
+# What is left of credit whose time is over, which is in the balance until it is taken away.
+_over_nano = func.coalesce(
+    select(cast(func.sum(_lot.c.remaining_nano), BigInteger))
+    .where(
+        _lot.c.organization_id == bindparam("organization"),
+        _lot.c.remaining_nano > literal_column("0"),
+        _lot.c.expires_at <= bindparam("now"),
+    )
+    .scalar_subquery(),
+    literal_column("0", BigInteger),
+)
 # One statement decides and takes: whatever runs beside it, nobody gets past the limit, nor past
 # what can be counted. No side of a comparison leaves 64 bits.
 _TAKE = (
@@ -56,7 +69,7 @@ _TAKE = (
         >= bindparam("amount") - literal_column(str(MAX_BALANCE_NANO)),
         or_(
             _balance.c.credit_limit_nano.is_(None),
-            _balance.c.posted_nano - _balance.c.held_nano
+            _balance.c.posted_nano - _balance.c.held_nano - _over_nano
             >= bindparam("amount") - _balance.c.credit_limit_nano,
         ),
     )
@@ -103,7 +116,13 @@ _DRAW = (
     .values(remaining_nano=_lot.c.remaining_nano - bindparam("amount"))
 )
 STANDING = select(
-    _balance.c.posted_nano, _balance.c.held_nano, _balance.c.credit_limit_nano, _balance.c.currency
+    case(
+        (_balance.c.credit_limit_nano.is_(None), _balance.c.posted_nano),
+        else_=_balance.c.posted_nano - _over_nano,
+    ),
+    _balance.c.held_nano,
+    _balance.c.credit_limit_nano,
+    _balance.c.currency,
 ).where(_balance.c.organization_id == bindparam("organization"))
 RECORDED: Select[str] = select(_event.c.id).where(
     _event.c.id.in_(bindparam("event_ids", expanding=True))
@@ -149,18 +168,22 @@ class Statements:
             f"DELETE FROM hold_window WHERE request_id {one_of} "  # noqa: S608
             "RETURNING request_id, budget_id, starts_on, amount_nano"
         )
+        day, month, now = (
+            f":{name}" if self.is_sqlite else f"%({name})s" for name in ("day", "month", "now")
+        )
         # SQLite's transactions are alone from their start.
         lock = "" if self.is_sqlite else " FOR UPDATE"
         self.lock_accounts = (
-            "SELECT organization_id, closed_until, currency FROM account_balance"  # noqa: S608
+            "SELECT organization_id, closed_until, currency, credit_limit_nano, held_nano"  # noqa: S608
+            " FROM account_balance"
             f" WHERE organization_id {one_of} ORDER BY organization_id{lock}"
         )
         self.open_lots = (
-            "SELECT organization_id, id, kind, remaining_nano FROM credit_lot"  # noqa: S608
+            "SELECT organization_id, id, kind, remaining_nano,"  # noqa: S608
+            f" expires_at IS NOT NULL AND expires_at <= {now} FROM credit_lot"
             f" WHERE organization_id {one_of} AND remaining_nano > 0 ORDER BY"
             " organization_id, priority, expires_at IS NULL, expires_at, created_at, id"
         )
-        day, month = (":day", ":month") if self.is_sqlite else ("%(day)s", "%(month)s")
         self.budgets = (
             "SELECT b.organization_id, b.id, b.scope, b.subject, b.subject_name, b.period,"  # noqa: S608
             " b.limit_nano, coalesce(w.posted_nano, 0), coalesce(w.held_nano, 0) FROM budget b"

@@ -24,6 +24,9 @@ class Lot:
         ends = (1, self.made[0]) if self.expires_at is None else (0, self.expires_at)
         return (self.priority, *ends, self.made)
 
+    def is_over(self, at: datetime) -> bool:
+        return self.expires_at is not None and self.expires_at <= at
+
 
 @dataclass
 class Window:
@@ -64,6 +67,7 @@ class Account:
     forced: int = 0
     lots: dict[str, Lot] = field(default_factory=dict)
     holds: dict[str, Hold] = field(default_factory=dict)
+    settling: int = 0  # held until just now by what is settled
     budgets: dict[str, Budget] = field(default_factory=dict)
     windows: dict[tuple[str, str], Window] = field(default_factory=dict)  # of deleted ones too
     billed: dict[str, int] = field(default_factory=lambda: defaultdict(int))  # by month
@@ -80,6 +84,10 @@ class Account:
     def held(self) -> int:
         return sum(hold.amount for hold in self.holds.values())
 
+    def left_over(self, at: datetime) -> int:
+        """Of credit whose time is over, and which nobody has taken away yet."""
+        return sum(lot.remaining for lot in self.lots.values() if lot.is_over(at))
+
     def lacking(self, limit: int | None) -> int:
         return 0 if limit is None or not self.held else max(0, self.held - self.posted - limit)
 
@@ -92,7 +100,8 @@ class Account:
             window = budget.windows[budget.starts_on(at)]
             if budget.limit - window.posted - window.held < amount and amount > 0:
                 return "budget"
-        if self.limit is not None and self.posted - self.held - amount < -self.limit:
+        available = self.posted - self.left_over(at) - self.held
+        if self.limit is not None and available - amount < -self.limit:
             return "limit"
         windows = []
         for budget in concerned:
@@ -105,6 +114,7 @@ class Account:
 
     def free(self, name: str, spent: int = 0) -> None:
         hold = self.holds.pop(name, None)
+        self.settling += hold.amount if hold else 0
         for window in hold.windows if hold else []:
             window.held -= hold.amount if hold else 0
             window.posted += spent
@@ -112,12 +122,18 @@ class Account:
     def calm(self) -> None:
         """After what was freed and spent together: no more is forced than is still lacking."""
         self.forced = min(self.forced, self.lacking(self.limit))
+        self.settling = 0
 
-    def use(self, amount: int, month: str) -> None:
-        """Takes from credit in order, and the rest on account."""
-        self.billed[month] += amount
+    def use(self, amount: int, at: datetime) -> None:
+        """Takes from credit in order, and the rest on account. Of credit whose time is over as
+        much as if it had been taken away at its instant: what was promised under a limit, and
+        nothing else covers."""
+        self.billed[f"{at:%Y-%m}"] += amount
+        promised = 0 if self.limit is None else self.held + self.settling
+        over = max(0, promised - (self.in_lots - self.left_over(at)))
         for lot in sorted(self.lots.values(), key=lambda lot: lot.order):
-            taken = min(lot.remaining, amount)
+            taken = min(lot.remaining, amount, over if lot.is_over(at) else amount)
+            over -= taken if lot.is_over(at) else 0
             lot.remaining -= taken
             amount -= taken
         self.on_account -= amount

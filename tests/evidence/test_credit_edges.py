@@ -27,6 +27,27 @@ def test_lots_are_drawn_to_their_last_nano_unit(amount_nano: int, expected: list
     assert draw(lots, amount_nano) == expected
 
 
+@pytest.mark.parametrize(
+    ("promised_nano", "expected"),
+    [
+        (0, [Draw("b", "paid", 5)]),
+        (5, [Draw("b", "paid", 5)]),  # which the other lot pays
+        (6, [Draw("a", "paid", 1), Draw("b", "paid", 5)]),
+        (8, [Draw("a", "paid", 2), Draw("b", "paid", 5), Draw("c", "promotional", 1)]),
+        (99, [Draw("a", "paid", 2), Draw("b", "paid", 5), Draw("c", "promotional", 2)]),
+    ],
+)
+def test_lots_that_are_over_pay_for_what_they_promised_alone(
+    promised_nano: int, expected: list[Draw]
+) -> None:
+    lots = [
+        LotState("a", "paid", 2, is_over=True),
+        LotState("b", "paid", 5),
+        LotState("c", "promotional", 3, is_over=True),
+    ]
+    assert draw(lots, 9, promised_nano) == expected
+
+
 async def test_a_lot_ends_at_its_instant_with_its_last_nano_unit(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:

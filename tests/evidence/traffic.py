@@ -7,6 +7,7 @@ process can do anything more: it survives the kill.
 import asyncio
 import os
 import random
+from datetime import timedelta
 from pathlib import Path
 
 from app.api.execution import Execution
@@ -23,6 +24,7 @@ from tests.evidence.box import Box
 OPEN, LIMITED, PREPAID, BUDGETED = "org_open", "org_limited", "org_prepaid", "org_budgeted"
 ORGANIZATIONS = (OPEN, LIMITED, PREPAID, BUDGETED)
 NUM_CLIENTS = 8
+GIFT_LASTS = timedelta(seconds=0.2)
 PROMPTS = ("one two three four", "slow@2 here", "slow@1", "fail@3 please", "abort@5", "refuse@4")
 
 
@@ -178,7 +180,7 @@ async def _add(
                 currency="usd",
                 from_account=from_account,
                 priority=10 if kind == "promotional" else 50,
-                expires_at=clock.now() if kind == "promotional" else None,
+                expires_at=clock.now() + GIFT_LASTS if kind == "promotional" else None,
             )
     log.write("paid", name, amount_nano)
 

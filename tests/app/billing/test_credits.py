@@ -10,6 +10,7 @@ from app.billing import credits
 from app.billing.accounts import AccountWriter
 from app.billing.ledger import (
     PROMOTIONAL_COST,
+    REVENUE,
     STRIPE_CLEARING,
     credit_account,
     lock_account,
@@ -293,6 +294,62 @@ async def test_credit_ends_at_its_time_but_not_under_a_running_request(
     await accounts.flush()
     assert await expire() is not None
     assert await balances(books) == {PROMOTIONAL: 0, PROMOTIONAL_COST: 0}
+
+
+async def test_credit_that_is_over_admits_nothing_before_it_is_taken_away(
+    accounts: AccountWriter,
+    books: Database,
+    settlement: MakeSettlement,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """But it pays for what it was promised to, and other credit admits."""
+    cost = settlement("x").amount_nano
+    async with books.write() as session:
+        await set_spending_limit(session, ORGANIZATION, 0, "usd")
+    ends_at = clock.now() + timedelta(days=1)
+    await add(books, 10 * cost, "grant:1", "promotional", 10, ends_at)
+    await accounts.hold("req_1", ORGANIZATION, cost + 5)
+    monkeypatch.setattr(clock, "now", lambda: ends_at)
+    with pytest.raises(PaymentRequired) as refused:
+        await accounts.hold("req_2", ORGANIZATION, 1)
+    assert refused.value.code == "balance_too_low"
+    accounts.settle(settlement("req_1"))
+    await accounts.flush()
+    assert await balances(books) == {
+        OWED: 0,
+        PROMOTIONAL: 9 * cost,
+        PROMOTIONAL_COST: -10 * cost,
+        REVENUE: cost,
+    }
+    await add(books, 2 * cost, "stripe:pi_1")
+    with pytest.raises(PaymentRequired):
+        await accounts.hold("req_3", ORGANIZATION, 2 * cost + 1)
+    await accounts.hold("req_3", ORGANIZATION, 2 * cost)
+    accounts.settle(settlement("req_3"))
+    await accounts.flush()
+    entries = await balances(books)
+    assert (entries[PROMOTIONAL], entries[PAID], entries[OWED]) == (9 * cost, cost, 0)
+
+
+async def test_without_a_limit_credit_that_is_over_pays_for_nothing(
+    accounts: AccountWriter,
+    books: Database,
+    settlement: MakeSettlement,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cost = settlement("x").amount_nano
+    ends_at = clock.now() + timedelta(days=1)
+    lot_id = await add(books, 10 * cost, "grant:1", "promotional", 10, ends_at)
+    assert lot_id is not None
+    await accounts.hold("req_1", ORGANIZATION, cost)
+    monkeypatch.setattr(clock, "now", lambda: ends_at)
+    accounts.settle(settlement("req_1"))
+    await accounts.flush()
+    entries = await balances(books)
+    assert (entries[PROMOTIONAL], entries[OWED]) == (10 * cost, -cost)
+    async with books.write() as session:
+        assert await credits.expire_due(session, lot_id) is not None
+    assert (await balances(books))[PROMOTIONAL] == 0
 
 
 async def test_without_a_limit_credit_ends_whatever_runs(

@@ -223,7 +223,7 @@ class Requests(Base):
             self.pending.pop(settlement.request_id, None)
         for name, amount in by_account.items():
             account = self.accounts[name]
-            account.use(amount, f"{self.now:%Y-%m}")
+            account.use(amount, self.now)
             account.calm()
         self.journal.settled([settlement.request_id for settlement in batch])
 

@@ -8,13 +8,15 @@ from sqlalchemy import update
 
 from app.billing.ledger import BREAKAGE, PROMOTIONAL_COST
 from app.billing.payments.expiry import expire_credit
-from app.billing.tables import AccountBalance
+from app.billing.tables import AccountBalance, Hold
+from app.core import clock
 from app.core.database import Database
 from app.core.failpoints import Countdown, Reached, observed
 from app.settings import Settings
-from tests.app.billing.payments.months import CENT, ORGANIZATION, Clock, Months
+from tests.app.billing.payments.months import CENT, ORGANIZATION, Clock, Months, settlement
 
 FEBRUARY = datetime(2026, 2, 1, tzinfo=UTC)
+HELD = "req_held"
 
 
 @pytest.fixture
@@ -29,8 +31,17 @@ async def months(
 
 
 async def hold(months: Months, nano: int) -> None:
-    """What running requests were promised. The limit is kept, as by a real hold."""
+    """What a running request, `HELD`, was promised. The limit is kept, as by a real hold."""
     async with months.database.write() as session:
+        session.add(
+            Hold(
+                request_id=HELD,
+                organization_id=ORGANIZATION,
+                journal_id="jnl_1",
+                amount_nano=nano,
+                created_at=clock.now(),
+            )
+        )
         await session.execute(
             update(AccountBalance)
             .where(AccountBalance.organization_id == ORGANIZATION)
@@ -62,8 +73,8 @@ async def test_what_running_requests_hold_ends_after_them(months: Months) -> Non
     account = await months.account()
     assert (account.posted_nano, account.held_nano) == (40 * CENT, 40 * CENT)
     assert await expire_credit(months.database) == 0
-    await hold(months, 0)
-    months.use(25 * CENT)  # settled: less than it held
+    months.settle([settlement(25 * CENT, request_id=HELD)])  # less than it held
+    assert (await months.account()).held_nano == 0
     assert await expire_credit(months.database) == 1
     assert (await months.account()).posted_nano == 0
 
