@@ -25,7 +25,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Call models": ("api-chat", "api-predict", "clients", "receipts"),
     "Bring models": ("uploads", "formats", "models", "optimising"),
     "Prices and money": (*("pricing", "money", "payments", "billing-invoices", "books", "stripe"),),
-    "Run a box": ("operations", "security", "design"),
+    "Run a box": ("people", "operations", "security", "design"),
 }
 REST = "More"
 
