@@ -4,7 +4,7 @@
 
 Starts the whole appliance with its data on the disk of DIR and sends it a file of random bytes, in
 three ways: one PATCH of everything, pieces of 16 MiB as the console's script sends them, and
-`tapeout push`'s own code, whose pieces of 8 MiB carry a checksum. Each is over once the box has
+`tapeout push`'s own code, whose pieces of 16 MiB carry a checksum. Each is over once the box has
 made the upload durable. The disk's own speed is the same file, read and written in pieces of 1 MiB
 and made durable with one `fsync`; the two alternate, and the file is in the page cache for both.
 Needs three times the file's size of free disk.

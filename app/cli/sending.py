@@ -18,7 +18,7 @@ from app.cli.client import Box, Refused, Unreachable
 from app.cli.packing import Parcel
 from app.cli.progress import ProgressBar, megabytes
 
-CHUNK_BYTES = 8 * 1024**2
+CHUNK_BYTES = 16 * 1024**2
 SHOWN_BYTES = 256 * 1024
 RETRY_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)  # a restart of the box is over by then
 ANSWER_SECONDS = 300.0  # after its restart the box reads again what it has, before it goes on
