@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from datetime import datetime
+from typing import NamedTuple
 
 import msgspec
 from sqlalchemy import func, select
@@ -15,13 +16,22 @@ from app.console.model_view import LIVE_REPLICAS, REPLICA_LAMPS, version_lamp
 from app.core import clock
 from app.deployments.default_model import DefaultModel, find_default
 from app.deployments.tables import Endpoint, Replica
-from app.metering.service import UsageCells, day_of, read_usage_days
+from app.metering.hours import hour_of
+from app.metering.tables import UsageHour, UsageSeries
 from app.organizations.tables import Organization
 from app.registry.tables import Model, ModelVersion
 
 NUM_BUILDS = 5
 MAX_REPLICAS = 200
 TOKENS = ("input", "cached_input", "cache_write", "output")
+
+
+class Sum(NamedTuple):
+    """Of one dimension."""
+
+    dimension: str
+    quantity: int
+    amount_nano: int
 
 
 class Spell(msgspec.Struct, frozen=True):
@@ -72,16 +82,17 @@ class Overview(msgspec.Struct, frozen=True, kw_only=True):
 async def read_overview(session: AsyncSession, organization_id: str, currency: str) -> Overview:
     """Today and this month are UTC's."""
     now = clock.now()
-    start, end = period_bounds("month", now)
-    month = await read_usage_days(session, organization_id, start, end)
-    today = UsageCells([cell for cell in month.cells if day_of(cell) == now.date().isoformat()])
+    month_start, month_end = (hour_of(at) for at in period_bounds("month", now))
+    day_start, _ = (hour_of(at) for at in period_bounds("day", now))
+    before = await _read_sums(session, organization_id, month_start, day_start)
+    today = await _read_sums(session, organization_id, day_start, month_end)
     num_models = await session.scalar(
         select(func.count()).select_from(Model).where(Model.organization_id == organization_id)
     )
     return Overview(
         account=await read_account(session, organization_id, currency),
         today=_spell(today),
-        month=_spell(month),
+        month=_spell([*before, *today]),
         num_models=num_models or 0,
         running=await read_running(session, organization_id),
         builds=await _read_builds(session, organization_id),
@@ -142,10 +153,26 @@ async def _read_builds(session: AsyncSession, organization_id: str) -> list[Buil
     ]
 
 
-def _spell(cells: UsageCells) -> Spell:
-    used = cells.quantities()
+async def _read_sums(
+    session: AsyncSession, organization_id: str, first: int, until: int
+) -> list[Sum]:
+    """What was used in the hours [first, until), which may be none."""
+    rows = await session.execute(
+        select(UsageSeries.dimension, func.sum(UsageHour.quantity), func.sum(UsageHour.amount_nano))
+        .join(UsageHour, UsageHour.series_id == UsageSeries.id)
+        .where(
+            UsageSeries.organization_id == organization_id,
+            UsageHour.hour >= first,
+            UsageHour.hour < until,
+        )
+        .group_by(UsageSeries.dimension)
+    )
+    return [Sum(dimension, int(quantity), int(nano)) for dimension, quantity, nano in rows]
+
+
+def _spell(sums: Sequence[Sum]) -> Spell:
     return Spell(
-        num_requests=used.get("request", 0),
-        num_tokens=sum(used.get(dimension, 0) for dimension in TOKENS),
-        spent_nano=cells.total_nano,
+        num_requests=sum(each.quantity for each in sums if each.dimension == "request"),
+        num_tokens=sum(each.quantity for each in sums if each.dimension in TOKENS),
+        spent_nano=sum(each.amount_nano for each in sums),
     )
