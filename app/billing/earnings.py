@@ -7,7 +7,7 @@ figures come from hourly sums of usage; time is what requests used, to the milli
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 from sqlalchemy import func, select
@@ -15,7 +15,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.billing.costs import cost_of
 from app.billing.prices import Book, Price
+from app.core import clock
 from app.core.money import price_of
+from app.metering.closed_hours import read_in_parts
 from app.metering.hours import hour_of, start_of
 from app.metering.tables import UsageHour, UsageSeries
 
@@ -129,33 +131,42 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
 
 async def read_uses(session: AsyncSession, start: datetime, end: datetime) -> list[Use]:
     """Of all organizations, in whole hours of posting."""
-    rows = await session.execute(
-        select(
-            UsageSeries.endpoint_name,
-            UsageSeries.service_class,
-            UsageSeries.dimension,
-            UsageSeries.disposition,
-            UsageSeries.price_nano,
-            UsageSeries.unit_scale,
-            func.sum(UsageHour.quantity),
-            func.sum(UsageHour.amount_nano),
-        )
-        .join(UsageHour, UsageHour.series_id == UsageSeries.id)
-        .where(UsageHour.hour >= hour_of(start), UsageHour.hour < _hour_after(end))
-        .group_by(
-            UsageSeries.endpoint_name,
-            UsageSeries.service_class,
-            UsageSeries.dimension,
-            UsageSeries.disposition,
-            UsageSeries.price_nano,
-            UsageSeries.unit_scale,
-        )
+    key = (
+        UsageSeries.endpoint_name,
+        UsageSeries.service_class,
+        UsageSeries.dimension,
+        UsageSeries.disposition,
+        UsageSeries.price_nano,
+        UsageSeries.unit_scale,
     )
-    uses: list[Use] = []
-    for row in rows:
-        *key, quantity, amount_nano = tuple(row)
-        uses.append(Use._make((*key, int(quantity), int(amount_nano))))
-    return uses
+
+    async def read(first: int, until: int) -> list[tuple[Any, ...]]:
+        hours = (
+            select(
+                UsageHour.series_id,
+                func.sum(UsageHour.quantity).label("quantity"),
+                func.sum(UsageHour.amount_nano).label("amount_nano"),
+            )
+            .where(UsageHour.hour >= first, UsageHour.hour < until)
+            .group_by(UsageHour.series_id)
+            .subquery()
+        )
+        rows = await session.execute(
+            select(*key, func.sum(hours.c.quantity), func.sum(hours.c.amount_nano))
+            .join(hours, hours.c.series_id == UsageSeries.id)
+            .group_by(*key)
+        )
+        return [tuple(row) for row in rows]
+
+    sums: dict[tuple[Any, ...], list[int]] = defaultdict(lambda: [0, 0])
+    parts = await read_in_parts(
+        session, ("uses",), hour_of(start), _hour_after(end), read, clock.now()
+    )
+    for *named, quantity, amount_nano in parts:
+        own = sums[tuple(named)]
+        own[0] += int(quantity)
+        own[1] += int(amount_nano)
+    return [Use._make((*named, *numbers)) for named, numbers in sums.items()]
 
 
 def _hour_after(end: datetime) -> int:

@@ -3,6 +3,7 @@
 Reads only; what an organization sees of itself is `service.py`'s.
 """
 
+from collections import defaultdict
 from datetime import datetime
 
 import msgspec
@@ -12,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.billing.payments.periods import period_of
 from app.billing.tables import AccountBalance, CreditLot
 from app.core import clock
+from app.metering.closed_hours import read_in_parts
 from app.metering.tables import UsageHour, UsageSeries
 from app.organizations.tables import Organization
 
@@ -46,7 +48,7 @@ async def read_standings(
     if organization_id is not None:
         query = query.where(Organization.id == organization_id)
     rows = await session.execute(query.execution_options(populate_existing=True))
-    spent = await _spent(session)
+    spent = await _spent(session, organization_id)
     lots = await session.execute(
         select(CreditLot.organization_id, func.sum(CreditLot.remaining_nano))
         .where(CreditLot.remaining_nano > 0)
@@ -90,13 +92,30 @@ def _standing(
     )
 
 
-async def _spent(session: AsyncSession) -> dict[str, int]:
+async def _spent(session: AsyncSession, organization_id: str | None) -> dict[str, int]:
     """This month's usage by organization, in UTC."""
-    first_hour, end_hour = period_of(clock.now()).hours
-    rows = await session.execute(
-        select(UsageSeries.organization_id, func.sum(UsageHour.amount_nano))
-        .join(UsageHour, UsageHour.series_id == UsageSeries.id)
-        .where(UsageHour.hour >= first_hour, UsageHour.hour < end_hour)
-        .group_by(UsageSeries.organization_id)
-    )
-    return {organization_id: int(nano) for organization_id, nano in rows}
+
+    async def read(first: int, until: int) -> list[tuple[str, int]]:
+        # Each series by itself: its hours lie together, and those of a month far apart.
+        amount = (
+            select(func.sum(UsageHour.amount_nano))
+            .where(
+                UsageHour.series_id == UsageSeries.id,
+                UsageHour.hour >= first,
+                UsageHour.hour < until,
+            )
+            .scalar_subquery()
+        )
+        query = select(UsageSeries.organization_id, func.sum(amount)).group_by(
+            UsageSeries.organization_id
+        )
+        if organization_id is not None:
+            query = query.where(UsageSeries.organization_id == organization_id)
+        return [(row[0], int(row[1] or 0)) for row in await session.execute(query)]
+
+    now = clock.now()
+    name = ("month's spend", organization_id)
+    spent: dict[str, int] = defaultdict(int)
+    for owner_id, nano in await read_in_parts(session, name, *period_of(now).hours, read, now):
+        spent[owner_id] += nano
+    return spent

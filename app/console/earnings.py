@@ -25,6 +25,7 @@ from app.settings import Settings
 
 PERIODS = (7, 30, 90)
 MAX_CHARTED = 8
+MAX_LISTED = 50  # all are in the file
 
 
 @get("/earnings")
@@ -48,7 +49,8 @@ async def show_earnings(
         num_days=num_days,
         target=target,
         hour="" if found.hour_nano is None else write_amount(found.hour_nano),
-        suggestions=[_suggestion(request, found, row) for row in found.models],
+        suggestions=[_suggestion(request, found, row) for row in found.models[:MAX_LISTED]],
+        max_listed=MAX_LISTED,
     )
 
 

@@ -16,6 +16,7 @@ from app.console.usage_csv import requests_file, sums_file
 from app.console.usage_query import PERIODS, SPLITS, read_query
 from app.console.usage_view import (
     DIMENSION_NAMES,
+    NUM_ROWS,
     read_cells_of,
     read_usage_view,
     spend_chart,
@@ -49,6 +50,7 @@ async def show_usage(request: PageRequest) -> Response[str]:
         chart=spend_chart(view),
         periods=PERIODS,
         splits=SPLITS,
+        num_rows=NUM_ROWS,
     )
 
 

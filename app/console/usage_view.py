@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from datetime import date
+from itertools import chain
+from operator import attrgetter
 
 import msgspec
 from markupsafe import Markup
@@ -9,18 +11,22 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.console.charts import Bar, stacked_bars
 from app.console.usage_query import CONSOLE_KEY, UsageQuery
+from app.core import clock
 from app.core.money import format_nano
-from app.metering.hours import Cell
+from app.metering.hours import Cell, start_of
+from app.metering.kept_sums import Column, Sums, read_spend, read_sums
 from app.metering.requests import RequestFilter, read_requests
-from app.metering.service import UsageCells, UsageRow, day_of, read_usage_days
+from app.metering.service import UsageCells, UsageRow, read_usage_days
 from app.metering.tables import UsageEvent
 from app.metering.waived import Waived, read_waived
 
 NUM_RECENT = 25
-_NAMES: dict[str, Callable[[Cell], str]] = {
-    "model": lambda cell: cell.endpoint_name,
-    "key": lambda cell: cell.api_key_name,
-    "class": lambda cell: cell.service_class,
+NUM_ROWS = 50  # of a table; all are in its file
+_COLUMNS: dict[str, Column] = {
+    "use": "dimension",
+    "model": "endpoint_name",
+    "key": "api_key_name",
+    "class": "service_class",
 }
 NUM_SERIES = 4
 # The chart's series by use: its name, and the dimensions it adds up. What no other names is in the
@@ -70,7 +76,6 @@ class UsageView(msgspec.Struct, frozen=True, kw_only=True):
     currency: str
     models: list[str]
     keys: list[tuple[str, str]]
-    by_day: list[UsageRow]
     by_model: list[UsageRow]
     by_key: list[UsageRow]
     by_class: list[UsageRow]
@@ -122,7 +127,7 @@ class UsageView(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def tables(self) -> list[tuple[str, str, list[UsageRow]]]:
-        """Title, what to call a row of it, and by what it groups."""
+        """Title, by what it groups, and its rows, the dearest first."""
         return [
             ("By model", "model", self.by_model),
             ("By key", "key", self.by_key),
@@ -133,7 +138,7 @@ class UsageView(msgspec.Struct, frozen=True, kw_only=True):
 async def read_cells_of(
     session: AsyncSession, organization_id: str, query: UsageQuery
 ) -> tuple[UsageCells, UsageCells]:
-    """All usage of the query's days, and what its filters leave of it."""
+    """All usage of the query's days by day, and what its filters leave of it."""
     everything = await read_usage_days(session, organization_id, query.start, query.end)
     if not query.is_filtered:
         return everything, everything
@@ -150,29 +155,31 @@ async def read_usage_view(
     session: AsyncSession, organization_id: str, query: UsageQuery, currency: str
 ) -> UsageView:
     """Days begin at midnight UTC."""
-    everything, shown = await read_cells_of(session, organization_id, query)
     period = (session, organization_id, query.start, query.end)
+    of = {"api_key_id": query.key_id, "endpoint_name": query.endpoint_name}
+    now = clock.now()
+    everything = await read_sums(*period, now=now)
+    shown = await read_sums(*period, **of, now=now) if query.is_filtered else everything
+    spend = await read_spend(*period, _COLUMNS[query.split], **of, now=now)
     wanted = RequestFilter(
         start=query.start,
         end=query.end,
         api_key_id=query.key_id,
         endpoint_name=query.endpoint_name,
     )
-    series, bars = _chart(shown, query)
+    series, bars = _chart(shown, spend, query)
+    by_model = shown.by_model.rows("model")
     return UsageView(
         query=query,
         currency=currency,
-        models=sorted({cell.endpoint_name for cell in everything.cells}),
-        keys=_keys(everything.cells),
-        by_day=shown.rows("day"),
-        by_model=shown.rows("model"),
-        by_key=shown.rows("key"),
-        by_class=shown.rows("class"),
-        by_dimension=_dimensions(shown),
-        caching=_caching(shown),
-        waived=await read_waived(
-            *period, api_key_id=query.key_id, endpoint_name=query.endpoint_name
-        ),
+        models=sorted({cell.endpoint_name for cell in everything.by_model.cells}),
+        keys=_keys(everything.by_key.cells),
+        by_model=by_model,
+        by_key=shown.by_key.rows("key"),
+        by_class=shown.by_class.rows("class"),
+        by_dimension=_dimensions(shown.by_class),
+        caching=_caching(shown.by_model, by_model),
+        waived=await read_waived(*period, **of),
         recent=await read_requests(session, organization_id, wanted, NUM_RECENT),
         series=series,
         bars=bars,
@@ -194,14 +201,14 @@ def _dimensions(shown: UsageCells) -> list[DimensionRow]:
     ]
 
 
-def _caching(shown: UsageCells) -> list[CachingRow]:
+def _caching(shown: UsageCells, by_model: list[UsageRow]) -> list[CachingRow]:
     """Of models that found something in the cache, the most saved first."""
     saved: dict[str, int] = {}
     for cell in shown.cells:
         saved[cell.endpoint_name] = saved.get(cell.endpoint_name, 0) + cell.saved_nano
     rows = [
         CachingRow(row.group, row.input, row.cached_input, saved[row.group])
-        for row in shown.rows("model")
+        for row in by_model
         if row.cached_input
     ]
     return sorted(rows, key=lambda row: (-row.saved_nano, row.model))
@@ -221,15 +228,23 @@ def spend_chart(view: UsageView) -> Markup:
     )
 
 
-def _chart(shown: UsageCells, query: UsageQuery) -> tuple[list[str], list[Bar]]:
+def _chart(
+    shown: Sums, spend: list[tuple[int, str, int]], query: UsageQuery
+) -> tuple[list[str], list[Bar]]:
     """The series' names, and a bar for each day."""
     name_of, names = _split(shown, query.split)
     at = {name: index for index, name in enumerate(names)}
     days = {day.isoformat(): [0] * len(names) for day in query.days}
-    for cell in shown.cells:
-        parts = days.get(day_of(cell))
+    group_of = attrgetter(_COLUMNS[query.split])
+    open_days = (
+        (cell.hour, group_of(cell), cell.amount_nano)
+        for cell in _cells(shown, query.split)
+        if cell.hour >= shown.open_from
+    )
+    for hour, group, amount_nano in chain(spend, open_days):
+        parts = days.get(start_of(hour).date().isoformat())
         if parts is not None:
-            parts[at.get(name_of(cell), len(names) - 1)] += cell.amount_nano
+            parts[at.get(name_of(group), len(names) - 1)] += amount_nano
     bars = [
         Bar(
             label=f"{day.day} {day:%b}",
@@ -241,20 +256,25 @@ def _chart(shown: UsageCells, query: UsageQuery) -> tuple[list[str], list[Bar]]:
     return names, bars
 
 
-def _split(shown: UsageCells, split: str) -> tuple[Callable[[Cell], str], list[str]]:
-    """How a cell's series is called, and all series: what has no place of its own is in the
+def _cells(shown: Sums, split: str) -> list[Cell]:
+    """In which what the chart is parted by is told apart."""
+    return {"model": shown.by_model, "key": shown.by_key}.get(split, shown.by_class).cells
+
+
+def _split(shown: Sums, split: str) -> tuple[Callable[[str], str], list[str]]:
+    """What a group's series is called, and all series: what has no place of its own is in the
     last."""
     if split == "use":
         use_of = {dimension: name for name, dimensions in USES for dimension in dimensions}
-        return lambda cell: use_of.get(cell.dimension, USES[-1][0]), [name for name, _ in USES]
-    name_of = _NAMES[split]
+        return lambda group: use_of.get(group, USES[-1][0]), [name for name, _ in USES]
+    group_of = attrgetter(_COLUMNS[split])
     sums: dict[str, int] = {}
-    for cell in shown.cells:
-        sums[name_of(cell)] = sums.get(name_of(cell), 0) + cell.amount_nano
+    for cell in _cells(shown, split):
+        sums[group_of(cell)] = sums.get(group_of(cell), 0) + cell.amount_nano
     names = sorted(sums, key=lambda name: (-sums[name], name))
     if len(names) > NUM_SERIES:
         names = [*names[: NUM_SERIES - 1], "All others"]
-    return name_of, names
+    return lambda group: group, names
 
 
 def _said(day: date) -> str:
