@@ -1,16 +1,20 @@
 """The operator makes organizations, trusts them with money and gives them credit; each sees its
 own invoices, credit and notices."""
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import httpx
 import pytest
 from litestar import Litestar
 
+from app.billing.archiving import archive_before
 from app.billing.payments.invoices import MonthCloser
+from app.billing.rating import Settlement
 from app.core import clock
-from app.core.database import Database
+from app.core.database import Database, create_writer_engine
 from app.settings import Settings
 from tests.app import whole_app
 from tests.app.billing.payments.months import CENT, Clock, Months, settlement
@@ -41,6 +45,19 @@ class Box:
     async def close_january(self) -> None:
         self.months.clock.set("2026-02-01T01:00:00")
         await MonthCloser(self.months.database, "usd", has_stripe=False).turn()
+
+    async def settle(self, settlements: Sequence[Settlement]) -> None:
+        """On a thread: what the application writes meanwhile needs the event loop to end."""
+        await asyncio.to_thread(self.months.settle, settlements)
+
+    async def archive(self) -> None:
+        """All that there is."""
+        state = self.application.state
+        await state.sealer.turn()
+        engine = create_writer_engine(state.settings.sync_database_url)
+        before = clock.now() + timedelta(days=2)
+        assert await asyncio.to_thread(archive_before, engine, state.records.archive, before)
+        engine.dispose()
 
 
 @pytest.fixture
@@ -132,12 +149,12 @@ async def test_credit_is_given_once_for_each_key(box: Box) -> None:
 async def test_an_invoice_is_read_down_to_its_requests(box: Box) -> None:
     acme, owner = await box.make("acme", spending_limit=None)
     _, stranger = await box.make("other")
-    box.months.settle(
+    await box.settle(
         [settlement(10 * CENT + i, acme, request_id=f"req_{i:03d}") for i in range(7)]
         + [settlement(90 * CENT, acme, endpoint_name="big", waived_nano=11)]
     )
     await box.close_january()
-    box.months.settle([settlement(1, acme)])  # February's
+    await box.settle([settlement(1, acme)])  # February's
     (shown,) = (await box.get("invoices", owner)).json()["invoices"]
     assert (shown["period"], shown["due_cents"], shown["state"]) == ("2026-01", 160, "finalised")
     path = f"invoices/{shown['id']}"
@@ -158,6 +175,10 @@ async def test_an_invoice_is_read_down_to_its_requests(box: Box) -> None:
         after = page["next"]
     assert found == [f"req_{i:03d}" for i in range(7)]
 
+    await box.archive()  # as while fewer days were kept than now
+    page = (await box.get(f"{path}/lines/2/requests", owner)).json()
+    assert (page["requests"], page["is_complete"]) == ([], False)
+
     csv = await box.get(f"{path}.csv", owner)
     assert csv.headers["content-type"].startswith("text/csv")
     rows = csv.text.replace('"', "").splitlines()
@@ -176,7 +197,7 @@ async def test_an_invoice_is_read_down_to_its_requests(box: Box) -> None:
 async def test_the_operator_ends_invoices(box: Box) -> None:
     ids = [(await box.make(name, spending_limit=None))[0] for name in ("a", "b", "c")]
     for organization_id in ids:
-        box.months.use(100 * CENT, organization_id=organization_id)
+        await box.settle([settlement(100 * CENT, organization_id)])
     await box.close_january()
     found = (await box.get("invoices?all=true")).json()["invoices"]
     a, b, c = sorted(each["id"] for each in found)
@@ -201,7 +222,7 @@ async def test_the_operator_ends_invoices(box: Box) -> None:
 
 async def test_an_organization_cannot_end_its_own_invoice(box: Box) -> None:
     acme, owner = await box.make("acme", spending_limit=None)
-    box.months.use(100 * CENT, organization_id=acme)
+    await box.settle([settlement(100 * CENT, acme)])
     await box.close_january()
     (shown,) = (await box.get("invoices", owner)).json()["invoices"]
     for act, body in (("paid", None), ("end", {"state": "void"}), ("retry", None)):
@@ -212,7 +233,7 @@ async def test_an_organization_cannot_end_its_own_invoice(box: Box) -> None:
 async def test_notices_are_listed_dismissed_and_sent_on(box: Box) -> None:
     acme, owner = await box.make("acme", spending_limit=None)
     _, stranger = await box.make("other")
-    box.months.use(100 * CENT, organization_id=acme)
+    await box.settle([settlement(100 * CENT, acme)])
     await box.close_january()
     (notice,) = (await box.get("notices?shown=true", owner)).json()["notices"]
     assert notice["kind"] == "invoice"
@@ -240,7 +261,7 @@ async def test_notices_are_listed_dismissed_and_sent_on(box: Box) -> None:
 
 async def test_the_month_so_far_is_shown_to_the_operator(box: Box) -> None:
     acme, _ = await box.make("acme", spending_limit=None)
-    box.months.use(5 * CENT, organization_id=acme)
+    await box.settle([settlement(5 * CENT, acme)])
     assert clock.now().month == 1
     (standing,) = [
         each

@@ -1,5 +1,6 @@
 """`/api/usage` and `/api/prices` over HTTP."""
 
+import asyncio
 import csv
 import io
 from datetime import UTC, datetime, timedelta
@@ -130,7 +131,7 @@ async def test_usage_that_was_archived_is_in_every_range(
         await box.sealer.turn()
         engine = create_writer_engine(box.settings.sync_database_url)
         later = datetime.now(UTC) + timedelta(days=2)
-        assert archive_before(engine, box.records.archive, later) == 1
+        assert await asyncio.to_thread(archive_before, engine, box.records.archive, later) == 1
         engine.dispose()
         params = {"from": started.isoformat(), "to": datetime.now(UTC).isoformat()}
         answer = (await http.get("/api/usage", params=params)).json()
