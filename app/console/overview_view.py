@@ -16,6 +16,7 @@ from app.console.model_view import LIVE_REPLICAS, REPLICA_LAMPS, version_lamp
 from app.core import clock
 from app.deployments.default_model import DefaultModel, find_default
 from app.deployments.tables import Endpoint, Replica
+from app.metering.closed_hours import read_in_parts
 from app.metering.hours import hour_of
 from app.metering.tables import UsageHour, UsageSeries
 from app.organizations.tables import Organization
@@ -157,17 +158,27 @@ async def _read_sums(
     session: AsyncSession, organization_id: str, first: int, until: int
 ) -> list[Sum]:
     """What was used in the hours [first, until), which may be none."""
-    rows = await session.execute(
-        select(UsageSeries.dimension, func.sum(UsageHour.quantity), func.sum(UsageHour.amount_nano))
-        .join(UsageHour, UsageHour.series_id == UsageSeries.id)
-        .where(
-            UsageSeries.organization_id == organization_id,
-            UsageHour.hour >= first,
-            UsageHour.hour < until,
+
+    async def read(first: int, until: int) -> list[tuple[str, int, int]]:
+        rows = await session.execute(
+            select(
+                UsageSeries.dimension,
+                func.sum(UsageHour.quantity),
+                func.sum(UsageHour.amount_nano),
+            )
+            .join(UsageHour, UsageHour.series_id == UsageSeries.id)
+            .where(
+                UsageSeries.organization_id == organization_id,
+                UsageHour.hour >= first,
+                UsageHour.hour < until,
+            )
+            .group_by(UsageSeries.dimension)
         )
-        .group_by(UsageSeries.dimension)
-    )
-    return [Sum(dimension, int(quantity), int(nano)) for dimension, quantity, nano in rows]
+        return [(dimension, int(quantity), int(nano)) for dimension, quantity, nano in rows]
+
+    name = ("overview", organization_id)
+    rows = await read_in_parts(session, name, first, until, read, clock.now())
+    return [Sum(*row) for row in rows]
 
 
 def _spell(sums: Sequence[Sum]) -> Spell:
