@@ -4,6 +4,7 @@ Kept on its endpoint, so that it ends with it. What `default` runs on is `Fleet.
 """
 
 from datetime import datetime
+from typing import NamedTuple
 
 import msgspec
 from sqlalchemy import or_, select, update
@@ -58,16 +59,22 @@ async def find_default(
     )
 
 
-async def default_candidates(session: AsyncSession, organization_id: str) -> list[Endpoint]:
+class Candidate(NamedTuple):
+    """An endpoint that can be recommended."""
+
+    name: str
+    is_public: bool
+
+
+async def default_candidates(session: AsyncSession, organization_id: str) -> list[Candidate]:
     """What the operator, whose organization it is, can recommend: its own endpoints and all
     published ones, by name."""
-    return list(
-        await session.scalars(
-            select(Endpoint)
-            .where(or_(Endpoint.is_public, Endpoint.organization_id == organization_id))
-            .order_by(Endpoint.name)
-        )
+    rows = await session.execute(
+        select(Endpoint.name, Endpoint.is_public)
+        .where(or_(Endpoint.is_public, Endpoint.organization_id == organization_id))
+        .order_by(Endpoint.name)
     )
+    return [Candidate(name, is_public) for name, is_public in rows]
 
 
 async def choose_default(
@@ -80,8 +87,12 @@ async def choose_default(
         raise InvalidRequest(
             f"The reason has at most {MAX_NOTE_CHARS} printable characters.", param="note"
         )
-    candidates = await default_candidates(session, organization_id)
-    chosen = next((each for each in candidates if each.name == name), None)
+    chosen = await session.scalar(
+        select(Endpoint).where(
+            Endpoint.name == name,
+            or_(Endpoint.is_public, Endpoint.organization_id == organization_id),
+        )
+    )
     if chosen is None:
         raise NotFound(
             f"There is no endpoint {name[:80]!r} of yours, nor a published one.", param="model"
