@@ -3,7 +3,7 @@
 "use strict";
 
 // `files` holds [path, File] pairs below one folder; hidden files stay home. Returns a Blob with
-// `name` and `lastModified`, as a File has.
+// `name`, as a File has, and `contents`: the [path, File] pairs that went in.
 function packed(files) { // eslint-disable-line no-unused-vars
   const folder = files[0]?.[0].split("/")[0] ?? "model";
   const inside = files.map(([path, file]) => [path.split("/").slice(1).join("/"), file])
@@ -17,7 +17,7 @@ function packed(files) { // eslint-disable-line no-unused-vars
   pieces.push(new Uint8Array(1024));
   const blob = new Blob(pieces);
   blob.name = `${folder}.tar`;
-  blob.lastModified = Math.max(...inside.map(([, file]) => file.lastModified));
+  blob.contents = inside;
   return blob;
 }
 

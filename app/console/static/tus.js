@@ -7,12 +7,13 @@ class Transfer { // eslint-disable-line no-unused-vars
   static RETRIES_MS = [500, 1000, 2000, 4000, 8000, 15000, 30000];
   static KEPT_MS = 2 * 24 * 3600 * 1000; // the box itself forgets earlier
   static PASSING = [404, 408, 409, 410, 423, 429, 460];
+  static SAMPLE = 1024 * 1024;
 
   // `metadata` gives tus's, anew for each creation. `onState` gets a word and what it is about:
   // running, waiting (seconds), paused, failed (error), received. `onProgress` gets bytes.
   constructor(file, { url, token, owner, metadata, onState, onProgress }) {
-    Object.assign(this, { file, url, token, metadata, onState, onProgress });
-    this.key = `tapeout-upload:${owner}:${file.name}:${file.size}:${file.lastModified}`;
+    Object.assign(this, { file, url, token, owner, metadata, onState, onProgress });
+    this.key = null; // known once the file was identified
     this.state = "new";
     this.offset = 0;
   }
@@ -21,9 +22,10 @@ class Transfer { // eslint-disable-line no-unused-vars
 
   // How much of this file the box has from an earlier try, in bytes; 0 for none.
   async found() {
-    this.id = this.remembered();
-    if (this.id === null) return 0;
     try {
+      await this.identify();
+      this.id ??= this.remembered();
+      if (this.id === null) return 0;
       await this.askOffset();
     } catch (error) {
       return 0; // starting tells why
@@ -36,6 +38,13 @@ class Transfer { // eslint-disable-line no-unused-vars
     this.isStopped = false;
     this.become("running");
     let failures = 0;
+    try {
+      await this.identify();
+    } catch (error) {
+      this.become("failed", new Error("The file cannot be read. Choose it again."));
+      return null;
+    }
+    if (this.isStopped) return null;
     this.id ??= this.remembered();
     let mustAsk = this.id !== null;
     while (this.id === null || mustAsk || this.offset < this.file.size) {
@@ -151,6 +160,27 @@ class Transfer { // eslint-disable-line no-unused-vars
       : error.status >= 500 || Transfer.PASSING.includes(error.status);
   }
 
+  // --- which file it is -------------------------------------------------------------------
+
+  // Checkpoints of one name, size and time are common, out of an archive for one: so a sample of
+  // what is inside goes into the key too, of a folder's every file.
+  async identify() {
+    if (this.key !== null) return;
+    const contents = this.file.contents ?? [[this.file.name, this.file]];
+    const length = Math.max(4096, Math.floor(Transfer.SAMPLE / contents.length));
+    const pieces = [];
+    for (const [path, { size, lastModified }] of contents) {
+      pieces.push(`${path}:${size}:${lastModified}\n`);
+    }
+    for (const [, file] of contents) {
+      for (const from of [0, Math.floor((file.size - length) / 2), file.size - length]) {
+        pieces.push(file.slice(Math.max(from, 0), Math.max(from, 0) + length));
+      }
+    }
+    const digest = await digestOf(await new Blob(pieces).arrayBuffer());
+    this.key = `tapeout-upload:${this.owner}:${this.file.size}:${digest}`;
+  }
+
   // --- small parts ------------------------------------------------------------------------
 
   become(state, about = null) {
@@ -182,6 +212,22 @@ class Transfer { // eslint-disable-line no-unused-vars
       return null; // nothing, or nothing of this script's
     }
   }
+}
+
+// In hexadecimal. Without HTTPS a browser has no crypto.subtle; FNV-1a then tells files apart well
+// enough, two of them with different beginnings.
+async function digestOf(buffer) {
+  const hex = (number, digits) => number.toString(16).padStart(digits, "0");
+  if (globalThis.crypto?.subtle) {
+    const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", buffer));
+    return [...digest].map((byte) => hex(byte, 2)).join("");
+  }
+  let [one, other] = [0x811c9dc5, 0x01234567];
+  for (const byte of new Uint8Array(buffer)) {
+    one = Math.imul(one ^ byte, 0x01000193);
+    other = Math.imul(other ^ byte, 0x01000193);
+  }
+  return hex(one >>> 0, 8) + hex(other >>> 0, 8);
 }
 
 // An answer that is no success, with the box's own words as `told` where it has some.

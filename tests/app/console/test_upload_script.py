@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -99,6 +100,60 @@ def test_pause_resume_and_a_reload_lose_nothing(box: Box, owner: Page, large_pat
     # What can never be served is not kept.
     owner.reload()
     expect(unfinished).to_have_count(0)
+
+
+def test_another_file_of_one_name_size_and_time_begins_anew(
+    box: Box, owner: Page, tmp_path: Path
+) -> None:
+    paths = [tmp_path / step / "model.bin" for step in ("step-100", "step-200")]
+    for path, fill in zip(paths, (b"A", b"B"), strict=True):
+        path.parent.mkdir()
+        path.write_bytes(fill * (24 * 1024**2))
+        os.utime(path, (315532800, 315532800))
+    limit = slow_down(owner, 12e6)
+    offsets = begin(owner, box, paths[0], "one")
+    wait_for_share(owner, 0.75)
+    owner.get_by_role("button", name="Pause").click()
+    num_before = len(offsets)
+    limit(-1)
+    owner.goto(f"{box.url}/console/upload?name=two")
+    owner.get_by_label("choose one").set_input_files(paths[1])
+    owner.get_by_role("button", name="Upload and build").click()
+    expect(owner.locator("[data-alert]")).to_contain_text("not recognised", timeout=30_000)
+    assert offsets[num_before] == 0
+    owner.get_by_label("choose one").set_input_files(paths[0])
+    expect(owner.get_by_text("of this file are here already")).to_be_visible()
+
+
+@pytest.mark.parametrize("is_secure", [True, False])
+def test_what_tells_files_and_folders_apart(box: Box, owner: Page, is_secure: bool) -> None:
+    if not is_secure:
+        owner.add_init_script("Object.defineProperty(crypto, 'subtle', { value: undefined })")
+    owner.goto(f"{box.url}/console/upload")
+    keys = owner.evaluate(
+        """async () => {
+            const file = (at, time) => {
+                const bytes = new Uint8Array(4e6);
+                if (at !== null) bytes[at] = 1;
+                return new File([bytes], "m.bin", { lastModified: time });
+            };
+            const keyOf = async (chosen) => {
+                const transfer = new Transfer(chosen, { owner: "o" });
+                await transfer.identify();
+                return transfer.key;
+            };
+            const folder = (...files) => packed(files.map((file, at) => [`f/${at}.bin`, file]));
+            const of = async (...files) => [await keyOf(files[0]), await keyOf(folder(...files))];
+            return [
+                await of(file(null, 1), file(null, 5)), await of(file(null, 1), file(null, 5)),
+                await of(file(0, 1), file(null, 5)), await of(file(2e6, 1), file(null, 5)),
+                await of(file(3999999, 1), file(null, 5)), await of(file(null, 2), file(null, 5)),
+            ];
+        }"""
+    )
+    assert keys[0] == keys[1]
+    for column in zip(*keys[1:], strict=True):
+        assert len(set(column)) == len(column)
 
 
 def test_cancel_keeps_nothing(box: Box, owner: Page, large_path: Path) -> None:
