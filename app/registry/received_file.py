@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 
 from app.core.errors import StorageFull
 from app.core.storage import fsync_directory
+from app.registry.piece_mark import counted_bytes, lift_mark, mark_path, set_mark
 
 READ_BYTES = 4 * 1024**2
 WRITE_OUT_BYTES = 8 * 1024**2
@@ -52,9 +53,12 @@ class ReceivedFile:
 
     @classmethod
     def resume(cls, path: Path) -> "ReceivedFile":
-        """What an earlier process left, hashed again: gigabytes a second, in constant memory."""
+        """What an earlier process left, hashed again: gigabytes a second, in constant memory. Of
+        a checked piece that it did not finish, nothing is left."""
         file = cls(path)
-        with path.open("rb") as source:
+        num_bytes = counted_bytes(path)
+        with path.open("r+b") as source:
+            source.truncate(num_bytes)
             while data := source.read(READ_BYTES):
                 file._sha256.update(data)
                 file.num_bytes += len(data)
@@ -66,10 +70,15 @@ class ReceivedFile:
         return self._sha256.hexdigest()
 
     def mark(self, checksum: Checksum | None = None) -> Mark:
-        """Starts a piece, hashed on its own too where it has a checksum."""
+        """Starts a piece. One with a checksum is hashed on its own too, and counts only once it
+        is accepted, whatever happens to this process."""
+        self._truncate()
         self._piece_hash = None
-        if checksum is not None:
+        if checksum is None:
+            lift_mark(self._path)
+        else:
             self._piece_hash = hashlib.new(checksum.algorithm, usedforsecurity=False)
+            set_mark(self._path, self.num_bytes)
         return Mark(self.num_bytes, self._sha256.copy())
 
     def append(self, data: bytes) -> None:
@@ -110,6 +119,10 @@ class ReceivedFile:
         assert self._piece_hash is not None, "the mark asked for a checked piece"
         return self._piece_hash.digest()
 
+    def accept(self) -> None:
+        """The piece with a checksum is right: it counts."""
+        lift_mark(self._path)
+
     def rewind(self, mark: Mark) -> None:
         """Forgets everything since the mark."""
         self.num_bytes = mark.num_bytes
@@ -118,7 +131,8 @@ class ReceivedFile:
         self._truncate()
 
     def sync(self) -> None:
-        """Returns once a power loss cannot take the bytes away."""
+        """Returns once a power loss cannot take the bytes away; all that is there counts."""
+        mark_path(self._path).unlink(missing_ok=True)
         with self._path.open("r+b") as file:
             os.fsync(file.fileno())
         fsync_directory(self._path.parent)

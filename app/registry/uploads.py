@@ -1,8 +1,9 @@
 """Resumable uploads: bytes that arrive in pieces, in order, over any number of connections.
 
 Owns the files under `uploads/` and their rows. The bytes of an upload are exactly its file:
-the file's size is the offset, so a cut or a killed server loses nothing that was written. The
-HTTP side (tus) is `app/api/uploads.py`; what is inside a file is `inspection.py`'s.
+the file's size is the offset, so a cut or a killed server loses nothing that was written; only a
+piece with a checksum counts as a whole (`piece_mark.py`). The HTTP side (tus) is
+`app/api/uploads.py`; what is inside a file is `inspection.py`'s.
 """
 
 import asyncio
@@ -22,6 +23,7 @@ from app.core.errors import AppError, Conflict, NotFound
 from app.core.ids import new_id
 from app.core.storage import Storage
 from app.organizations.principal import Principal
+from app.registry import piece_mark
 from app.registry.received_file import Checksum, ReceivedFile
 from app.registry.tables import ModelVersion, Upload
 from app.registry.transfers import Source, Transfer
@@ -182,7 +184,7 @@ class UploadStore:
         async with self._database.read() as session:
             rows = await session.scalars(select(Upload.id).where(Upload.status != "expired"))
             known = set(rows)
-        gone = {name.removesuffix(METADATA_SUFFIX) for name in names} - known
+        gone = {_upload_id(name) for name in names} - known
         await self.remove_files(sorted(gone))
         return num_ended
 
@@ -191,8 +193,9 @@ class UploadStore:
         for upload_id in upload_ids:
             if (transfer := self._transfers.pop(upload_id, None)) is not None:
                 transfer.interrupt()
-            for path in (self._storage.upload(upload_id), self._metadata_path(upload_id)):
-                await asyncio.to_thread(path.unlink, missing_ok=True)
+            path = self._storage.upload(upload_id)
+            for each in (path, self._metadata_path(upload_id), piece_mark.mark_path(path)):
+                await asyncio.to_thread(each.unlink, missing_ok=True)
 
     # --- rows ---------------------------------------------------------------------------
 
@@ -205,7 +208,7 @@ class UploadStore:
 
     def _num_bytes_on_disk(self, upload_id: str) -> int:
         try:
-            return self._storage.upload(upload_id).stat().st_size
+            return piece_mark.counted_bytes(self._storage.upload(upload_id))
         except FileNotFoundError:
             raise _no_such_upload() from None
 
@@ -236,7 +239,7 @@ class UploadStore:
             path = self._storage.upload(upload.id)
             file = transfer.file = await _to_the_end(lambda: ReceivedFile.resume(path))
         source = Source(transfer, chunks, upload.length_bytes - file.num_bytes)
-        mark = file.mark(checksum)
+        mark = await _to_the_end(lambda: file.mark(checksum))
         try:
             while piece := await source.next_piece():
                 await _to_the_end(lambda piece=piece: self._write(file, piece))
@@ -244,6 +247,8 @@ class UploadStore:
                 raise source.failure
             if checksum is not None and file.piece_digest() != checksum.digest:
                 raise ChecksumMismatch("The piece does not match its checksum; send it again.")
+            if checksum is not None:
+                await _to_the_end(file.accept)
         except BaseException:
             if checksum is not None:
                 await _to_the_end(lambda: file.rewind(mark))
@@ -281,6 +286,11 @@ def clean_filename(filename: str) -> str:
     name = filename.replace("\\", "/").rsplit("/", 1)[-1]
     name = "".join(char for char in name if char.isprintable()).strip()
     return name[-MAX_FILENAME_CHARS:] or "upload"
+
+
+def _upload_id(name: str) -> str:
+    """Whose file in `uploads/` this is."""
+    return name.removesuffix(METADATA_SUFFIX).removesuffix(piece_mark.SUFFIX)
 
 
 def _in_use() -> Select[str]:

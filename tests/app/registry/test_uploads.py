@@ -257,6 +257,58 @@ async def test_a_damaged_piece_leaves_nothing(
     assert (await restarted.get(upload.id, organization_id)).sha256 == SHA256
 
 
+async def test_of_a_checked_piece_nothing_counts_before_its_end(
+    uploads: UploadStore, restarted: UploadStore, storage: Storage, principal: Principal
+) -> None:
+    upload = await uploads.create(principal, "m", len(DATA))
+    organization_id = principal.organization_id
+    await send(uploads, upload, 0, DATA[:1000], checksum=sha256(DATA[:1000]))
+    rest = DATA[1000:]
+    path = storage.upload(upload.id)
+    left = b""
+
+    async def damaged() -> AsyncIterator[bytes]:
+        nonlocal left
+        yield bytes(1_500_000)
+        left = path.read_bytes()
+        for store in (uploads, restarted):
+            assert (await store.get(upload.id, organization_id)).received_bytes == 1000
+        mark = path.with_name(f"{path.name}.mark").read_bytes()
+        assert int(mark) == 1000
+        raise CutError
+
+    with pytest.raises(CutError):
+        await uploads.append(upload.id, organization_id, 1000, damaged(), sha256(rest))
+    assert len(left) == 1_501_000
+    assert await send(uploads, upload, 1000, rest, checksum=sha256(rest)) == len(DATA)
+    assert (await uploads.get(upload.id, organization_id)).sha256 == SHA256
+    assert [file.name for file in path.parent.iterdir()] == [upload.id]
+
+
+@pytest.mark.parametrize("is_checked", [True, False])
+async def test_a_process_killed_in_a_checked_piece(
+    uploads: UploadStore,
+    restarted: UploadStore,
+    storage: Storage,
+    principal: Principal,
+    is_checked: bool,
+) -> None:
+    upload = await uploads.create(principal, "m", len(DATA))
+    organization_id = principal.organization_id
+    await send(uploads, upload, 0, DATA[:1000], checksum=sha256(DATA[:1000]))
+    path = storage.upload(upload.id)
+    killed = received_file.ReceivedFile.resume(path)
+    killed.mark(sha256(DATA[1000:]))
+    killed.append(bytes(len(DATA) - 1000))  # all of it is there, and wrong
+    for store in (uploads, restarted):
+        assert (await store.get(upload.id, organization_id)).received_bytes == 1000
+    checksum = sha256(DATA[1000:2000]) if is_checked else None
+    assert await send(restarted, upload, 1000, DATA[1000:2000], checksum=checksum) == 2000
+    assert content(storage, upload) == DATA[:2000]
+    assert await send(restarted, upload, 2000, DATA[2000:]) == len(DATA)
+    assert (await restarted.get(upload.id, organization_id)).sha256 == SHA256
+
+
 # --- limits -----------------------------------------------------------------------------
 
 
@@ -353,8 +405,8 @@ async def test_a_full_disk_keeps_what_arrived(
     await send(uploads, upload, 0, DATA[:1000])
     path_open = Path.open
 
-    def failing_open(path: Path, mode: str = "r", *arguments: object) -> object:
-        file = path_open(path, mode, *arguments)  # type: ignore[arg-type]
+    def failing_open(path: Path, mode: str = "r", **arguments: object) -> object:
+        file = path_open(path, mode, **arguments)  # type: ignore[call-overload]
         return FullFile(file) if mode == "r+b" and path.name == upload.id else file
 
     with monkeypatch.context() as patch:
