@@ -45,6 +45,15 @@ class LotState(NamedTuple):
     is_over: bool = False
 
 
+def promised_to(limit_nano: int | None, posted_nano: int, held_nano: int, in_lots_nano: int) -> int:
+    """How much of an account's credit its running requests were promised: what they hold, as far
+    as its limit does not cover that beside what is owed. Nothing without a limit."""
+    if limit_nano is None:
+        return 0
+    owed_nano = in_lots_nano - posted_nano
+    return min(held_nano, max(0, held_nano + owed_nano - limit_nano))
+
+
 def draw(lots: Sequence[LotState], amount_nano: int, promised_nano: int = 0) -> list[Draw]:
     """How `amount_nano` is taken from lots given in the order of use. What they do not cover is
     owed on account. Lots whose time is over pay only for what requests were promised of them, as
@@ -175,9 +184,8 @@ async def take_back(
 
 
 async def expire_due(session: AsyncSession, lot_id: str) -> str | None:
-    """Ends what is left of a lot whose time is over. Where an account has a limit, what running
-    requests hold waits for their settlement: it was promised to them out of this credit. Returns
-    the posting's id if there was one."""
+    """Ends what is left of a lot whose time is over. What running requests were promised of it
+    waits for their settlement. Returns the posting's id if there was one."""
     lot = await session.get(CreditLot, lot_id)
     assert lot is not None
     account = await lock_account(session, lot.organization_id, "")
@@ -187,7 +195,9 @@ async def expire_due(session: AsyncSession, lot_id: str) -> str | None:
     # Not the balance: credit ends whatever else is owed.
     lots = await open_lots(session, lot.organization_id)
     in_lots = sum(each.remaining_nano for each in lots)
-    promised_nano = 0 if account.credit_limit_nano is None else account.held_nano
+    promised_nano = promised_to(
+        account.credit_limit_nano, account.posted_nano, account.held_nano, in_lots
+    )
     amount_nano = min(lot.remaining_nano, max(0, in_lots - promised_nano))
     if amount_nano == 0:
         return None

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from sqlalchemy import Connection
 
 from app.billing.budget_holds import release_windows
-from app.billing.credits import Draw, LotState, draw
+from app.billing.credits import Draw, LotState, draw, promised_to
 from app.billing.currency import require_same
 from app.billing.digests import ReceiptRecord, instant_text, merkle_root
 from app.billing.holds import move_balances, release_holds
@@ -41,9 +41,9 @@ def post_settlements(connection: Connection, settlements: Sequence[Settlement]) 
     lots = _open_lots(connection, list(by_organization))
     rows = _Rows(statements_of(connection))
     for organization_id, own in sorted(by_organization.items()):
-        closed_until, promised_nano = accounts[organization_id]
-        own_lots = lots[organization_id]
-        rows.add(own, posting_time(closed_until), own_lots, promised_nano)
+        account, own_lots = accounts[organization_id], lots[organization_id]
+        promised_nano = account.promised_of(own_lots)
+        rows.add(own, posting_time(account.closed_until), own_lots, promised_nano)
     failpoint("posting.before_rows")
     rows.write(connection)
     failpoint("posting.after_rows")
@@ -67,11 +67,16 @@ def unrecorded(connection: Connection, settlements: Sequence[Settlement]) -> lis
 
 
 class _Account(NamedTuple):
-    """Until when its books are closed, and what its running requests were promised: nothing
-    without a limit, as they owe what credit does not pay."""
+    """Until when its books are closed, and where it stands."""
 
     closed_until: datetime | None
-    promised_nano: int
+    credit_limit_nano: int | None
+    posted_nano: int
+    held_nano: int
+
+    def promised_of(self, lots: list[LotState]) -> int:
+        in_lots_nano = sum(lot.remaining_nano for lot in lots)
+        return promised_to(self.credit_limit_nano, self.posted_nano, self.held_nano, in_lots_nano)
 
 
 def _lock_accounts(
@@ -88,11 +93,10 @@ def _lock_accounts(
             connection.execute(open_statement(connection.dialect.name, name, currency))
         rows = connection.exec_driver_sql(sql.lock_accounts, ids).all()
     accounts: dict[str, _Account] = {}
-    for name, closed_until, currency, limit_nano, held_nano in rows:
+    for name, closed_until, currency, *standing in rows:
         for settlement in by_organization[name]:
             require_same(name, currency, settlement.currency)
-        promised_nano = 0 if limit_nano is None else held_nano
-        accounts[name] = _Account(_closed_until(closed_until), promised_nano)
+        accounts[name] = _Account(_closed_until(closed_until), *standing)
     return accounts
 
 

@@ -174,8 +174,8 @@ class Statements:
         # SQLite's transactions are alone from their start.
         lock = "" if self.is_sqlite else " FOR UPDATE"
         self.lock_accounts = (
-            "SELECT organization_id, closed_until, currency, credit_limit_nano, held_nano"  # noqa: S608
-            " FROM account_balance"
+            "SELECT organization_id, closed_until, currency, credit_limit_nano, posted_nano,"  # noqa: S608
+            " held_nano FROM account_balance"
             f" WHERE organization_id {one_of} ORDER BY organization_id{lock}"
         )
         self.open_lots = (

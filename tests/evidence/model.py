@@ -88,6 +88,12 @@ class Account:
         """Of credit whose time is over, and which nobody has taken away yet."""
         return sum(lot.remaining for lot in self.lots.values() if lot.is_over(at))
 
+    def promised(self, held: int) -> int:
+        """Of credit to requests that hold this: what the limit does not cover beside the debt."""
+        if self.limit is None:
+            return 0
+        return min(held, max(0, held - self.on_account - self.limit))
+
     def lacking(self, limit: int | None) -> int:
         return 0 if limit is None or not self.held else max(0, self.held - self.posted - limit)
 
@@ -129,7 +135,7 @@ class Account:
         much as if it had been taken away at its instant: what was promised under a limit, and
         nothing else covers."""
         self.billed[f"{at:%Y-%m}"] += amount
-        promised = 0 if self.limit is None else self.held + self.settling
+        promised = self.promised(self.held + self.settling)
         over = max(0, promised - (self.in_lots - self.left_over(at)))
         for lot in sorted(self.lots.values(), key=lambda lot: lot.order):
             taken = min(lot.remaining, amount, over if lot.is_over(at) else amount)
@@ -158,10 +164,9 @@ class Account:
         self.forced = self.lacking(self.limit)
 
     def expire(self, lot_id: str) -> None:
-        """All but what running requests were promised under a limit."""
+        """All but what running requests were promised."""
         lot = self.lots[lot_id]
-        promised = 0 if self.limit is None else self.held
-        amount = min(lot.remaining, max(0, self.in_lots - promised))
+        amount = min(lot.remaining, max(0, self.in_lots - self.promised(self.held)))
         lot.remaining -= amount
         if amount:
             self.forced = self.lacking(self.limit)

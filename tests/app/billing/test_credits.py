@@ -331,6 +331,40 @@ async def test_credit_that_is_over_admits_nothing_before_it_is_taken_away(
     assert (entries[PROMOTIONAL], entries[PAID], entries[OWED]) == (9 * cost, cost, 0)
 
 
+async def test_what_the_limit_covers_keeps_no_credit_that_is_over(
+    accounts: AccountWriter,
+    books: Database,
+    settlement: MakeSettlement,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However long requests follow each other without a pause."""
+    cost = settlement("x").amount_nano
+    async with books.write() as session:
+        await set_spending_limit(session, ORGANIZATION, 10 * cost, "usd")
+    ends_at = clock.now() + timedelta(days=1)
+    lot_id = await add(books, 3 * cost, "grant:1", "promotional", 10, ends_at)
+    assert lot_id is not None
+    await accounts.hold("req_0", ORGANIZATION, 11 * cost)
+    monkeypatch.setattr(clock, "now", lambda: ends_at)
+    accounts.settle(settlement("req_0"))  # of what it was promised, 1 beyond the limit
+    await accounts.flush()
+    entries = await balances(books)
+    assert (entries[PROMOTIONAL], entries[OWED]) == (2 * cost, 0)
+    for number in (1, 2, 3):
+        await accounts.hold(f"req_{number}", ORGANIZATION, cost)
+    for number in (1, 2):
+        accounts.settle(settlement(f"req_{number}"))
+    await accounts.flush()
+    entries = await balances(books)
+    assert (entries[PROMOTIONAL], entries[OWED]) == (2 * cost, -2 * cost)
+    async with books.write() as session:
+        assert await credits.expire_due(session, lot_id) is not None
+    accounts.settle(settlement("req_3"))
+    await accounts.flush()
+    entries = await balances(books)
+    assert (entries[PROMOTIONAL], entries[OWED]) == (0, -3 * cost)
+
+
 async def test_without_a_limit_credit_that_is_over_pays_for_nothing(
     accounts: AccountWriter,
     books: Database,
