@@ -1,6 +1,9 @@
 """Request bodies: decoded against a schema, with errors that name the field; and forms."""
 
+import asyncio
 import re
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import msgspec
@@ -8,7 +11,9 @@ from litestar import Request
 from litestar.datastructures import FormMultiDict
 from litestar.exceptions import ClientException
 
-from app.core.errors import InvalidRequest, TooLarge
+from app.core.errors import InvalidRequest, TookTooLong, TooLarge
+
+BODY_SECONDS = 30.0  # for all of a body that is neither an upload nor for a model
 
 T = TypeVar("T")
 _AT = re.compile(r"^(?P<problem>.*) - at `\$\.?(?P<path>.*)`$", re.DOTALL)
@@ -24,6 +29,27 @@ def decode(decoder: "msgspec.json.Decoder[T]", body: bytes) -> T:
         raise InvalidRequest(message, param=param) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from None
+    except RecursionError:
+        raise nested_too_deeply() from None
+
+
+def nested_too_deeply() -> InvalidRequest:
+    """JSON whose nesting is deeper than any request's."""
+    return InvalidRequest("The body is nested too deeply.", code="invalid_json")
+
+
+@asynccontextmanager
+async def body_deadline() -> AsyncGenerator[None]:
+    """Around reading a body that is small: one that trickles in would hold its connection, and
+    what was found out about its sender, for as long as they like. Raises `TookTooLong`."""
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            yield
+    except TimeoutError:
+        raise TookTooLong(
+            f"The body of this request took more than {BODY_SECONDS:.0f} seconds to arrive. "
+            "Send it again."
+        ) from None
 
 
 async def receive_form(request: Request[Any, Any, Any]) -> FormMultiDict:

@@ -6,6 +6,7 @@ No answer ever holds a stack trace, a path or anything else of the box's inside.
 
 import logging
 import re
+import traceback
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -13,13 +14,15 @@ import msgspec
 from litestar import Request, Response
 from litestar.exceptions import HTTPException, ValidationException
 
+from app.api.bodies import nested_too_deeply
 from app.core.database import is_about_a_value
-from app.core.errors import AppError, InvalidRequest, Unstorable
+from app.core.errors import AppError, Unstorable
 from app.core.ids import new_id
 
 logger = logging.getLogger(__name__)
 
 AnyRequest = Request[Any, Any, Any]
+DECODING = "litestar.serialization.msgspec_hooks"
 _MISSING = re.compile(r"missing required field `(.*)`")
 
 # Litestar's own refusals, by status: error type, code, and what to say instead of its words.
@@ -148,24 +151,28 @@ def render_http_error(request: AnyRequest, error: HTTPException) -> Response[Any
 
 def render_unknown_error(request: AnyRequest, error: Exception) -> Response[Any]:
     """A fault of ours: logged in full under an id that the caller gets to quote."""
-    if isinstance(error, RecursionError) and "deserializing" in str(error):
-        # Not a fault: a JSON body nested deeper than any request is.
-        refused = InvalidRequest("The body is nested too deeply.", code="invalid_json")
-        return render_app_error(request, refused)
+    if isinstance(error, RecursionError) and _is_of_the_body(error):
+        return render_app_error(request, nested_too_deeply())
     if is_about_a_value(error):
         return render_app_error(request, Unstorable())
     error_id = new_id("err")
     # The route, as an address can hold names and one-time tokens.
     route = cast("dict[str, Any]", request.scope).get("path_template", "no route")
     logger.error("%s at %s %s", error_id, request.method, route, exc_info=error)
-    detail = ErrorDetail(
-        message=f"Something went wrong inside the box. Its operator finds it in the log as "
-        f"{error_id}.",
-        type="server_error",
-        param=None,
-        code="internal_error",
+    return render_app_error(request, internal_error(error_id))
+
+
+def internal_error(error_id: str) -> AppError:
+    """A fault of ours, which the log has under this id."""
+    return AppError(
+        f"Something went wrong inside the box. Its operator finds it in the log as {error_id}."
     )
-    return Response(_body(request, detail, 500), status_code=500, media_type="application/json")
+
+
+def _is_of_the_body(error: RecursionError) -> bool:
+    """Whether the web framework raised it where it decodes bodies: no other one is the caller's."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and frames[-1].f_globals.get("__name__") == DECODING
 
 
 def _invalid_parameter(error: ValidationException) -> tuple[str, str | None]:

@@ -71,6 +71,11 @@ class Execution:
             self.is_cancelled = True
             self.link.cancel(self.request_id)
 
+    def abandon(self) -> None:
+        """Stops the replica for a fault of this box, so that nothing is owed. Idempotent."""
+        if not self._is_over:
+            self.link.cancel(self.request_id)
+
     async def next_outputs(self) -> list[SequenceOutput]:
         """What was added since the last call; empty at the end. Raises how the request failed."""
         while not self._pending:

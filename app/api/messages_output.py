@@ -3,7 +3,7 @@
 Owns their order, whether they are streamed or answered at once, and why the message ended.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 
@@ -20,6 +20,7 @@ from app.api.messages_types import (
 from runtime.protocol import FinishReason, SequenceOutput, ToolCall
 
 BlockEvent = BlockStart | BlockDelta | BlockStop
+NOTHING = msgspec.Raw(b"{}")
 
 
 class MessageBlocks:
@@ -70,16 +71,19 @@ class MessageBlocks:
         at = len(self.blocks)
         self.blocks.append(ToolUseBlock(call.id, call.name, _object(call.arguments)))
         return [
-            BlockStart(at, ToolUseBlock(call.id, call.name, {})),
+            BlockStart(at, ToolUseBlock(call.id, call.name, NOTHING)),
             BlockDelta(at, InputDelta(call.arguments)),
             BlockStop(at),
         ]
 
 
-def _object(arguments: str) -> dict[str, Any]:
-    """Of a model that was held to no schema, any text may come; it is told as it is."""
+def _object(arguments: str) -> msgspec.Raw:
+    """As the model wrote it. One that was held to no schema may write any text, and JSON that is
+    nested deeper than can be read: that is told as text."""
     try:
         value: Any = msgspec.json.decode(arguments)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError):
         value = None
-    return cast(dict[str, Any], value) if isinstance(value, dict) else {"arguments": arguments}
+    if isinstance(value, dict):
+        return msgspec.Raw(arguments.encode())
+    return msgspec.Raw(msgspec.json.encode({"arguments": arguments}))

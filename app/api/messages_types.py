@@ -99,9 +99,11 @@ class TextBlock(msgspec.Struct, frozen=True, tag_field="type", tag="text"):
 
 
 class ToolUseBlock(msgspec.Struct, frozen=True, tag_field="type", tag="tool_use"):
+    """`input` is an object's JSON, as the model wrote it."""
+
     id: str
     name: str
-    input: dict[str, Any]
+    input: Annotated[msgspec.Raw, Meta(extra_json_schema={"type": "object"})]
 
 
 OutputBlock = TextBlock | ToolUseBlock

@@ -1,6 +1,7 @@
 """Answers that a client may leave: the event stream, and the watch for a disconnect."""
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -9,9 +10,11 @@ import msgspec
 from litestar.response.base import ASGIResponse
 
 from app.api.dialect import Dialect, usage_of
+from app.api.errors import internal_error
 from app.api.execution import Execution
 from app.api.request_ids import id_headers
 from app.core.errors import AppError
+from app.core.ids import new_id
 from runtime.protocol import SequenceOutput
 
 if TYPE_CHECKING:
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 # Most answers are out by then, and a task for each of them would be wasted.
 WATCH_AFTER_SECONDS = 0.05
 
+log = logging.getLogger(__name__)
 _encoder = msgspec.json.Encoder()
 
 
@@ -82,20 +86,30 @@ class EventStream(ASGIResponse):
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         with CancelledOnDisconnect(receive, self._execution):
             await self.start_response(send)
-            outputs = self._first
-            if opening := self._dialect.opening(usage_of(self._execution.tally)):
-                await _send(send, opening)
             try:
-                while outputs:
-                    events = self._dialect.events(outputs)
-                    if events:
-                        await _send(send, events)
-                    outputs = await self._execution.next_outputs()
-                last = _event_bytes(self._dialect.closing(usage_of(self._execution.tally)))
-                await _send_bytes(send, last + self._dialect.end, more=False)
+                await self._send_events(send)
             except AppError as error:
-                failure = self._dialect.failure(error)
-                await _send_bytes(send, _event_bytes([failure]), more=False)
+                await self._fail(send, error)
+            except Exception:
+                self._execution.abandon()
+                error_id = new_id("err")
+                log.exception("%s in a stream of %s", error_id, self._dialect.route)
+                await self._fail(send, internal_error(error_id))
+
+    async def _send_events(self, send: "Send") -> None:
+        outputs = self._first
+        if opening := self._dialect.opening(usage_of(self._execution.tally)):
+            await _send(send, opening)
+        while outputs:
+            events = self._dialect.events(outputs)
+            if events:
+                await _send(send, events)
+            outputs = await self._execution.next_outputs()
+        last = _event_bytes(self._dialect.closing(usage_of(self._execution.tally)))
+        await _send_bytes(send, last + self._dialect.end, more=False)
+
+    async def _fail(self, send: "Send", error: AppError) -> None:
+        await _send_bytes(send, _event_bytes([self._dialect.failure(error)]), more=False)
 
 
 def _event_bytes(events: Sequence[msgspec.Struct]) -> bytes:
