@@ -5,11 +5,13 @@ upload can go on from any offset. It is reproducible: equal files give equal byt
 """
 
 import hashlib
+import os
 import tarfile
 from bisect import bisect_right
 from collections.abc import Iterable
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 from app.cli.client import Refused
 
@@ -18,31 +20,60 @@ EXAMPLES_NAME = "examples.npz"
 Piece = bytes | Path
 
 
+class FileChanged(Refused):
+    """What was uploaded so far is no file that there ever was."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"{path} changed while it was being uploaded; push again.")
+
+
+class Stamp(NamedTuple):
+    """By which a file is the same one, unchanged."""
+
+    num_bytes: int
+    modified_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> "Stamp":
+        return cls(found.st_size, found.st_mtime_ns, found.st_ino)
+
+
 class Parcel:
-    """Bytes to upload, addressable by offset. `filename` is what the box shows people."""
+    """Bytes to upload, addressable by offset, of files as they are when it is made. `filename` is
+    what the box shows people."""
 
     def __init__(self, filename: str, pieces: list[Piece]) -> None:
         self.filename = filename
         self._pieces = pieces
-        lengths = [len(p) if isinstance(p, bytes) else p.stat().st_size for p in pieces]
+        self._stamps = {p: Stamp.of(p.stat()) for p in pieces if isinstance(p, Path)}
+        lengths = [len(p) if isinstance(p, bytes) else self._stamps[p].num_bytes for p in pieces]
         self._ends = list(accumulate(lengths))
         self._starts = [end - length for end, length in zip(self._ends, lengths, strict=True)]
         self.num_bytes = self._ends[-1] if pieces else 0
 
     def fingerprint(self) -> str:
-        """Of the name and the files as they are on the disk, by path, size and time of change."""
+        """Of the name and the files, by path, size, time of change and inode."""
         digest = hashlib.sha256(self.filename.encode())
         for piece in self._pieces:
             if isinstance(piece, bytes):
                 digest.update(piece)
             else:
-                found = piece.stat()
-                digest.update(f"{piece.resolve()}\n{found.st_size}\n{found.st_mtime_ns}".encode())
+                digest.update(f"{piece.resolve()}\n{tuple(self._stamps[piece])}".encode())
         return digest.hexdigest()
 
+    def check_unchanged(self) -> None:
+        """Raises `FileChanged`."""
+        for path, stamp in self._stamps.items():
+            try:
+                is_same = Stamp.of(path.stat()) == stamp
+            except FileNotFoundError:
+                is_same = False
+            if not is_same:
+                raise FileChanged(path)
+
     def read(self, offset: int, num_bytes: int) -> bytes:
-        """Up to `num_bytes` from `offset`; fewer only at the end. Raises `Refused` when a file
-        changed its size meanwhile."""
+        """Up to `num_bytes` from `offset`; fewer only at the end. Raises `FileChanged`."""
         chunks: list[bytes] = []
         index = bisect_right(self._ends, offset)
         while num_bytes and index < len(self._pieces):
@@ -58,11 +89,15 @@ class Parcel:
         if isinstance(piece, bytes):
             return piece[start : start + num_bytes]
         wanted = min(num_bytes, self._ends[index] - self._starts[index] - start)
-        with piece.open("rb") as file:
-            file.seek(start)
-            chunk = file.read(wanted)
-        if len(chunk) != wanted:
-            raise Refused(f"{piece} changed while it was being uploaded; push again.")
+        try:
+            with piece.open("rb") as file:
+                file.seek(start)
+                chunk = file.read(wanted)
+                is_same = Stamp.of(os.fstat(file.fileno())) == self._stamps[piece]
+        except FileNotFoundError:
+            raise FileChanged(piece) from None
+        if not is_same or len(chunk) != wanted:
+            raise FileChanged(piece)
         return chunk
 
 

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from app.cli.client import Box, Refused, Unreachable
-from app.cli.packing import Parcel
+from app.cli.packing import FileChanged, Parcel
 from app.cli.progress import ProgressBar, megabytes
 
 CHUNK_BYTES = 16 * 1024**2
@@ -55,6 +55,10 @@ class Sender:
             bar.say(f"The box has {megabytes(self._offset)} of it ({share:.0%}); going on there.")
         try:
             self._send_rest(bar)
+            self._parcel.check_unchanged()
+        except FileChanged:
+            self._discard()
+            raise
         except KeyboardInterrupt:
             share = self._offset / self._parcel.num_bytes
             bar.say(
@@ -70,6 +74,12 @@ class Sender:
         """Once nothing needs the upload again."""
         with suppress(OSError):
             self._memory.unlink(missing_ok=True)
+
+    def _discard(self) -> None:
+        """Here and at the box. One that cannot be reached now lets it expire."""
+        self.forget()
+        with suppress(Refused):
+            self._box.request("DELETE", self._location, headers=TUS)
 
     def _send_rest(self, bar: ProgressBar) -> None:
         failures = 0

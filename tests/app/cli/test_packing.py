@@ -1,6 +1,7 @@
 """A parcel is a real tar, reproducible, and readable from any offset."""
 
 import io
+import os
 import tarfile
 from pathlib import Path
 
@@ -76,8 +77,24 @@ def test_what_cannot_be_packed_is_refused(tmp_path: Path, directory: Path) -> No
         pack(directory / "config.json", tmp_path / "missing")
 
 
-def test_a_file_that_shrinks_meanwhile_is_noticed(directory: Path) -> None:
+@pytest.mark.parametrize("change", ["shorter", "rewritten", "replaced", "removed"])
+def test_a_file_that_changes_meanwhile_is_noticed(directory: Path, change: str) -> None:
     parcel = pack(directory, None)
-    (directory / "sub" / "weights").write_bytes(b"short")
+    parcel.check_unchanged()
+    path = directory / "sub" / "weights"
+    found = path.stat()
+    if change == "shorter":
+        path.write_bytes(b"short")
+    elif change == "rewritten":
+        path.write_bytes(bytes(found.st_size))
+        os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns + 1))
+    elif change == "replaced":  # by one that was written before
+        (directory / "other").write_bytes(bytes(found.st_size))
+        os.utime(directory / "other", ns=(found.st_atime_ns, found.st_mtime_ns))
+        (directory / "other").rename(path)
+    else:
+        path.unlink()
     with pytest.raises(Refused, match="changed while"):
         read_whole(parcel, 1 << 20)
+    with pytest.raises(Refused, match="changed while"):
+        parcel.check_unchanged()

@@ -123,6 +123,26 @@ async def test_a_file_that_changed_is_another_upload(
     assert box.offsets == PIECES
 
 
+@pytest.mark.parametrize("number", [3, len(PIECES)])
+async def test_a_file_rewritten_meanwhile_is_refused_and_nothing_of_it_is_kept(
+    app: Litestar, caller: Caller, path: Path, number: int
+) -> None:
+    other = os.urandom(len(DATA))
+
+    def rewrite(now: int, _: object) -> None:
+        if now == number:
+            path.write_bytes(other)
+
+    box = ScriptedBox(rewrite)
+    with pytest.raises(Refused, match="changed while it was being uploaded"):
+        await send(box, path)
+    assert box.calls[-1] == "DELETE"
+    assert list(app.state.storage.upload("any").parent.iterdir()) == []
+    again = ScriptedBox()
+    await check(app, caller, await send(again, path), other)
+    assert again.offsets == PIECES
+
+
 async def test_an_upload_that_is_gone_begins_anew(
     app: Litestar, caller: Caller, path: Path
 ) -> None:
