@@ -29,6 +29,7 @@ from app.core.ids import id_with
 from app.core.money import price_of
 
 MAGIC = b"tapeout usage 1\n"
+PROLOGUE = len(MAGIC) + 4 + 32  # then the header's length and SHA-256, the header, the columns
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
 WHO = (
@@ -180,16 +181,20 @@ class ArchiveWriter:
             latest_at=latest_at,
         )
         encoded = msgspec.json.encode(header)
-        return MAGIC + len(encoded).to_bytes(4) + encoded + body
+        prologue = MAGIC + len(encoded).to_bytes(4) + hashlib.sha256(encoded).digest()
+        return prologue + encoded + body
 
 
 def read_header(file: BinaryIO) -> Header:
     """Leaves the file at the start of its columns. Raises `DamagedArchive`."""
-    start = file.read(len(MAGIC) + 4)
-    if not start.startswith(MAGIC):
+    start = file.read(PROLOGUE)
+    if len(start) < PROLOGUE or not start.startswith(MAGIC):
         raise DamagedArchive("this is no file of archived usage")
+    encoded = file.read(int.from_bytes(start[len(MAGIC) : len(MAGIC) + 4]))
+    if hashlib.sha256(encoded).digest() != start[len(MAGIC) + 4 :]:
+        raise DamagedArchive("the header is damaged: its SHA-256 is another")
     try:
-        return msgspec.json.decode(file.read(int.from_bytes(start[len(MAGIC) :])), type=Header)
+        return msgspec.json.decode(encoded, type=Header)
     except msgspec.MsgspecError as error:
         raise DamagedArchive(f"the header is damaged: {error}") from error
 

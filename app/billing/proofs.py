@@ -158,7 +158,7 @@ def read_saved(data: bytes) -> Saved:
             return Saved(proof, [])
         answer = msgspec.json.decode(data, type=_Answer)
         _check_names(data)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ProofError(f"this is not a receipt's proof: {error}") from error
     if answer.proof is None:
         raise ProofError(
@@ -204,7 +204,7 @@ def _canonical(text: str, kind: type[Canonical], name: str) -> Canonical:
     """Only the one text that a record has is taken: no two can be read from the same bytes."""
     try:
         record = msgspec.json.decode(text, type=kind)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, RecursionError) as error:
         raise ProofError(f"{name}: {error}") from error
     if record.canonical != text.encode():
         raise ProofError(f"{name}: not in the form that is hashed")

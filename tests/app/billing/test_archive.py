@@ -5,6 +5,7 @@ import os
 import threading
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -406,6 +407,30 @@ def test_a_file_gives_back_what_was_put_in(
     header = read_header(io.BytesIO(content))
     assert (header.first_seal, header.last_seal, header.latest_at) == (3, 7, latest_at)
     assert header.num_events == sum(len(own) for _, own in transactions)
+
+
+def test_no_byte_of_a_header_may_change() -> None:
+    content = ArchiveWriter().finish(3, 7, instant_text(NOW))
+    for place in range(len(content)):
+        damaged = bytearray(content)
+        damaged[place] ^= 1
+        with pytest.raises(DamagedArchive):
+            list(read_transactions(io.BytesIO(bytes(damaged))))
+
+
+def test_what_is_archived_until_when_is_kept_while_nothing_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = UsageArchive(tmp_path)
+    archive.write(Span(1, 2), ArchiveWriter().finish(1, 2, instant_text(NOW)))
+    assert archive.archived_until() == NOW
+    os.utime(tmp_path, (0, 0))  # long ago
+    assert archive.archived_until() == NOW
+    with monkeypatch.context() as patched:
+        patched.setattr(UsageArchive, "spans", lambda _: pytest.fail("looked at all files again"))
+        assert archive.archived_until() == NOW
+    archive.write(Span(3, 4), ArchiveWriter().finish(3, 4, instant_text(NOW + DAY)))
+    assert archive.archived_until() == NOW + DAY
 
 
 @given(st.integers(0, 2**48 - 1), st.binary(min_size=10, max_size=10))

@@ -226,3 +226,10 @@ def test_the_document_names_every_member() -> None:
     text = DOCUMENT.read_text()
     for name in ReceiptRecord.__struct_fields__:
         assert f"`{name}`" in text, name
+
+
+@pytest.mark.parametrize("name", ["receipt_path", "x", "proof"])
+def test_a_saved_answer_that_is_nested_beyond_reason_is_none(name: str) -> None:
+    deep = b"[" * 100_000 + b"]" * 100_000
+    with pytest.raises(ProofError):
+        read_saved(b'{"%s": %s}' % (name.encode(), deep))
