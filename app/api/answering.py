@@ -54,20 +54,6 @@ async def respond(request: AnyRequest, dialect_class: type[Dialect[Any]]) -> ASG
     return json_answer(answer, dialect.request_id)
 
 
-async def count_prompt_tokens(
-    request: AnyRequest, dialect_class: type[Dialect[Any]]
-) -> tuple[int, str]:
-    """How many tokens the request's prompt has, and the request's id. The model's worker tells,
-    runs nothing and forgets the request; it costs nothing."""
-    dialect, target, generate = await read(request, dialect_class)
-    try:
-        prepared = await target.link.prepare(generate)
-    except AppError as error:
-        raise dialect.renamed(error) from None
-    target.link.cancel(dialect.request_id)
-    return prepared.num_prompt_tokens, dialect.request_id
-
-
 async def read(
     request: AnyRequest, dialect_class: type[Dialect[Any]]
 ) -> "tuple[Dialect[Any], Target, Generate]":

@@ -9,7 +9,8 @@ import msgspec
 from litestar import Request, Router, post
 from litestar.response.base import ASGIResponse
 
-from app.api.answering import count_prompt_tokens, json_answer, respond
+from app.api.answering import json_answer, respond
+from app.api.counting import count_prompt_tokens
 from app.api.dialect import Dialect
 from app.api.errors import MessagesErrorBody, error_body, messages_error_body
 from app.api.messages_input import messages_of

@@ -9,7 +9,8 @@ import msgspec
 from litestar import Request, post
 from litestar.response.base import ASGIResponse
 
-from app.api.answering import count_prompt_tokens, json_answer, respond
+from app.api.answering import json_answer, respond
+from app.api.counting import count_prompt_tokens
 from app.api.dialect import Dialect
 from app.api.errors import error_body
 from app.api.openai_types import (

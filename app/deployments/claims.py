@@ -144,7 +144,10 @@ def check_prepared(prepared: Prepared, request: Generate, decoder: DecoderInfo) 
     is_plausible = (
         1 <= prepared.num_prompt_tokens <= bound
         and 0 <= prepared.max_tokens <= request.sampling.max_tokens
-        and prepared.num_prompt_tokens + prepared.max_tokens <= decoder.max_context_tokens
+        and (
+            request.is_count
+            or prepared.num_prompt_tokens + prepared.max_tokens <= decoder.max_context_tokens
+        )
     )
     if request.token_ids is not None:
         is_plausible = is_plausible and prepared.num_prompt_tokens == len(request.token_ids)

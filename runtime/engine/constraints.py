@@ -155,9 +155,9 @@ class Constraints:
 
 
 def _source_of(generate: Generate) -> bytes | None:
-    """All that a constraint is made of; None where there is none."""
+    """All that a constraint is made of; None where there is none, or no answer to hold to it."""
     tools = offered_tools(generate)
-    if not tools and generate.json_schema is None:
+    if generate.is_count or (not tools and generate.json_schema is None):
         return None
     choice = (generate.tool_choice, generate.allows_several_calls) if tools else ()
     return msgspec.msgpack.encode((tools, choice, generate.json_schema))

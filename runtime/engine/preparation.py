@@ -18,7 +18,7 @@ MAX_CHOICES = 128
 @dataclass(frozen=True, slots=True)
 class PreparedRequest:
     """A valid request, ready to run. `max_tokens` is per choice: the request's own limit or what
-    is left of the context, whichever is less."""
+    is left of the context, whichever is less; 0 of one that is only counted."""
 
     generate: Generate
     token_ids: list[int]
@@ -71,6 +71,8 @@ class Preparation:
         token_ids = self._tokenise(generate)
         if not token_ids:
             raise refusal("the prompt is empty: it must have at least one token", param)
+        if generate.is_count:
+            return PreparedRequest(generate, token_ids, 0)
         self._check_length(len(token_ids), param)
         check_vocabulary(token_ids, self._num_ids, param)
         num_left = self._max_sequence_tokens - len(token_ids)

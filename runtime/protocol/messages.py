@@ -109,6 +109,8 @@ class Generate(Message, frozen=True):
     allows_several_calls: bool = True  # of tools in one answer
     service_class: ServiceClass = "standard"
     fairness_key: str = ""  # queueing is fair between these (the organization)
+    # Never started: the prompt's length is asked alone, which may be more than the context's.
+    is_count: bool = False
 
 
 class Start(Message, frozen=True):

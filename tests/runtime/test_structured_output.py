@@ -251,6 +251,20 @@ def test_tools_that_may_not_be_called_are_not_told() -> None:
     assert untold.constraint is None
 
 
+def test_a_count_makes_no_grammar_and_knows_no_context() -> None:
+    bench = Bench(max_context_tokens=2_000, num_blocks=600)
+    asked: dict[str, Any] = {"messages": ASKED, "tools": TOOLS}
+    long = [ChatMessage(role="user", content="how is it" * 1000)]
+    for json_schema in (None, SCHEMA):
+        counted = bench.prepare(**asked, json_schema=json_schema, is_count=True)
+        assert bench.engine.to_compile(counted.generate) is None
+        assert (counted.constraint, counted.max_tokens) == (None, 0)
+        assert counted.token_ids == bench.prepare(**asked).token_ids
+    with pytest.raises(RequestError, match="may have"):
+        bench.prepare(messages=long)
+    assert bench.prepare(messages=long, is_count=True).num_prompt_tokens > 2_000
+
+
 def test_masks_are_made_while_the_model_runs(
     scatter: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:

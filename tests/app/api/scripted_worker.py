@@ -190,13 +190,12 @@ class ScriptedWorker:
             return
         if "unready" in text_of(generate):
             return
-        num_prompt_tokens = self._num_prompt_tokens(generate)
         self._prepared[generate.request_id] = generate
         self.send(
             Prepared(
                 request_id=generate.request_id,
-                num_prompt_tokens=num_prompt_tokens,
-                max_tokens=min(generate.sampling.max_tokens, CONTEXT_TOKENS - num_prompt_tokens),
+                num_prompt_tokens=self._num_prompt_tokens(generate),
+                max_tokens=self._max_tokens(generate),
             )
         )
 
@@ -205,9 +204,13 @@ class ScriptedWorker:
             return len(generate.token_ids)
         return len(text_of(generate).split())
 
+    def _max_tokens(self, generate: Generate) -> int:
+        num_left = CONTEXT_TOKENS - self._num_prompt_tokens(generate)
+        return 0 if generate.is_count else min(generate.sampling.max_tokens, num_left)
+
     async def _run(self, generate: Generate) -> None:
         num_prompt_tokens = self._num_prompt_tokens(generate)
-        max_tokens = min(generate.sampling.max_tokens, CONTEXT_TOKENS - num_prompt_tokens)
+        max_tokens = self._max_tokens(generate)
         key = (generate.cache_salt, text_of(generate))
         num_cached = num_prompt_tokens - 1 if key in self._seen else 0
         self._seen.add(key)
