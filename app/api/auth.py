@@ -1,5 +1,6 @@
 """Authentication of API requests: a bearer secret becomes a `Principal`, before anything of
-the request's body is read. Cookies mean nothing here, but to pages that people only read."""
+the request's body is read, and again once it is there: a key may be revoked meanwhile. Cookies mean
+nothing here, but to pages that people only read."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,13 +8,18 @@ from typing import Any
 from litestar import Request
 from litestar.connection import ASGIConnection
 from litestar.di import Provide
+from litestar.enums import RequestEncodingType
 from litestar.handlers import BaseRouteHandler
 
+from app.api.bodies import body_deadline, receive_form
 from app.core.errors import Unauthenticated
 from app.organizations.keys import KeyRing
 from app.organizations.principal import Principal, Scope
 from app.organizations.signins import COOKIE, SignIns, host_cookie
 from app.settings import Settings
+
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
+UPLOADS_PATH = "/api/uploads"  # bodies of any length, which are only received
 
 Connection = ASGIConnection[Any, Any, Any, Any]
 
@@ -37,6 +43,23 @@ async def bearer_principal(request: Connection) -> Principal:
     return await key_ring.authenticate(bearer_secret(request))
 
 
+async def principal_after_body(request: Connection) -> Principal:
+    """Who holds the request's API key still, now that all of the body is there: what the request
+    may do is decided by nothing older. Raises `Unauthenticated` and `TookTooLong`."""
+    principal = await bearer_principal(request)
+    assert isinstance(request, Request), "only requests have a body"
+    if request.method in SAFE_METHODS or request.url.path.startswith(UPLOADS_PATH):
+        return principal
+    handler: BaseRouteHandler = request.route_handler
+    is_form = "data" not in handler.parsed_fn_signature.parameters
+    if is_form and request.content_type[0] == RequestEncodingType.MULTI_PART:
+        await receive_form(request)  # with a file in it, which takes its time
+    else:
+        async with body_deadline():
+            await request.body()
+    return await bearer_principal(request)
+
+
 async def reading_principal(request: Connection) -> Principal:
     """For what is only read, and by people too: the holder of an API key, or who is signed in at
     the console. Raises `Unauthenticated`."""
@@ -51,7 +74,7 @@ async def reading_principal(request: Connection) -> Principal:
 
 async def authenticated(connection: Connection, _: BaseRouteHandler) -> None:
     """A guard that lets only holders of an API key pass, and remembers who it was."""
-    connection.scope["auth"] = await bearer_principal(connection)
+    connection.scope["auth"] = await principal_after_body(connection)
 
 
 def allowed(scope: Scope) -> Callable[[Connection, BaseRouteHandler], None]:

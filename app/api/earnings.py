@@ -12,7 +12,7 @@ from litestar.response import Stream
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.api.auth import bearer_principal
+from app.api.auth import bearer_principal, principal_after_body
 from app.api.bodies import decode
 from app.api.relay import Relay
 from app.billing.costs import device_hour_nano, set_device_hour
@@ -92,7 +92,7 @@ async def get_device_cost(request: AnyRequest) -> Response[DeviceHour]:
 @put("/device-cost", summary="Set what an hour of the device costs")
 async def put_device_cost(request: AnyRequest) -> Response[DeviceHour]:
     """Costs and margins of all periods are computed with it."""
-    principal = await bearer_principal(request)
+    principal = await principal_after_body(request)
     principal.require_operator()
     hour_nano = decode(_decoder, await request.body()).hour_nano
     settings: Settings = request.app.state.settings

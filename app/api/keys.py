@@ -15,7 +15,6 @@ from app.api.auth import allowed, authenticated, dependencies
 from app.billing import budgets
 from app.billing.budgets import BudgetView
 from app.core.database import Database
-from app.core.errors import Forbidden
 from app.organizations import keys
 from app.organizations.principal import Principal
 from app.organizations.tables import ApiKey
@@ -86,18 +85,12 @@ async def create_key(
 ) -> CreatedKey:
     """The answer holds the secret, which is not shown again. A key cannot be given scopes that
     the caller lacks."""
-    if lacking := set(data.scopes) & keys.SCOPES - principal.scopes:
-        raise Forbidden(
-            f"You cannot give a key the scope {min(lacking)!r}, which you lack.",
-            code="missing_scope",
-            param="scopes",
-        )
     database: Database = request.app.state.database
     settings: Settings = request.app.state.settings
     organization_id = principal.organization_id
     async with database.write() as session:
-        row, secret = await keys.create_key(
-            session, organization_id, data.name, frozenset(data.scopes), data.expires_at
+        row, secret = await keys.create_key_by(
+            session, principal, data.name, frozenset(data.scopes), data.expires_at
         )
         if data.limit_nano is not None:
             await limit_key(

@@ -7,7 +7,7 @@ import msgspec
 from litestar import Request, Response, Router, delete, get, post
 from litestar.params import FromPath
 
-from app.api.auth import bearer_principal
+from app.api.auth import bearer_principal, principal_after_body
 from app.api.bodies import decode
 from app.api.openai import visible_models
 from app.billing.policy import check_policy
@@ -184,7 +184,7 @@ async def get_book(request: AnyRequest, book_id: FromPath[str]) -> Response[Book
 @post("/", status_code=201, summary="A new price book")
 async def post_prices(request: AnyRequest) -> Response[BookAnswer]:
     """Replaces all prices from `effective_at` (now) on. Requests already admitted keep theirs."""
-    principal = await bearer_principal(request)
+    principal = await principal_after_body(request)
     principal.require_operator()
     body = decode(_decoder, await request.body())
     prices: PriceTable = request.app.state.prices
@@ -208,7 +208,7 @@ async def post_prices(request: AnyRequest) -> Response[BookAnswer]:
 async def preview_prices(request: AnyRequest) -> Response[Preview]:
     """Changes nothing: rates what was used last month (on a new box, this month) under the book
     that is sent, and compares it with the one in force."""
-    principal = await bearer_principal(request)
+    principal = await principal_after_body(request)
     principal.require_operator()
     body = decode(_decoder, await request.body())
     items = body.prices()

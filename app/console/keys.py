@@ -18,7 +18,7 @@ from app.core.errors import AppError, InvalidRequest, NotFound
 from app.core.money import parse_amount
 from app.organizations.keys import (
     ENVIRONMENT_KEY_ID,
-    create_key,
+    create_key_by,
     get_key,
     list_keys,
     revoke_key,
@@ -75,8 +75,8 @@ async def make_key(request: PageRequest) -> Response[str]:
         expires_at = _expiry(form)
         limit_nano = _limit(form.limit) if form.limit.strip() else None
         async with database.write() as session:
-            made, secret = await create_key(
-                session, principal.organization_id, form.name, form.scopes, expires_at
+            made, secret = await create_key_by(
+                session, principal, form.name, form.scopes, expires_at
             )
             if limit_nano is not None:
                 await limit_key(session, made, form.period, limit_nano, currency=settings.currency)

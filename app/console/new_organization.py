@@ -10,6 +10,7 @@ from app.console.sessions import form_field, signed_in
 from app.console.templating import PageRequest, base_url
 from app.core.database import Database
 from app.core.errors import AppError
+from app.organizations.confirmation import reconfirm
 from app.organizations.invitations import DEFAULT_HOURS, PATH, invite_into
 from app.organizations.service import checked_new_name, create_organization, get_organization
 from app.settings import Settings
@@ -18,12 +19,14 @@ from app.settings import Settings
 @post("/organizations", status_code=200)
 async def make_organization(request: PageRequest) -> Response[str]:
     """A prepaid one, and the link for its owner, which the answer shows this once."""
-    signed_in(request).principal.require_operator()
+    person = signed_in(request)
+    person.principal.require_operator()
     sent = await form_field(request, "name")
     settings: Settings = request.app.state.settings
     database: Database = request.app.state.database
     try:
         async with database.write() as session:
+            (await reconfirm(session, person.principal)).require_operator()
             name = await checked_new_name(session, sent)
             made = await create_organization(session, name)
             await lock_account(session, made.id, settings.currency)
@@ -34,7 +37,7 @@ async def make_organization(request: PageRequest) -> Response[str]:
                 "owner",
                 note="the first owner",
                 hours=DEFAULT_HOURS,
-                created_by=signed_in(request).email,
+                created_by=person.email,
             )
     except AppError as error:
         return await show_list(request, error=error, name=sent)
@@ -44,9 +47,11 @@ async def make_organization(request: PageRequest) -> Response[str]:
 @post("/organizations/{organization_id:str}/owner", status_code=200)
 async def invite_owner(request: PageRequest, organization_id: FromPath[str]) -> Response[str]:
     """For an organization that nobody can sign in to any more, or yet."""
-    signed_in(request).principal.require_operator()
+    person = signed_in(request)
+    person.principal.require_operator()
     database: Database = request.app.state.database
     async with database.write() as session:
+        (await reconfirm(session, person.principal)).require_operator()
         organization = await get_organization(session, organization_id)
         _, token = await invite_into(
             session,
@@ -54,7 +59,7 @@ async def invite_owner(request: PageRequest, organization_id: FromPath[str]) -> 
             "owner",
             note="an owner, by the operator",
             hours=DEFAULT_HOURS,
-            created_by=signed_in(request).email,
+            created_by=person.email,
         )
     link = f"{base_url(request)}{PATH}{token}"
     return await show_list(request, link=link, made=organization.name)

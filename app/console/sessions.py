@@ -11,15 +11,16 @@ from urllib.parse import quote, urlsplit
 
 from litestar import Response
 from litestar.datastructures import Cookie
+from litestar.enums import RequestEncodingType
 
-from app.api.bodies import receive_form
+from app.api.auth import SAFE_METHODS
+from app.api.bodies import body_deadline, receive_form
 from app.console.templating import PageRequest
 from app.core.errors import AppError, Forbidden, Unauthenticated
 from app.core.security import new_token
 from app.organizations.signins import COOKIE, SignedIn, SignIns, host_cookie
 from app.settings import Settings
 
-SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 SESSION, FORM = COOKIE, "tapeout_form"
 SIGN_IN_PATH = "/console/sign-in"
 HOME = "/console/overview"  # where people start
@@ -32,17 +33,31 @@ class SignInRequired(AppError):
 
 
 async def require_person(request: PageRequest) -> None:
-    """Lets only people with a session pass, and their forms only from pages of that session."""
+    """Lets only people with a session pass, and their forms only from pages of that session. They
+    are looked up again once the form is there: they may be removed while it arrives."""
     check_origin(request)
-    token = request.cookies.get(_cookie_name(request, SESSION), "")
+    person = await _authenticate(request)
+    if request.method not in SAFE_METHODS:
+        if request.content_type[0] == RequestEncodingType.MULTI_PART:
+            await receive_form(request)  # with a file in it, which takes its time
+        else:
+            await _receive_small_form(request)
+        person = await _authenticate(request)
+        person.require_csrf(await _sent_csrf_token(request))
+    request.scope["auth"] = person
+
+
+async def _authenticate(request: PageRequest) -> SignedIn:
     sign_ins: SignIns = request.app.state.sign_ins
     try:
-        person = await sign_ins.authenticate(token)
+        return await sign_ins.authenticate(session_token(request))
     except Unauthenticated:
         raise SignInRequired("Sign in to go on.") from None
-    request.scope["auth"] = person
-    if request.method not in SAFE_METHODS:
-        person.require_csrf(await _sent_csrf_token(request))
+
+
+async def _receive_small_form(request: PageRequest) -> None:
+    async with body_deadline():
+        await receive_form(request)
 
 
 async def require_own_form(request: PageRequest) -> None:
@@ -50,6 +65,7 @@ async def require_own_form(request: PageRequest) -> None:
     check_origin(request)
     if request.method in SAFE_METHODS:
         return
+    await _receive_small_form(request)
     expected = request.cookies.get(_cookie_name(request, FORM), "")
     sent = await _sent_csrf_token(request)
     if not expected or not hmac.compare_digest(expected.encode(), sent.encode()):

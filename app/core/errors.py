@@ -58,6 +58,12 @@ class NotFound(AppError):
     status, type, default_code = 404, "invalid_request_error", "not_found"
 
 
+class TookTooLong(AppError):
+    """The body did not arrive within the time that a request has for it."""
+
+    status, type, default_code = 408, "invalid_request_error", "request_timeout"
+
+
 class Conflict(AppError):
     status, type, default_code = 409, "invalid_request_error", "conflict"
 

@@ -16,6 +16,7 @@ from app.core.errors import Conflict, Forbidden, InvalidRequest, NotFound, Unaut
 from app.core.ids import new_id
 from app.core.security import new_token, token_hash
 from app.organizations import people
+from app.organizations.confirmation import reconfirm
 from app.organizations.members import check_role, require_power
 from app.organizations.principal import Principal
 from app.organizations.signins import SignIns
@@ -42,6 +43,7 @@ async def invite(
 ) -> tuple[Invitation, str]:
     """A new link's row and token, for somebody the caller may let in. Raises `Forbidden`,
     `InvalidRequest` and `Conflict`."""
+    principal = await reconfirm(session, principal)
     await require_power(session, principal, check_role(role))
     created_by = principal.api_key_name
     if principal.user_id is not None:
@@ -106,7 +108,7 @@ async def revoke_invitation(
     session: AsyncSession, principal: Principal, invitation_id: str
 ) -> None:
     """The link leads nowhere from then on. Raises `NotFound`, also for one that was used."""
-    principal.require("admin")
+    (await reconfirm(session, principal)).require("admin")
     removed = await session.execute(
         delete(Invitation)
         .where(

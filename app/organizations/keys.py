@@ -15,9 +15,10 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.core import clock
 from app.core.database import Database
-from app.core.errors import Conflict, InvalidRequest, NotFound, Unauthenticated
+from app.core.errors import Conflict, Forbidden, InvalidRequest, NotFound, Unauthenticated
 from app.core.ids import new_id
 from app.core.security import new_api_key, token_hash
+from app.organizations.confirmation import reconfirm
 from app.organizations.principal import SCOPES, Principal
 from app.organizations.tables import ApiKey, Organization
 
@@ -78,6 +79,26 @@ async def create_key(
     session.add(key)
     await session.flush()
     return key, secret
+
+
+async def create_key_by(
+    session: AsyncSession,
+    principal: Principal,
+    name: str,
+    scopes: frozenset[str],
+    expires_at: datetime | None = None,
+) -> tuple[ApiKey, str]:
+    """Like `create_key`, for a caller who may do so still, and gives a key no scope that they
+    lack. Raises `Forbidden`, `InvalidRequest` and `Unauthenticated`."""
+    principal = await reconfirm(session, principal)
+    principal.require("admin")
+    if lacking := scopes & SCOPES - principal.scopes:
+        raise Forbidden(
+            f"You cannot give a key the scope {min(lacking)!r}, which you lack.",
+            code="missing_scope",
+            param="scopes",
+        )
+    return await create_key(session, principal.organization_id, name, scopes, expires_at)
 
 
 async def list_keys(session: AsyncSession, organization_id: str) -> list[ApiKey]:
@@ -274,6 +295,7 @@ class KeyRing:
                 scopes=frozenset(scopes),
                 api_key_id=key_id,
                 api_key_name=key_name,
+                expires_at=expires_at,
             )
             found[secret_hash] = _Entry(principal, expires_at, read_at_ns)
         return found

@@ -10,6 +10,7 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.core.errors import Conflict, Forbidden, InvalidRequest, NotFound
+from app.organizations.confirmation import lock_people, reconfirm
 from app.organizations.principal import ROLE_MEANINGS, Principal
 from app.organizations.tables import ROLES, Invitation, Membership, Organization, SignIn, User
 
@@ -73,6 +74,7 @@ async def change_role(
 ) -> Member:
     """In force from the member's next request on; open invitations that they made end. Raises
     `Forbidden`, `InvalidRequest`, `NotFound`, and `Conflict` for the last owner."""
+    principal = await reconfirm(session, principal)
     membership = await _held(session, principal, user_id)
     await require_power(session, principal, check_role(role))
     if membership.role == "owner" and role != "owner":
@@ -85,13 +87,14 @@ async def change_role(
 async def remove_member(session: AsyncSession, principal: Principal, user_id: str) -> None:
     """Ends their sessions in this organization; keys that they know stay. Raises `Forbidden`,
     `NotFound`, and `Conflict` for the last owner."""
+    principal = await reconfirm(session, principal)
     await _end(session, await _held(session, principal, user_id))
 
 
 async def leave(session: AsyncSession, principal: Principal) -> None:
     """What everybody may do, but for the last owner. Raises `Conflict`."""
     assert principal.user_id is not None, "a key belongs to its organization"
-    await _lock(session, principal.organization_id)
+    await lock_people(session, principal.organization_id)
     await _end(session, await _membership(session, principal.organization_id, principal.user_id))
 
 
@@ -119,23 +122,16 @@ def check_role(role: str) -> str:
 async def _held(session: AsyncSession, principal: Principal, user_id: str) -> Membership:
     """The membership, which the caller may change or end."""
     principal.require("admin")
-    await _lock(session, principal.organization_id)
     membership = await _membership(session, principal.organization_id, user_id)
     await require_power(session, principal, membership.role)
     return membership
-
-
-async def _lock(session: AsyncSession, organization_id: str) -> None:
-    """Two owners who remove each other at once do it one after the other."""
-    await session.execute(
-        select(Organization.id).where(Organization.id == organization_id).with_for_update()
-    )
 
 
 async def _membership(session: AsyncSession, organization_id: str, user_id: str) -> Membership:
     membership = await session.scalar(
         select(Membership)
         .where(Membership.organization_id == organization_id, Membership.user_id == user_id)
+        .with_for_update()
         .execution_options(populate_existing=True)
     )
     if membership is None:

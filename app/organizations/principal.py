@@ -1,5 +1,6 @@
 """Who is calling: the answer of every kind of authentication, and what it may do."""
 
+from datetime import datetime
 from typing import Literal, get_args
 
 import msgspec
@@ -37,7 +38,7 @@ ROLE_MEANINGS: dict[str, str] = {
 
 class Principal(msgspec.Struct, frozen=True, kw_only=True):
     """A caller, on behalf of one organization. `api_key_id` is empty for a person in the
-    console; `user_id` and `role` are None for an API key."""
+    console; `user_id` and `role` are None for an API key, and only a key has an `expires_at`."""
 
     organization_id: str
     organization_name: str
@@ -48,6 +49,7 @@ class Principal(msgspec.Struct, frozen=True, kw_only=True):
     api_key_name: str = "console"
     user_id: str | None = None
     role: str | None = None
+    expires_at: datetime | None = None
 
     def require(self, scope: Scope) -> None:
         """Raises `Forbidden`, naming the scope, unless this caller has it."""

@@ -1,7 +1,9 @@
 """The pages Members and Your account, and the page behind an invitation."""
 
 import re
+from collections.abc import AsyncIterator
 
+import httpx
 import pytest
 from litestar.testing import AsyncTestClient
 from sqlalchemy import select, update
@@ -9,7 +11,7 @@ from sqlalchemy import select, update
 from app.console import live
 from app.organizations.people import create_person, hashed
 from app.organizations.service import create_organization
-from app.organizations.tables import Invitation, Membership, User
+from app.organizations.tables import ApiKey, Invitation, Membership, User
 from tests.app.console.conftest import EMAIL, ORIGIN, PASSWORD, Console
 from tests.app.console.samples import add_model, organization_id
 
@@ -74,6 +76,33 @@ async def test_a_link_is_shown_once_and_lets_one_person_in(owned: Console) -> No
     again = await owned.client.get(link)
     assert again.status_code == 403
     assert "was used, was revoked, or has ended" in again.text
+
+
+async def test_a_form_that_arrives_after_its_sender_was_removed_does_nothing(
+    owned: Console,
+) -> None:
+    bob = await joined(owned, "admin")
+    token = await bob.csrf_token("/console/account")
+    bob_id = await user_id(owned, BOB)
+
+    async def trickle() -> AsyncIterator[bytes]:
+        yield b"name=back+door&sco"
+        gone = await owned.post(HERE, f"{HERE}/{bob_id}/remove")
+        assert gone.status == 303
+        yield b"pe=admin&period=month"
+
+    headers = {
+        "Origin": ORIGIN,
+        "X-CSRF-Token": token,
+        "Cookie": "; ".join(f"{name}={value}" for name, value in bob.client.cookies.items()),
+        "Content-Type": "application/x-www-form-urlencoded",
+    }
+    transport = httpx.ASGITransport(owned.client.app)  # type: ignore[arg-type]
+    async with httpx.AsyncClient(transport=transport, base_url=ORIGIN) as client:
+        late = await client.post("/console/keys", content=trickle(), headers=headers)
+    assert (late.status_code, late.headers["location"]) == (303, "/console/sign-in")
+    async with owned.database.read() as session:
+        assert await session.scalar(select(ApiKey.id).where(ApiKey.name == "back door")) is None
 
 
 async def test_a_revoked_link_leads_nowhere(owned: Console) -> None:

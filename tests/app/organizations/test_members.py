@@ -11,8 +11,9 @@ from app.core.database import Database
 from app.core.errors import Conflict, Forbidden, InvalidRequest, NotFound, Unauthenticated
 from app.organizations import invitations, members, people
 from app.organizations.invitations import invite, redeem, revoke_invitation
+from app.organizations.keys import KeyRing, create_key, create_key_by, revoke_key
 from app.organizations.members import change_role, leave, list_members, remove_member
-from app.organizations.principal import Principal
+from app.organizations.principal import SCOPES, Principal
 from app.organizations.service import bootstrap, create_organization, redeem_setup
 from app.organizations.signins import SignedIn, SignIns
 from app.organizations.tables import Invitation, User
@@ -48,6 +49,12 @@ async def joined(
     token = await invited(database, by, role)
     user = await redeem(database, sign_ins, token, email, PASSWORD, HERE)
     return await sign_ins.open(user, by.organization_id)
+
+
+async def key_of(database: Database, organization_id: str) -> Principal:
+    async with database.write() as session:
+        _, secret = await create_key(session, organization_id, "leaked", SCOPES)
+    return await KeyRing(database).authenticate(secret)
 
 
 async def test_a_link_lets_one_person_in(
@@ -150,7 +157,7 @@ async def test_the_last_owner_stays(database: Database, sign_ins: SignIns, owner
     results = await asyncio.gather(
         remove(me, other.user_id), remove(other, me.user_id), return_exceptions=True
     )
-    assert [type(result) for result in results if result is not None] == [Conflict]
+    assert [type(result) for result in results if result is not None] == [Forbidden]
 
 
 async def test_owners_are_made_and_unmade_by_owners(
@@ -162,14 +169,7 @@ async def test_owners_are_made_and_unmade_by_owners(
     assert me.user_id is not None
     assert admin.user_id is not None
     assert member.user_id is not None
-    key = Principal(
-        organization_id=me.organization_id,
-        organization_name="default",
-        cache_salt=b"",
-        is_operator=True,
-        scopes=me.scopes,
-        api_key_id="key_x",
-    )
+    key = await key_of(database, me.organization_id)
     async with database.write() as session:
         for by in (admin, key):
             for attempt in (
@@ -195,15 +195,7 @@ async def test_owners_are_made_and_unmade_by_owners(
 async def test_a_key_lets_the_first_owner_in(database: Database, sign_ins: SignIns) -> None:
     async with database.write() as session:
         made = await create_organization(session, "acme")
-        key = Principal(
-            organization_id=made.id,
-            organization_name=made.name,
-            cache_salt=b"",
-            is_operator=False,
-            scopes=frozenset({"admin"}),
-            api_key_id="key_x",
-            api_key_name="owner",
-        )
+    key = await key_of(database, made.id)
     token = await invited(database, key, "owner")
     await redeem(database, sign_ins, token, "boss@acme.example", PASSWORD, HERE)
     with pytest.raises(Forbidden):
@@ -217,6 +209,8 @@ async def test_links_of_who_is_removed_or_demoted_end(
     assert bob.user_id is not None
     kept = await invited(database, owner.principal, "member")
     for end in ("demoted", "removed"):
+        async with database.write() as session:
+            await change_role(session, owner.principal, bob.user_id, "admin")
         token = await invited(database, bob, "admin")
         async with database.write() as session:
             if end == "demoted":
@@ -226,6 +220,30 @@ async def test_links_of_who_is_removed_or_demoted_end(
         with pytest.raises(Forbidden):
             await redeem(database, sign_ins, token, "x@example.com", PASSWORD, HERE)
     await redeem(database, sign_ins, kept, "x@example.com", PASSWORD, HERE)
+
+
+async def test_nobody_acts_on_rights_that_are_gone(
+    database: Database, sign_ins: SignIns, owner: SignedIn
+) -> None:
+    bob = (await joined(database, sign_ins, owner.principal, "admin", "bob@example.com")).principal
+    me, organization_id = owner.principal.user_id, owner.principal.organization_id
+    key = await key_of(database, organization_id)
+    assert bob.user_id is not None
+    assert me is not None
+    async with database.write() as session:
+        await remove_member(session, owner.principal, bob.user_id)
+        await revoke_key(session, organization_id, key.api_key_id)
+    async with database.write() as session:
+        for by, refused in ((bob, Forbidden), (key, Unauthenticated)):
+            for attempt in (
+                invite(session, by, "admin", "", 1),
+                create_key_by(session, by, "back door", SCOPES),
+                change_role(session, by, me, "viewer"),
+                remove_member(session, by, me),
+                revoke_invitation(session, by, "invite_x"),
+            ):
+                with pytest.raises(refused):
+                    await attempt
 
 
 async def test_a_person_moves_between_organizations(

@@ -1,5 +1,7 @@
 """Keys and the organization over HTTP."""
 
+import asyncio
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -7,9 +9,11 @@ import httpx
 import pytest
 from litestar import Litestar
 
+from app.api import bodies
 from app.core import clock
 from app.core.database import Database
-from app.organizations.keys import ENVIRONMENT_KEY_ID
+from app.organizations.keys import ENVIRONMENT_KEY_ID, create_key
+from app.organizations.principal import SCOPES
 from tests.app.api.management.callers import Caller, make_caller
 from tests.app.conftest import ADMIN_KEY
 
@@ -49,6 +53,41 @@ async def test_revoking(
     assert (await client.get("/api/models", headers=headers)).status_code == 401
     response = await client.delete(f"/api/keys/{ENVIRONMENT_KEY_ID}", headers=operator)
     assert response.json()["error"]["code"] == "environment_key"
+
+
+async def test_a_request_that_arrives_after_its_key_was_revoked_does_nothing(
+    client: httpx.AsyncClient, database: Database, caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with database.write() as session:
+        key, secret = await create_key(session, caller.organization_id, "leaked", SCOPES)
+
+    async def trickle() -> AsyncIterator[bytes]:
+        yield b'{"name": "child", '
+        await client.delete(f"/api/keys/{key.id}", headers=caller.headers)
+        later_ns = clock.monotonic_ns() + 2 * 10**9
+        monkeypatch.setattr(clock, "monotonic_ns", lambda: later_ns)
+        yield b'"scopes": ["admin"]}'
+
+    for path in ("/api/keys", "/api/models/digits/versions"):
+        headers = {"Authorization": f"Bearer {secret}"}
+        late = await client.post(path, content=trickle(), headers=headers)
+        assert late.status_code == 401
+    listed = await client.get("/api/keys", headers=caller.headers)
+    assert "child" not in listed.text
+
+
+async def test_a_body_that_never_ends_is_given_up(
+    client: httpx.AsyncClient, caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bodies, "BODY_SECONDS", 0.05)
+
+    async def trickle() -> AsyncIterator[bytes]:
+        while True:
+            yield b" "
+            await asyncio.sleep(0.01)
+
+    refused = await client.post("/api/keys", content=trickle(), headers=caller.headers)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (408, "request_timeout")
 
 
 async def test_nobody_gives_away_more_than_they_have(
