@@ -2,10 +2,14 @@
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from app.core import clock
 from app.core.errors import Conflict, InvalidRequest, TooLarge
 from app.core.storage import Storage
 from app.organizations.tables import Organization
@@ -13,6 +17,7 @@ from app.registry.tables import Upload
 from app.settings import Settings
 
 QUOTA_FACTOR = 4  # an organization's quota where none is set, in largest uploads
+RECENT = timedelta(minutes=10)
 
 
 class UploadLimits:
@@ -36,7 +41,8 @@ class UploadLimits:
 
     async def check_room(self, session: AsyncSession, upload: Upload) -> None:
         """Whether the organization and the disk have room for one more, together with all that
-        is still to come of the others. Raises `Conflict`, `TooLarge` or `StorageFull`."""
+        is still to come of others that bytes came of lately: what was only announced takes no
+        room from anybody. Raises `Conflict`, `TooLarge` or `StorageFull`."""
         await self._check_organization(session, upload)
         rows = await session.execute(
             select(Upload.id, Upload.length_bytes).where(Upload.status == "receiving")
@@ -77,11 +83,22 @@ class UploadLimits:
             )
 
     def _outstanding_bytes(self, uploads: Sequence[tuple[str, int]]) -> int:
-        """What they have still to bring: announced, less what lies on the disk."""
+        """What those under way have still to bring: announced, less what lies on the disk."""
         total = 0
+        earliest = clock.now() - RECENT
         for upload_id, length_bytes in uploads:
-            try:
-                total += length_bytes - self._storage.upload(upload_id).stat().st_size
-            except FileNotFoundError:
-                total += length_bytes
+            path = self._storage.upload(upload_id)
+            arrived_at = last_byte_at(path)
+            if arrived_at is not None and arrived_at > earliest:
+                with suppress(FileNotFoundError):  # discarded meanwhile
+                    total += length_bytes - path.stat().st_size
         return total
+
+
+def last_byte_at(path: Path) -> datetime | None:
+    """When a byte of the upload at `path` came last; none where none came, or it is gone."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return datetime.fromtimestamp(found.st_mtime, UTC) if found.st_size else None

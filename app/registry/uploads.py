@@ -27,10 +27,11 @@ from app.registry import piece_mark
 from app.registry.received_file import Checksum, ReceivedFile
 from app.registry.tables import ModelVersion, Upload
 from app.registry.transfers import Source, Transfer
-from app.registry.upload_limits import UploadLimits
+from app.registry.upload_limits import UploadLimits, last_byte_at
 from app.settings import Settings
 
 LIFETIME = timedelta(hours=24)  # since the last byte
+EMPTY_LIFETIME = timedelta(hours=1)  # of an upload that no byte came of
 METADATA_SUFFIX = ".metadata"
 MAX_FILENAME_CHARS = 255
 
@@ -76,7 +77,7 @@ class UploadStore:
             sha256=None,
             status="receiving",
             created_at=moment,
-            expires_at=moment + LIFETIME,
+            expires_at=moment + EMPTY_LIFETIME,
         )
         async with self._database.write() as session:
             await self._limits.check_room(session, upload)
@@ -169,24 +170,34 @@ class UploadStore:
         await self.remove_files([upload_id])
 
     async def expire(self) -> int:
-        """Removes what nobody continued or used for a day, and files without a row; to be called
-        now and then. Returns how many uploads ended."""
+        """Removes what nobody continued or used for a day, what no byte came of for an hour, and
+        files without a row; to be called now and then. Returns how many uploads ended."""
         async with self._database.write() as session:
-            ended = await session.scalars(
-                update(Upload)
-                .where(Upload.status != "expired", Upload.expires_at <= clock.now())
-                .where(Upload.id.not_in(_in_use()))
-                .values(status="expired")
-                .returning(Upload.id)
+            due = await session.scalars(
+                select(Upload).where(
+                    Upload.status != "expired",
+                    Upload.expires_at <= clock.now(),
+                    Upload.id.not_in(_in_use()),
+                )
             )
-            num_ended = len(ended.all())
+            ended = [one.id for one in due if not await asyncio.to_thread(self._is_growing, one)]
+            await session.execute(
+                update(Upload).where(Upload.id.in_(ended)).values(status="expired")
+            )
         names = await asyncio.to_thread(os.listdir, self._storage.upload("any").parent)
         async with self._database.read() as session:
             rows = await session.scalars(select(Upload.id).where(Upload.status != "expired"))
             known = set(rows)
         gone = {_upload_id(name) for name in names} - known
         await self.remove_files(sorted(gone))
-        return num_ended
+        return len(ended)
+
+    def _is_growing(self, upload: Upload) -> bool:
+        """Whether bytes came of late that are not recorded: a kill loses the record."""
+        if upload.status != "receiving":
+            return False
+        arrived_at = last_byte_at(self._storage.upload(upload.id))
+        return arrived_at is not None and arrived_at + LIFETIME > clock.now()
 
     async def remove_files(self, upload_ids: list[str]) -> None:
         """Deletes the bytes of uploads whose rows are gone."""
@@ -213,10 +224,9 @@ class UploadStore:
             raise _no_such_upload() from None
 
     async def _record(self, upload: Upload, file: ReceivedFile) -> None:
-        values: dict[str, object] = {
-            "received_bytes": file.num_bytes,
-            "expires_at": clock.now() + LIFETIME,
-        }
+        values: dict[str, object] = {"received_bytes": file.num_bytes}
+        if file.num_bytes:
+            values["expires_at"] = clock.now() + LIFETIME
         if file.num_bytes == upload.length_bytes:
             await _to_the_end(file.sync)
             values |= {"status": "complete", "sha256": file.sha256}
@@ -273,7 +283,10 @@ async def find_upload(session: AsyncSession, upload_id: str, organization_id: st
     if upload is None:
         raise _no_such_upload()
     if upload.status == "expired":
-        raise UploadGone("This upload has expired: a day went by without a byte. Begin it anew.")
+        raise UploadGone(
+            "This upload has expired: a day went by without a byte, or an hour without the first. "
+            "Begin it anew."
+        )
     return upload
 
 

@@ -21,7 +21,7 @@ from app.organizations.principal import Principal
 from app.registry import received_file, service, transfers
 from app.registry.received_file import Checksum
 from app.registry.tables import ModelVersion, Upload
-from app.registry.uploads import ChecksumMismatch, UploadStore, clean_filename
+from app.registry.uploads import ChecksumMismatch, UploadGone, UploadStore, clean_filename
 from app.settings import Settings
 from tests.app.registry.conftest import stream
 
@@ -346,10 +346,29 @@ async def test_the_disk_must_hold_every_upload_under_way(
 ) -> None:
     free_bytes = 256 * 1024**2 + 1000
     monkeypatch.setattr(storage, "free_bytes", lambda: free_bytes)
-    await uploads.create(principal, "m", 600)
+    upload = await uploads.create(principal, "m", 601)
+    await send(uploads, upload, 0, b"x")
     with pytest.raises(StorageFull):
         await uploads.create(principal, "m", 600)
     await uploads.create(principal, "m", 400)
+
+
+async def test_what_was_only_announced_or_stopped_takes_no_room_from_others(
+    uploads: UploadStore,
+    storage: Storage,
+    principal: Principal,
+    stranger: Principal,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(storage, "free_bytes", lambda: 256 * 1024**2 + 1000)
+    await uploads.create(principal, "m", 1000)
+    stopped = await uploads.create(principal, "m", 1000)
+    await send(uploads, stopped, 0, b"x")
+    with pytest.raises(StorageFull):
+        await uploads.create(stranger, "m", 600)
+    at = (clock.now() - timedelta(minutes=11)).timestamp()
+    os.utime(storage.upload(stopped.id), (at, at))
+    await uploads.create(stranger, "m", 600)
 
 
 async def test_the_quota_is_a_setting(
@@ -530,6 +549,30 @@ async def test_expiry(
         rows = await session.execute(select(Upload.id, Upload.status))
         statuses = {upload_id: status for upload_id, status in rows}  # noqa: C416
     assert statuses == {old.id: "expired", young.id: "receiving"}
+
+
+async def test_an_upload_that_no_byte_came_of_ends_after_an_hour(
+    uploads: UploadStore,
+    restarted: UploadStore,
+    storage: Storage,
+    principal: Principal,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    empty = await uploads.create(principal, "m", 10)
+    await send(uploads, empty, 0, b"")  # which is no byte
+    begun = await uploads.create(principal, "m", 10)
+    await send(uploads, begun, 0, b"x")
+    killed = await uploads.create(principal, "m", 10)
+    storage.upload(killed.id).write_bytes(b"xy")  # written, but never recorded
+    now = clock.now()
+    monkeypatch.setattr(clock, "now", lambda: now + timedelta(minutes=59))
+    assert await restarted.expire() == 0
+    monkeypatch.setattr(clock, "now", lambda: now + timedelta(minutes=61))
+    assert await restarted.expire() == 1
+    with pytest.raises(UploadGone, match="Begin it anew"):
+        await restarted.get(empty.id, principal.organization_id)
+    monkeypatch.setattr(clock, "now", lambda: now + timedelta(hours=25))
+    assert await restarted.expire() == 2
 
 
 @pytest.mark.parametrize(
