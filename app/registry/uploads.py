@@ -119,12 +119,8 @@ class UploadStore:
     async def get(self, upload_id: str, organization_id: str) -> Upload:
         """An upload with its true offset. Raises `NotFound`, also once it has expired."""
         upload = await self._find(upload_id, organization_id)
-        is_idle = upload_id not in self._transfers or self._transfers[upload_id].num_callers == 0
-        if (
-            upload.received_bytes == upload.length_bytes
-            and upload.status == "receiving"
-            and is_idle
-        ):
+        is_whole = upload.received_bytes == upload.length_bytes
+        if is_whole and upload.status == "receiving" and not self._is_live(upload_id):
             # The server was stopped between the last byte and its record.
             await self.append(upload_id, organization_id, upload.length_bytes, _nothing())
             upload = await self._find(upload_id, organization_id)
@@ -180,7 +176,8 @@ class UploadStore:
                     Upload.id.not_in(_in_use()),
                 )
             )
-            ended = [one.id for one in due if not await asyncio.to_thread(self._is_growing, one)]
+            idle = [one for one in due if not self._is_live(one.id)]
+            ended = [one.id for one in idle if not await asyncio.to_thread(self._is_growing, one)]
             await session.execute(
                 update(Upload).where(Upload.id.in_(ended)).values(status="expired")
             )
@@ -191,6 +188,11 @@ class UploadStore:
         gone = {_upload_id(name) for name in names} - known
         await self.remove_files(sorted(gone))
         return len(ended)
+
+    def _is_live(self, upload_id: str) -> bool:
+        """Whether a connection brings bytes of it now; silence ends one soon."""
+        transfer = self._transfers.get(upload_id)
+        return transfer is not None and transfer.num_callers > 0
 
     def _is_growing(self, upload: Upload) -> bool:
         """Whether bytes came of late that are not recorded: a kill loses the record."""

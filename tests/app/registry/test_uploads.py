@@ -575,6 +575,24 @@ async def test_an_upload_that_no_byte_came_of_ends_after_an_hour(
     assert await restarted.expire() == 2
 
 
+async def test_a_piece_that_takes_longer_than_a_day_is_not_expired(
+    uploads: UploadStore, storage: Storage, principal: Principal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = await uploads.create(principal, "m", 3)
+    now = clock.now()
+    num_ended: list[int] = []
+
+    async def slow() -> AsyncIterator[bytes]:
+        for hours in (0, 20, 40):
+            monkeypatch.setattr(clock, "now", lambda hours=hours: now + timedelta(hours=hours))
+            num_ended.append(await uploads.expire())
+            yield b"x"
+
+    assert await uploads.append(upload.id, principal.organization_id, 0, slow()) == 3
+    assert num_ended == [0, 0, 0]
+    assert (await uploads.get(upload.id, principal.organization_id)).status == "complete"
+
+
 @pytest.mark.parametrize(
     ("filename", "clean"),
     [
