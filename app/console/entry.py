@@ -27,6 +27,8 @@ from app.organizations.principal import ROLE_MEANINGS
 from app.organizations.service import is_setup_token, redeem_setup
 from app.organizations.signins import SignedIn, SignIns
 
+MAX_FORM_BYTES = 16 * 1024  # anybody on the network may send these forms
+
 
 @get("/setup/{token:str}")
 async def show_setup(request: PageRequest, token: FromPath[str]) -> Response[str]:
@@ -189,4 +191,5 @@ router = Router(
         sign_out,
     ],
     before_request=require_own_form,
+    request_max_body_size=MAX_FORM_BYTES,
 )

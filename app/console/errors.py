@@ -21,6 +21,7 @@ TITLES = {
     403: "Not allowed",
     404: "There is nothing here",
     405: "That cannot be done here",
+    408: "That took too long",
     409: "That is in conflict with something else",
     413: "Too large",
     422: "Refused",

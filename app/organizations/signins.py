@@ -66,15 +66,15 @@ class SignIns:
         """Whose password it is. Raises `Unauthenticated`, which never says which of the two was
         wrong, or `RateLimited` after repeated failures from one address."""
         email = email.strip().lower()
+        if len(email) > people.MAX_EMAIL_CHARS:  # nobody's
+            raise _wrong()
         keys = {f"{address} {email}": NUM_FREE_FAILURES, address: NUM_FREE_FAILURES_PER_ADDRESS}
         # Counted before the answer is known: many guesses at once are braked like one by one.
         self._brake.attempt(keys)
         async with self._database.read() as session:
             user = await session.scalar(select(User).where(User.email == email))
         if not await people.is_right(user, password) or user is None:
-            raise Unauthenticated(
-                "The e-mail address or the password is wrong.", code="wrong_password"
-            )
+            raise _wrong()
         self._brake.forgive(keys)
         return user
 
@@ -179,9 +179,13 @@ async def _home(session: AsyncSession, user_id: str, wanted: str | None) -> str:
     return organization_id
 
 
+def _wrong() -> Unauthenticated:
+    return Unauthenticated("The e-mail address or the password is wrong.", code="wrong_password")
+
+
 class Brake:
     """Makes repeated failures wait: the first few are free, then the wait doubles each time.
-    Kept in memory, for a bounded number of sources."""
+    Kept in memory, for a bounded number of sources, of which it keeps no more than a hash."""
 
     def __init__(self) -> None:
         self._failures: OrderedDict[str, tuple[int, int]] = OrderedDict()  # count, free again at
@@ -189,6 +193,7 @@ class Brake:
     def attempt(self, keys: dict[str, int]) -> None:
         """Counts an attempt under each key, whose value is how many are free. Raises
         `RateLimited` while one of them has to wait, which then counts nothing."""
+        keys = {token_hash(key): num_free for key, num_free in keys.items()}
         now_ns = clock.monotonic_ns()
         until_ns = max(self._failures.get(key, (0, 0))[1] for key in keys)
         if until_ns > now_ns:
@@ -208,4 +213,4 @@ class Brake:
     def forgive(self, keys: dict[str, int]) -> None:
         """Forgets what was counted, after a success."""
         for key in keys:
-            self._failures.pop(key, None)
+            self._failures.pop(token_hash(key), None)

@@ -140,3 +140,12 @@ def test_the_brake_forgets_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(100):
         brake.attempt({str(number): 5})
     assert len(brake._failures) == 10
+
+
+async def test_the_brake_keeps_nothing_of_what_strangers_send(sign_ins: SignIns) -> None:
+    for email in ("a" * 1_000_000, "a" * 200, EMAIL):
+        with pytest.raises(Unauthenticated, match="is wrong"):
+            await sign_ins.sign_in(email, "wrong password", "10.0.0.1" * 30)
+    kept = sign_ins._brake._failures
+    assert len(kept) == 3  # two addresses that somebody could have, and where they came from
+    assert {len(key) for key in kept} == {64}
