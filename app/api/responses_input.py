@@ -30,8 +30,11 @@ def messages_of(request: ResponsesRequest) -> list[ChatMessage]:
             continue  # another model's thoughts, which this one could not read
         if item.type == "function_call":
             _add_call(messages, _call(item, where))
-        else:
-            messages.append(_message(item, where))
+            continue
+        message = _message(item, where)
+        if message.role == "assistant" and not message.content and _follows_assistant(messages):
+            continue  # it says nothing, and would part calls of one answer
+        messages.append(message)
     return messages
 
 
@@ -64,13 +67,17 @@ def _call(item: InputItem, where: str) -> ToolCall:
 
 def _add_call(messages: list[ChatMessage], call: ToolCall) -> None:
     """To the assistant's message before it: one answer is one message."""
-    last = messages[-1] if messages else None
-    if last is None or last.role != "assistant":
+    if not _follows_assistant(messages):
         messages.append(ChatMessage(role="assistant", content="", tool_calls=[call]))
         return
+    last = messages[-1]
     messages[-1] = ChatMessage(
         role="assistant", content=last.content, tool_calls=[*last.tool_calls, call]
     )
+
+
+def _follows_assistant(messages: list[ChatMessage]) -> bool:
+    return bool(messages) and messages[-1].role == "assistant"
 
 
 def _text(content: str | list[InputPart], where: str) -> str:

@@ -29,7 +29,7 @@ E = TypeVar("E", bound=Event)
 
 class ResponseItems:
     """`add` takes what was generated and returns the events that tell of it; `items` holds what is
-    complete. A message ends where a call begins, and at the end."""
+    complete. A message begins with text alone, and ends where a call begins, and at the end."""
 
     def __init__(self, response_id: str) -> None:
         self.items: list[OutputItem] = []
@@ -38,6 +38,7 @@ class ResponseItems:
         self._numbers = count()
         self._text: list[str] | None = None  # of the message that is open
         self._logprobs: list[ChatLogprob] = []
+        self._held: list[ChatLogprob] = []  # of tokens whose text, or call, is still to come
 
     def event(self, make: Callable[..., E], **fields: object) -> E:
         """The next event of the stream."""
@@ -45,15 +46,18 @@ class ResponseItems:
 
     def add(self, output: SequenceOutput) -> list[Event]:
         events: list[Event] = []
-        if output.text or output.logprobs:
-            events += self._open()
-            events.append(self._write(output))
+        self._held += logprobs_of(output.logprobs or [])
+        if output.text:
+            events += [*self._open(), self._write(output.text)]
         for call in output.tool_calls:
             events += [*self._close("completed"), *self._call(call)]
+            self._held = []  # a call has no place for them
         if output.finish_reason is not None:
             self.finish_reason = output.finish_reason
             if not self.items:
                 events += self._open()  # an answer without a word is a message still
+            if self._held and self._text is not None:
+                events.append(self._write(""))
             is_cut = output.finish_reason == "length"
             events += self._close("incomplete" if is_cut else "completed")
         return events
@@ -72,16 +76,16 @@ class ResponseItems:
             self.event(PartAdded, output_index=at, item_id=item_id, part=OutputText("")),
         ]
 
-    def _write(self, output: SequenceOutput) -> Event:
+    def _write(self, text: str) -> Event:
         assert self._text is not None
-        logprobs = logprobs_of(output.logprobs or [])
-        self._text.append(output.text)
+        logprobs, self._held = self._held, []
+        self._text.append(text)
         self._logprobs += logprobs
         return self.event(
             TextDelta,
             item_id=self._id("msg"),
             output_index=len(self.items),
-            delta=output.text,
+            delta=text,
             logprobs=logprobs,
         )
 
