@@ -36,18 +36,19 @@ async def require_person(request: PageRequest) -> None:
     """Lets only people with a session pass, and their forms only from pages of that session. They
     are looked up again once the form is there: they may be removed while it arrives."""
     check_origin(request)
-    person = await _authenticate(request)
+    person = await authenticate(request)
     if request.method not in SAFE_METHODS:
         if request.content_type[0] == RequestEncodingType.MULTI_PART:
             await receive_form(request)  # with a file in it, which takes its time
         else:
             await _receive_small_form(request)
-        person = await _authenticate(request)
+        person = await authenticate(request)
         person.require_csrf(await _sent_csrf_token(request))
     request.scope["auth"] = person
 
 
-async def _authenticate(request: PageRequest) -> SignedIn:
+async def authenticate(request: PageRequest) -> SignedIn:
+    """Who has the request's session, now. Raises `SignInRequired`."""
     sign_ins: SignIns = request.app.state.sign_ins
     try:
         return await sign_ins.authenticate(session_token(request))

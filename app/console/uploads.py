@@ -10,10 +10,18 @@ from typing import Any
 
 from litestar import Response, Router, delete, get, head, patch, post
 from litestar.datastructures import UploadFile
+from litestar.enums import RequestEncodingType
 from litestar.params import FromPath, FromQuery
 
 from app.api import tus
-from app.console.sessions import form_field, go, signed_in
+from app.console.sessions import (
+    authenticate,
+    check_origin,
+    form_field,
+    go,
+    require_person,
+    signed_in,
+)
 from app.console.templating import PageRequest, base_url, page
 from app.core.database import Database
 from app.core.errors import AppError, InvalidRequest, NotFound, Unprocessable
@@ -25,6 +33,7 @@ from app.settings import Settings
 from runtime.protocol import BuildHints
 
 PLAIN_FORM_BYTES = 512 * 1024**2  # the form without a script holds the file in a temporary one
+FIELDS_BYTES = 64 * 1024  # at most so much of it is not the file
 CHUNK_BYTES = 1024**2
 
 
@@ -35,7 +44,26 @@ async def show_upload(request: PageRequest, name: FromQuery[str] = "") -> Respon
     return await _upload_page(request, name)
 
 
-@post("/upload", status_code=200, request_max_body_size=PLAIN_FORM_BYTES)
+async def admit_plain_form(request: PageRequest) -> None:
+    """Before anything of the form is read: whether its sender may upload, and there is room."""
+    check_origin(request)
+    person = await authenticate(request)
+    person.principal.require("write")
+    num_bytes = tus.byte_count(request, "Content-Length")
+    is_file = request.content_type[0] == RequestEncodingType.MULTI_PART
+    if num_bytes > FIELDS_BYTES and not is_file:
+        raise InvalidRequest("A form with a file must be sent as multipart/form-data.")
+    uploads: UploadStore = request.app.state.uploads
+    async with uploads.receiving_form(person.principal, max(num_bytes - FIELDS_BYTES, 1)):
+        await require_person(request)  # which receives the form
+
+
+@post(
+    "/upload",
+    status_code=200,
+    request_max_body_size=PLAIN_FORM_BYTES,
+    before_request=admit_plain_form,
+)
 async def send_plain_form(request: PageRequest) -> Response[Any]:
     """Upload and build in one request, for browsers without JavaScript."""
     principal = signed_in(request).principal

@@ -1,6 +1,8 @@
 """What may begin: an upload that fits the box's limits, its organization's and the disk."""
 
 import asyncio
+import shutil
+import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -10,7 +12,7 @@ from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.core import clock
-from app.core.errors import Conflict, InvalidRequest, TooLarge
+from app.core.errors import Conflict, InvalidRequest, StorageFull, TooLarge
 from app.core.storage import Storage
 from app.organizations.tables import Organization
 from app.registry.tables import Upload
@@ -18,6 +20,7 @@ from app.settings import Settings
 
 QUOTA_FACTOR = 4  # an organization's quota where none is set, in largest uploads
 RECENT = timedelta(minutes=10)
+FORM_COPIES = 2  # a form's file lies in a temporary one first, mostly on the same disk
 
 
 class UploadLimits:
@@ -28,6 +31,8 @@ class UploadLimits:
         self.max_bytes = settings.max_upload_bytes
         self.max_open = settings.max_open_uploads
         self.quota_bytes = settings.upload_quota_bytes or QUOTA_FACTOR * self.max_bytes
+        # Files that arrive in forms: whose, and their bytes; by whatever tells the forms apart.
+        self.forms: dict[object, tuple[str, int]] = {}
 
     def check_length(self, length_bytes: int) -> None:
         """Raises `InvalidRequest` for an empty file, `TooLarge` beyond the largest upload."""
@@ -39,45 +44,59 @@ class UploadLimits:
                 f"{self.max_bytes:,}. Its operator can raise that with TAPEOUT_MAX_UPLOAD."
             )
 
-    async def check_room(self, session: AsyncSession, upload: Upload) -> None:
+    async def check_form(self, session: AsyncSession, organization_id: str, num_bytes: int) -> None:
+        """The same for a file of a form, which needs room for a temporary one too."""
+        self.check_length(num_bytes)
+        await self.check_room(session, organization_id, num_bytes, copies=FORM_COPIES)
+        needed = num_bytes + sum(other for _, other in self.forms.values())
+        if needed > shutil.disk_usage(tempfile.gettempdir()).free:
+            raise StorageFull(
+                "The box has no room for the temporary file of this form. Use the page with "
+                "JavaScript or `tapeout push`, which need none, or free disk."
+            )
+
+    async def check_room(
+        self, session: AsyncSession, organization_id: str, length_bytes: int, copies: int = 1
+    ) -> None:
         """Whether the organization and the disk have room for one more, together with all that
         is still to come of others that bytes came of lately: what was only announced takes no
         room from anybody. Raises `Conflict`, `TooLarge` or `StorageFull`."""
-        await self._check_organization(session, upload)
+        await self._check_organization(session, organization_id, length_bytes)
         rows = await session.execute(
             select(Upload.id, Upload.length_bytes).where(Upload.status == "receiving")
         )
         others = [(upload_id, length) for upload_id, length in rows]
         outstanding = await asyncio.to_thread(self._outstanding_bytes, others)
-        self._storage.require_space(upload.length_bytes + outstanding)
+        in_forms = FORM_COPIES * sum(num_bytes for _, num_bytes in self.forms.values())
+        self._storage.require_space(copies * length_bytes + outstanding + in_forms)
 
-    async def _check_organization(self, session: AsyncSession, upload: Upload) -> None:
+    async def _check_organization(
+        self, session: AsyncSession, organization_id: str, length_bytes: int
+    ) -> None:
         # The lock keeps uploads created at the same moment from passing the quota together.
         await session.execute(
-            select(Organization.id)
-            .where(Organization.id == upload.organization_id)
-            .with_for_update()
+            select(Organization.id).where(Organization.id == organization_id).with_for_update()
         )
         num_open, num_bytes = (
             await session.execute(
                 select(
                     func.count().filter(Upload.status == "receiving"),
                     func.coalesce(func.sum(Upload.length_bytes), 0),
-                ).where(
-                    Upload.organization_id == upload.organization_id, Upload.status != "expired"
-                )
+                ).where(Upload.organization_id == organization_id, Upload.status != "expired")
             )
         ).one()
+        in_forms = [n for owner_id, n in self.forms.values() if owner_id == organization_id]
+        num_open, num_bytes = num_open + len(in_forms), num_bytes + sum(in_forms)
         if num_open >= self.max_open:
             raise Conflict(
                 f"{num_open} uploads are unfinished, which is as many as may be. Finish or "
                 "discard one first; the console's page Upload lists them.",
                 code="too_many_uploads",
             )
-        if num_bytes + upload.length_bytes > self.quota_bytes:
+        if num_bytes + length_bytes > self.quota_bytes:
             raise TooLarge(
                 f"Your organization's uploads hold {num_bytes:,} of the {self.quota_bytes:,} bytes "
-                f"they may, and this one has {upload.length_bytes:,}. An upload is removed a day "
+                f"they may, and this one has {length_bytes:,}. An upload is removed a day "
                 "after its last use; discard some on the console's page Upload to go on now.",
                 code="quota_exceeded",
             )

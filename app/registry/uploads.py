@@ -8,8 +8,8 @@ piece with a checksum counts as a whole (`piece_mark.py`). The HTTP side (tus) i
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -80,10 +80,24 @@ class UploadStore:
             expires_at=moment + EMPTY_LIFETIME,
         )
         async with self._database.write() as session:
-            await self._limits.check_room(session, upload)
+            await self._limits.check_room(session, upload.organization_id, length_bytes)
             session.add(upload)
         await asyncio.to_thread(self._touch, upload.id, metadata)
         return upload
+
+    @asynccontextmanager
+    async def receiving_form(self, principal: Principal, num_bytes: int) -> AsyncGenerator[None]:
+        """While a form arrives that holds a file of `num_bytes`, which then is made an upload.
+        Raises what `create` does, before anything of the form has travelled."""
+        principal.require("write")
+        form = object()
+        try:
+            async with self._database.write() as session:
+                await self._limits.check_form(session, principal.organization_id, num_bytes)
+                self._limits.forms[form] = (principal.organization_id, num_bytes)
+            yield
+        finally:
+            self._limits.forms.pop(form, None)
 
     def _touch(self, upload_id: str, metadata: str) -> None:
         if metadata:

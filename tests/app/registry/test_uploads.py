@@ -4,6 +4,7 @@ import asyncio
 import errno
 import hashlib
 import os
+import tempfile
 import tracemalloc
 from collections.abc import AsyncIterator
 from datetime import timedelta
@@ -384,6 +385,40 @@ async def test_the_quota_is_a_setting(
         await UploadStore(database, storage, replace(limits, max_open_uploads=9)).create(
             principal, "m", 1
         )
+
+
+async def test_files_that_arrive_in_forms_count(
+    database: Database,
+    storage: Storage,
+    settings: Settings,
+    principal: Principal,
+    stranger: Principal,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    limits = replace(settings, max_open_uploads=2, upload_quota_bytes=500)
+    uploads = UploadStore(database, storage, limits)
+    async with uploads.receiving_form(principal, 300):
+        with pytest.raises(TooLarge, match="300 of the 500"):
+            await uploads.create(principal, "m", 201)
+        await uploads.create(principal, "m", 200)
+        with pytest.raises(Conflict):
+            async with uploads.receiving_form(principal, 1):
+                pass
+        # As an upload, and as a temporary file before.
+        monkeypatch.setattr(storage, "free_bytes", lambda: 256 * 1024**2 + 1000)
+        with pytest.raises(StorageFull):
+            async with uploads.receiving_form(stranger, 201):
+                pass
+        with pytest.raises(StorageFull):
+            await uploads.create(stranger, "m", 401)
+        async with uploads.receiving_form(stranger, 200):
+            pass
+    async with uploads.receiving_form(principal, 300):
+        pass
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: "/proc")  # where nothing is free
+    with pytest.raises(StorageFull, match="temporary"):
+        async with uploads.receiving_form(principal, 300):
+            pass
 
 
 async def test_what_lies_on_the_disk_is_not_counted_twice(
