@@ -37,7 +37,7 @@ async def make_organization(request: PageRequest) -> Response[str]:
                 "owner",
                 note="the first owner",
                 hours=DEFAULT_HOURS,
-                created_by=person.email,
+                by=person.principal,
             )
     except AppError as error:
         return await show_list(request, error=error, name=sent)
@@ -59,7 +59,7 @@ async def invite_owner(request: PageRequest, organization_id: FromPath[str]) -> 
             "owner",
             note="an owner, by the operator",
             hours=DEFAULT_HOURS,
-            created_by=person.email,
+            by=person.principal,
         )
     link = f"{base_url(request)}{PATH}{token}"
     return await show_list(request, link=link, made=organization.name)

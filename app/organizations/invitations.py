@@ -45,11 +45,8 @@ async def invite(
     `InvalidRequest` and `Conflict`."""
     principal = await reconfirm(session, principal)
     await require_power(session, principal, check_role(role))
-    created_by = principal.api_key_name
-    if principal.user_id is not None:
-        created_by = (await session.get_one(User, principal.user_id)).email
     return await invite_into(
-        session, principal.organization_id, role, note=note, hours=hours, created_by=created_by
+        session, principal.organization_id, role, note=note, hours=hours, by=principal
     )
 
 
@@ -60,7 +57,7 @@ async def invite_into(
     *,
     note: str,
     hours: int,
-    created_by: str,
+    by: Principal,
 ) -> tuple[Invitation, str]:
     """Like `invite`, for a caller whose power is known: the operator's, over every organization."""
     note = note.strip()
@@ -78,6 +75,9 @@ async def invite_into(
             f"There are {MAX_OPEN} open invitations already. Revoke some of them first.",
             code="too_many_invitations",
         )
+    created_by = by.api_key_name
+    if by.user_id is not None:
+        created_by = (await session.get_one(User, by.user_id)).email
     token = new_token()
     invitation = Invitation(
         id=new_id("invite"),
@@ -86,6 +86,7 @@ async def invite_into(
         note=note,
         token_hash=token_hash(token),
         created_by=created_by,
+        creator_id=by.user_id or by.api_key_id,
         created_at=moment,
         expires_at=moment + timedelta(hours=hours),
     )

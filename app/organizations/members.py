@@ -154,14 +154,13 @@ async def _end(session: AsyncSession, membership: Membership) -> None:
 
 
 async def _end_invitations(session: AsyncSession, membership: Membership) -> None:
-    """Those that this person made: a link that they kept would let them in again, or higher."""
-    user = await session.get_one(User, membership.user_id)
-    await session.execute(
-        delete(Invitation).where(
-            Invitation.organization_id == membership.organization_id,
-            Invitation.created_by == user.email,
-        )
-    )
+    """Those that this person made: a link that they kept would let them in again, or higher. The
+    operator's people made some into every organization."""
+    ended = delete(Invitation).where(Invitation.creator_id == membership.user_id)
+    organization = await session.get_one(Organization, membership.organization_id)
+    if not organization.is_operator:
+        ended = ended.where(Invitation.organization_id == organization.id)
+    await session.execute(ended)
     await session.flush()
 
 

@@ -53,7 +53,7 @@ class Membership(Base):
 
 class Invitation(Base):
     """A one-time link into an organization; gone once used or revoked. `note` says whom it is
-    for, `created_by` is an e-mail address or the name of a key."""
+    for, `created_by` is the e-mail address or name of the person or key with `creator_id`."""
 
     __tablename__ = "invitation"
     __table_args__ = (CheckConstraint(one_of("role", ROLES), name="role"),)
@@ -66,6 +66,7 @@ class Invitation(Base):
     note: Mapped[str] = mapped_column(String(80))
     token_hash: Mapped[str] = mapped_column(String(64), unique=True)
     created_by: Mapped[str] = mapped_column(String(254))
+    creator_id: Mapped[str] = mapped_column(String(40), index=True)
     created_at: Mapped[datetime]
     expires_at: Mapped[datetime]
 

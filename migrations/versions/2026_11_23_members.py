@@ -20,6 +20,7 @@ def upgrade() -> None:
         sa.Column("note", sa.String(length=80), nullable=False),
         sa.Column("token_hash", sa.String(length=64), nullable=False),
         sa.Column("created_by", sa.String(length=254), nullable=False),
+        sa.Column("creator_id", sa.String(length=40), nullable=False),
         sa.Column("created_at", UtcDateTime(), nullable=False),
         sa.Column("expires_at", UtcDateTime(), nullable=False),
         sa.CheckConstraint(
@@ -38,6 +39,7 @@ def upgrade() -> None:
         batch_op.create_index(
             batch_op.f("ix_invitation_organization_id"), ["organization_id"], unique=False
         )
+        batch_op.create_index(batch_op.f("ix_invitation_creator_id"), ["creator_id"], unique=False)
     _set_roles("role IN ('owner', 'admin', 'member', 'viewer')")
 
 

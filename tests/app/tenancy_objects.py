@@ -32,6 +32,7 @@ from app.deployments.tables import Deployment, Replica
 from app.metering.tables import UsageEvent
 from app.organizations.invitations import invite_into
 from app.organizations.people import create_person
+from app.organizations.principal import SCOPES, Principal
 from app.registry.tables import Artifact, Upload
 from tests.app.console.samples import add_model, add_usage
 from tests.app.whole_app import Tenant
@@ -108,8 +109,17 @@ async def add_objects(application: Litestar, tenant: Tenant) -> Owned:
         await session.flush()
         session.add(_line(invoice.id, name))
         user = await create_person(session, tenant.id, f"{MARK}@people.example", "-", "member")
+        by = Principal(
+            organization_id=tenant.id,
+            organization_name=tenant.name,
+            cache_salt=b"",
+            is_operator=False,
+            scopes=SCOPES,
+            api_key_id=tenant.key_id,
+            api_key_name=f"{MARK} key",
+        )
         invitation, _ = await invite_into(
-            session, tenant.id, "member", note=f"{MARK} friend", hours=1, created_by=f"{MARK} key"
+            session, tenant.id, "member", note=f"{MARK} friend", hours=1, by=by
         )
     application.state.storage.upload(upload.id).write_bytes(b"quib")
     assert version.number == 1

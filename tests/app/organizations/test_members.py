@@ -10,7 +10,7 @@ from app.core import clock
 from app.core.database import Database
 from app.core.errors import Conflict, Forbidden, InvalidRequest, NotFound, Unauthenticated
 from app.organizations import invitations, members, people
-from app.organizations.invitations import invite, redeem, revoke_invitation
+from app.organizations.invitations import invite, invite_into, redeem, revoke_invitation
 from app.organizations.keys import KeyRing, create_key, create_key_by, revoke_key
 from app.organizations.members import change_role, leave, list_members, remove_member
 from app.organizations.principal import SCOPES, Principal
@@ -219,6 +219,24 @@ async def test_links_of_who_is_removed_or_demoted_end(
                 await remove_member(session, owner.principal, bob.user_id)
         with pytest.raises(Forbidden):
             await redeem(database, sign_ins, token, "x@example.com", PASSWORD, HERE)
+    await redeem(database, sign_ins, kept, "x@example.com", PASSWORD, HERE)
+
+
+async def test_links_into_other_organizations_end_with_an_operator(
+    database: Database, sign_ins: SignIns, owner: SignedIn
+) -> None:
+    bob = (await joined(database, sign_ins, owner.principal, "admin", "bob@example.com")).principal
+    assert bob.user_id is not None
+    async with database.write() as session:
+        acme = await create_organization(session, "acme")
+        made = [
+            await invite_into(session, acme.id, "owner", note="", hours=1, by=by)
+            for by in (bob, owner.principal)
+        ]
+        await remove_member(session, owner.principal, bob.user_id)
+    lost, kept = (token for _, token in made)
+    with pytest.raises(Forbidden):
+        await redeem(database, sign_ins, lost, "bob@example.com", PASSWORD, HERE)
     await redeem(database, sign_ins, kept, "x@example.com", PASSWORD, HERE)
 
 
