@@ -162,17 +162,19 @@ def flattened(messages: Sequence[Message]) -> list[ChatMessage]:
         if message.role == "tool" and message.tool_call_id is None:
             where = f"messages[{i}].tool_call_id"
             raise InvalidRequest(f"{where} is required.", param=where)
-        if message.content is None and not calls:
+        content = message.content
+        if content is None and message.role == "assistant":
+            content = message.refusal
+        if content is None and not calls:
             raise InvalidRequest(
                 f"messages[{i}].content is required.", param=f"messages[{i}].content"
             )
-        content = message.content or ""
-        if not isinstance(content, str):
+        if content is not None and not isinstance(content, str):
             content = "".join(_text_of(part, i, j) for j, part in enumerate(content))
         flat.append(
             ChatMessage(
                 role=ROLE_OF.get(message.role, message.role),
-                content=content,
+                content=content or "",
                 name=message.name,
                 tool_calls=calls,
                 tool_call_id=message.tool_call_id if message.role == "tool" else None,
@@ -190,6 +192,8 @@ def _message(text: str, calls: list[ToolCall]) -> AssistantMessage:
 
 def _text_of(part: ContentPart, i: int, j: int) -> str:
     where = f"messages[{i}].content[{j}]"
+    if part.type == "refusal" and part.refusal is not None:
+        return part.refusal
     if part.type != "text":
         raise not_supported(f"{where}.type", f"content of type {part.type!r} is")
     if part.text is None:

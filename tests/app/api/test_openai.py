@@ -205,6 +205,23 @@ async def test_logprobs(client: openai.AsyncOpenAI) -> None:
     assert entries.top_logprobs == [{"w0 ": -0.5}, {"w1 ": -0.5}, {"w2 ": -0.5}]
 
 
+async def test_a_refusal_can_be_sent_again(box: Box) -> None:
+    refusals: list[dict[str, Any]] = [
+        {"content": None, "refusal": "I cannot."},
+        {"content": [{"type": "refusal", "refusal": "I cannot."}]},
+    ]
+    async with box.http() as http:
+        for refusal in refusals:
+            said = {"role": "assistant"} | refusal
+            messages = [{"role": "user", "content": "a"}, said, {"role": "user", "content": "b"}]
+            body = {"model": "tiny", "messages": messages}
+            response = await http.post("/v1/chat/completions", json=body)
+            assert response.status_code == 200, response.text
+            received = [m for m in box.workers["tiny"].received if isinstance(m, Generate)]
+            told = [message.content for message in received[-1].messages or []]
+            assert told == ["a", "I cannot.", "b"]
+
+
 CHAT_ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"temperature": 2.5}, "temperature"),
     ({"temperature": "hot"}, "temperature"),
