@@ -35,6 +35,7 @@ class Dialect(ABC, Generic[R]):
     route: ClassVar[str]
     id_prefix: ClassVar[str]
     end: ClassVar[bytes] = b"data: [DONE]\n\n"  # of a stream that went well
+    has_stream_options: ClassVar[bool] = True  # others ignore the field
     names: ClassVar[Mapping[str, str]] = {}  # what this API calls the parameters of the worker's
 
     def __init__(self, request: R, principal: Principal, request_id: str) -> None:
@@ -47,8 +48,9 @@ class Dialect(ABC, Generic[R]):
         self.service_class: ServiceClass = service_class(request)
         self.is_stream = bool(request.stream)
         self.includes_usage = includes_usage(request)
+        if self.has_stream_options:
+            check_stream_options(request)
         self._offsets: dict[int, int] = defaultdict(int)
-        check_stream_options(request)
         self.check()
 
     @abstractmethod

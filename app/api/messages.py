@@ -58,6 +58,7 @@ class PromptDialect(Dialect[P]):
     route = "/v1/messages"
     id_prefix = "msg_"
     end = b""
+    has_stream_options = False
     names = {"response_format": "output_config.format"}  # noqa: RUF012 - declared by the base
 
     def check(self) -> None:
@@ -148,6 +149,11 @@ def _format_of(request: PromptRequest) -> ResponseFormat | None:
     wanted = request.output_config.format if request.output_config else None
     if wanted is None:
         return None
+    where = "output_config.format"
+    if wanted.type != "json_schema":
+        raise not_supported(where, f"the format {wanted.type!r} is")
+    if bytes(wanted.schema) == b"null":
+        raise InvalidRequest(f"{where}.schema is required.", param=f"{where}.schema")
     return ResponseFormat(wanted.type, JsonSchemaFormat("answer", schema=wanted.schema))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from app.api.messages_types import InputBlock, InputMessage, PromptRequest
 from app.api.sampling import not_supported
+from app.api.tools import text_of
 from app.core.errors import InvalidRequest
 from runtime.protocol import ChatMessage, ToolCall
 
@@ -29,7 +30,8 @@ def messages_of(request: PromptRequest) -> list[ChatMessage]:
 
 
 def _split(message: InputMessage, where: str) -> list[ChatMessage]:
-    """One message, or several where it holds what tools gave beside text."""
+    """One message, or several where it holds what tools gave beside text; none where it holds
+    thoughts alone."""
     where += ".content"
     if isinstance(message.content, str):
         return [ChatMessage(role=message.role, content=message.content)]
@@ -44,6 +46,8 @@ def _split(message: InputMessage, where: str) -> list[ChatMessage]:
             calls.append(_call(block, here))
         elif block.type not in THOUGHTS:
             texts.append(_text_of(block, here))
+    if message.content and all(block.type in THOUGHTS for block in message.content):
+        return []
     if texts or calls or not results:
         said = ChatMessage(role=message.role, content="".join(texts), tool_calls=calls)
         return [*results, said]
@@ -54,6 +58,8 @@ def _result(block: InputBlock, where: str) -> ChatMessage:
     if block.tool_use_id is None:
         raise InvalidRequest(f"{where}.tool_use_id is required.", param=f"{where}.tool_use_id")
     content = _text(block.content or "", f"{where}.content")
+    if block.is_error:  # templates know no other way to tell
+        content = f"Error: {content}" if content else "Error"
     return ChatMessage(role="tool", content=content, tool_call_id=block.tool_use_id)
 
 
@@ -61,7 +67,7 @@ def _call(block: InputBlock, where: str) -> ToolCall:
     for name in ("id", "name"):
         if getattr(block, name) is None:
             raise InvalidRequest(f"{where}.{name} is required.", param=f"{where}.{name}")
-    arguments = bytes(block.input).decode("utf-8", "replace")
+    arguments = text_of(block.input, f"{where}.input")
     if not arguments.startswith("{"):
         raise InvalidRequest(f"{where}.input must be an object.", param=f"{where}.input")
     return ToolCall(id=block.id or "", name=block.name or "", arguments=arguments)

@@ -36,6 +36,7 @@ class InputBlock(msgspec.Struct, frozen=True):
     name: FunctionName | None = None
     input: msgspec.Raw = msgspec.field(default_factory=_null)
     tool_use_id: Annotated[str, Meta(min_length=1, max_length=200)] | None = None
+    is_error: bool | None = None
     content: "str | list[InputBlock] | None" = None
 
 

@@ -3,8 +3,9 @@
 from typing import Any
 
 from litestar import Request, Response
+from litestar.exceptions import HTTPException
 
-from app.api.errors import render_app_error, render_unknown_error
+from app.api.errors import render_app_error, render_http_error, render_unknown_error
 from app.core.errors import AppError
 from app.core.ids import new_id
 from app.core.logs import request_id as current_request_id
@@ -36,11 +37,16 @@ def _app_error(request: AnyRequest, error: AppError) -> Response[Any]:
     return _named(request, render_app_error(request, error))
 
 
+def _http_error(request: AnyRequest, error: HTTPException) -> Response[Any]:
+    return _named(request, render_http_error(request, error))
+
+
 def _unknown_error(request: AnyRequest, error: Exception) -> Response[Any]:
     return _named(request, render_unknown_error(request, error))
 
 
 exception_handlers: dict[int | type[Exception], Any] = {
     AppError: _app_error,
+    HTTPException: _http_error,
     Exception: _unknown_error,
 }

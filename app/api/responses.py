@@ -68,6 +68,7 @@ class ResponsesDialect(Dialect[ResponsesRequest]):
     route = "/v1/responses"
     id_prefix = "resp_"
     end = b""
+    has_stream_options = False
     names = {  # noqa: RUF012 - declared by the base
         "messages": "input",
         "response_format": "text.format",

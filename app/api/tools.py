@@ -80,13 +80,22 @@ def _tool(tool: FunctionTool, at: int) -> Tool:
     )
 
 
+def text_of(raw: msgspec.Raw, param: str) -> str:
+    """JSON that is kept as it was sent, whose text nobody has looked at yet. Raises
+    `InvalidRequest`."""
+    try:
+        return bytes(raw).decode()
+    except UnicodeDecodeError:
+        raise InvalidRequest(f"{param} is not valid UTF-8.", param=param) from None
+
+
 def schema_text(raw: msgspec.Raw, param: str) -> str | None:
     """The schema as it was sent; None for none, and for null. Raises `InvalidRequest`."""
     if len(raw) > MAX_SCHEMA_BYTES:
         raise InvalidRequest(
             f"{param}: a schema may have at most {MAX_SCHEMA_BYTES:,} bytes.", param=param
         )
-    text = bytes(raw).decode("utf-8", "replace")
+    text = text_of(raw, param)
     if text in ("", "null"):
         return None
     if not text.startswith("{"):

@@ -11,11 +11,20 @@ import openai
 import pytest
 
 from app.billing.service import set_spending_limit
+from runtime.protocol import frames
 from tests.app.api.conftest import ORGANIZATION, Box
 
 DOCUMENT = Path(__file__).parents[3] / "docs" / "clients.md"
 ROW = re.compile(r"^\| (\w+) \| `(\w+Error)` \| `(\w+Error)` \|", re.MULTILINE)
 CLASSES = {status: names for status, *names in ROW.findall(DOCUMENT.read_text())}
+
+OBJECT: Any = {"type": "json_object"}
+SCHEMA: Any = {"type": "json_schema", "schema": {"type": "object"}}
+FORMATS: dict[str, Any] = {
+    "chat": {"response_format": OBJECT},
+    "respond": {"extra_body": {"text": {"format": OBJECT}}},
+    "message": {"output_config": {"format": SCHEMA}},
+}
 
 Ask = Callable[..., Awaitable[Any]]
 
@@ -61,20 +70,29 @@ class Clients:
 
         return {"chat": chat, "complete": complete, "respond": respond, "message": message}
 
-    async def fail(self, status: str, model: str = "tiny", text: str = "a", **fields: Any) -> None:
-        """Every route raises the table's class, and tells the request's id."""
-        for route, ask in self.routes.items():
+    async def fail(
+        self,
+        status: str,
+        model: str = "tiny",
+        text: str = "a",
+        formats: dict[str, Any] | None = None,
+        **fields: Any,
+    ) -> None:
+        """Every route raises the table's class, and tells the request's id; those of `formats`
+        alone where it is given, each with the fields that it has there."""
+        asks = {route: self.routes[route] for route in formats or self.routes}
+        for route, ask in asks.items():
             name = CLASSES[status][route == "message"]
             expected = getattr(anthropic if route == "message" else openai, name)
             with pytest.raises(expected) as caught:
-                await ask(model, text, **fields)
+                await ask(model, text, **fields, **(formats or {}).get(route, {}))
             told: Any = caught.value
             assert str(told.status_code).startswith(status.rstrip("x")), route
             assert told.request_id.startswith("req_")
 
 
 async def test_each_status_is_raised_as_its_class(box: Box) -> None:
-    assert CLASSES.keys() == {"400", "401", "402", "403", "404", "429", "5xx"}
+    assert CLASSES.keys() == {"400", "401", "402", "403", "404", "413", "422", "429", "5xx"}
     async with Clients(box, "tp-wrong") as stranger, Clients(box, box.keys["read"]) as reader:
         await stranger.fail("401")
         await reader.fail("403")
@@ -83,6 +101,10 @@ async def test_each_status_is_raised_as_its_class(box: Box) -> None:
         await clients.fail("404", model="absent")
         await clients.fail("5xx", text="fail@0")
         await clients.fail("5xx", text="abort@0")
+        await clients.fail("422", text="refuse@0", formats=FORMATS)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(frames, "MAX_FRAME_BYTES", 50)
+            await clients.fail("413")
         link = box.fleet.targets["tiny"].link
         most, link._max_outstanding = link._max_outstanding, 0
         await clients.fail("429")

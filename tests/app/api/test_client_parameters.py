@@ -254,6 +254,9 @@ async def test_what_is_beyond_the_signatures_is_honoured(box: Box, route: str) -
     assert set(re.findall(r"`(\w+)`", section)) == extras.keys() | {
         "return_token_ids",
         "extra_body",
+        "stop",
+        "stop_sequences",
+        "n",
     }
     claude = anthropic.AsyncAnthropic(base_url=box.url, api_key=box.keys[ORGANIZATION])
     async with box.client() as client, claude:
@@ -262,6 +265,15 @@ async def test_what_is_beyond_the_signatures_is_honoured(box: Box, route: str) -
         for name, value in extras.items():
             result = await ask(box, method, base | {"extra_body": {name: value}})
             assert result.sent != plain.sent, name
+        if route in ("/v1/responses", "/v1/messages"):
+            stopped = await ask(box, method, base | {"extra_body": {"stop": ["w3"]}})
+            assert b"w2 " in stopped.answer
+            assert b"w4 " not in stopped.answer
+            with pytest.raises((openai.BadRequestError, anthropic.BadRequestError)):
+                await method(**base, extra_body={"n": 2})
+            unknown = {"stream_options": {"include_obfuscation": False}}
+            ignored = await ask(box, method, base | {"extra_body": unknown})
+            assert ignored == plain
         if route == "/v1/completions":
             shown = await ask(box, method, base | {"extra_body": {"return_token_ids": True}})
             assert b'"token_ids":[0,1,2' in shown.answer

@@ -168,6 +168,38 @@ async def test_tools_and_their_results(box: Box, claude: anthropic.AsyncAnthropi
     ]
 
 
+async def test_what_a_tool_says_of_its_failure_is_told(
+    box: Box, claude: anthropic.AsyncAnthropic
+) -> None:
+    def result(call_id: str, **fields: Any) -> Any:
+        return {"type": "tool_result", "tool_use_id": call_id} | fields
+
+    uses: Any = [USE | {"id": call_id} for call_id in "abc"]
+    results: Any = [
+        result("a", is_error=True, content="no such file"),
+        result("b", is_error=True),
+        result("c", is_error=False, content="42"),
+    ]
+    await claude.messages.create(
+        model="tiny",
+        max_tokens=9,
+        messages=[
+            *HELLO,
+            {"role": "assistant", "content": uses},
+            {"role": "user", "content": results},
+        ],
+    )
+    told = [message.content for message in (last_generate(box).messages or [])[2:]]
+    assert told == ["Error: no such file", "Error", "42"]
+
+
+async def test_thoughts_alone_are_no_message(box: Box, claude: anthropic.AsyncAnthropic) -> None:
+    thought: Any = {"type": "thinking", "thinking": "hm", "signature": "x"}
+    messages: Any = [*HELLO, {"role": "assistant", "content": [thought]}, *HELLO]
+    await claude.messages.create(model="tiny", max_tokens=9, messages=messages)
+    assert last_generate(box).messages == [ChatMessage(role="user", content="hello there")] * 2
+
+
 class Place(BaseModel):
     x: int
 
@@ -266,6 +298,8 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"tool_choice": {"type": "any"}}, "tool_choice"),
     ({"tool_choice": {"type": "maybe"}}, "tool_choice.type"),
     ({"output_config": {"format": {"type": "xml"}}}, "output_config.format"),
+    ({"output_config": {"format": {"type": "json_object"}}}, "output_config.format"),
+    ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format.schema"),
     ({"container": "c"}, "container"),
     ({"inference_geo": "eu"}, "inference_geo"),
     ({"speed": "fast"}, "speed"),
@@ -283,3 +317,21 @@ async def test_bad_parameters_are_named(box: Box) -> None:
             error = response.json()["error"]
             assert error["param"] == param, (change, error)
             assert error["type"] == "invalid_request_error"
+
+
+async def test_what_is_kept_as_it_was_sent_is_utf_8(box: Box) -> None:
+    use = '"messages": [{"role": "assistant", "content": [%s]}, {"role": "user", "content": "a"}]'
+    use %= '{"type": "tool_use", "id": "t", "name": "f", "input": {"x": "%s"}}'
+    tool = '"messages": [{"role": "user", "content": "a"}], "tools": [%s]'
+    tool %= '{"name": "f", "input_schema": {"x": "%s"}}'
+    async with box.http() as http:
+        for fields, param in (
+            (use, "messages[0].content[0].input"),
+            (tool, "tools[0].input_schema"),
+        ):
+            body = b'{"model": "tiny", "max_tokens": 9, ' + (fields % "?").encode() + b"}"
+            response = await http.post("/v1/messages", content=body)
+            assert response.status_code == 200, response.text
+            response = await http.post("/v1/messages", content=body.replace(b"?", b"\xff"))
+            assert response.status_code == 400, response.text
+            assert response.json()["error"]["param"] == param
