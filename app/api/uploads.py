@@ -1,6 +1,7 @@
 """Resumable uploads over HTTP: tus 1.0 with creation (also with upload), expiration, checksum
 and termination. Any tus client works. Where the bytes go: `app.registry.uploads`."""
 
+import asyncio
 from datetime import datetime
 from typing import Any
 
@@ -15,6 +16,8 @@ from app.api import tus
 from app.api.auth import allowed, authenticated, dependencies
 from app.core.errors import InvalidRequest
 from app.organizations.principal import Principal
+from app.registry.received_file import Checksum
+from app.registry.tables import Upload
 from app.registry.uploads import UploadStore
 
 AnyRequest = Request[object, object, State]
@@ -57,11 +60,9 @@ async def create_upload(
     filename = tus.read_metadata(header).get("filename", "")
     checksum = tus.read_checksum(request)
     upload = await store.create(principal, filename, tus.upload_length(request), header)
-    headers = {"Location": f"/api/uploads/{upload.id}"}
     if tus.has_piece(request):
-        await store.append(upload.id, principal.organization_id, 0, request.stream(), checksum)
-        upload = await store.get(upload.id, principal.organization_id)
-    headers |= tus.progress(upload)
+        upload = await _first_piece(request, store, upload, checksum)
+    headers = {"Location": f"/api/uploads/{upload.id}", **tus.progress(upload)}
     return Response(None, status_code=201, headers=headers)
 
 
@@ -135,6 +136,19 @@ async def _offset(request: AnyRequest, principal: Principal, upload_id: str) -> 
     store: UploadStore = request.app.state.uploads
     upload = await store.get(upload_id, principal.organization_id)
     return Response(None, headers=tus.progress(upload, await store.metadata(upload_id)))
+
+
+async def _first_piece(
+    request: AnyRequest, store: UploadStore, upload: Upload, checksum: Checksum | None
+) -> Upload:
+    """With the creation. Where it fails, nobody is told where the upload is: it goes."""
+    organization_id = upload.organization_id
+    try:
+        await store.append(upload.id, organization_id, 0, request.stream(), checksum)
+        return await store.get(upload.id, organization_id)
+    except BaseException:
+        await asyncio.shield(store.delete(upload.id, organization_id))
+        raise
 
 
 async def _append(request: AnyRequest, principal: Principal, upload_id: str) -> Response[None]:

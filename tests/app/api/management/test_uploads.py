@@ -2,8 +2,10 @@
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import os
+from collections.abc import AsyncIterator
 
 import httpx
 import pytest
@@ -99,6 +101,26 @@ async def test_creation_with_upload(client: httpx.AsyncClient, caller: Caller) -
     assert response.status_code == 201
     assert response.headers["upload-offset"] == "1000"
     assert await offset_of(client, caller, response.headers["location"]) == 1000
+
+
+async def test_a_creation_whose_first_bytes_fail_leaves_nothing(
+    client: httpx.AsyncClient, app: Litestar, caller: Caller
+) -> None:
+    headers = caller.headers | TUS | BYTES | {"Upload-Length": "4"}
+
+    async def cut() -> AsyncIterator[bytes]:
+        yield b"ab"
+        raise ConnectionError
+
+    wrong = {"Upload-Checksum": f"sha256 {b64(bytes(32))}"}
+    damaged = await client.post("/api/uploads", headers=headers | wrong, content=b"abcd")
+    assert (damaged.status_code, "location" in damaged.headers) == (460, False)
+    too_much = await client.post("/api/uploads", headers=headers, content=b"abcde")
+    assert too_much.status_code == 413
+    with contextlib.suppress(ConnectionError):
+        await client.post("/api/uploads", headers=headers, content=cut())
+    assert (await client.get("/api/uploads", headers=caller.headers)).json() == {"data": []}
+    assert list(app.state.storage.upload("any").parent.iterdir()) == []
 
 
 async def test_checksum(client: httpx.AsyncClient, caller: Caller) -> None:
