@@ -108,11 +108,11 @@ def test_another_file_of_one_name_size_and_time_begins_anew(
     paths = [tmp_path / step / "model.bin" for step in ("step-100", "step-200")]
     for path, fill in zip(paths, (b"A", b"B"), strict=True):
         path.parent.mkdir()
-        path.write_bytes(fill * (24 * 1024**2))
+        path.write_bytes(fill * (48 * 1024**2))
         os.utime(path, (315532800, 315532800))
-    limit = slow_down(owner, 12e6)
+    limit = slow_down(owner, 8e6)
     offsets = begin(owner, box, paths[0], "one")
-    wait_for_share(owner, 0.75)
+    wait_for_share(owner, 0.4)  # once the first slice is there
     owner.get_by_role("button", name="Pause").click()
     num_before = len(offsets)
     limit(-1)
