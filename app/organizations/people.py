@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 from sqlalchemy import func, select
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.core import clock
@@ -49,11 +50,14 @@ async def create_person(
     session: AsyncSession, organization_id: str, email: str, password_hash: str, role: str
 ) -> User:
     """A new account with its membership. Raises `Conflict` if the address is taken."""
-    if await session.scalar(select(User.id).where(User.email == email)):
-        raise Conflict("There is already an account with this e-mail address.", param="email")
     user = User(id=new_id("user"), email=email, password_hash=password_hash, created_at=clock.now())
     session.add(user)
-    await session.flush()
+    try:
+        await session.flush()
+    except IntegrityError:
+        raise Conflict(
+            "There is already an account with this e-mail address.", param="email"
+        ) from None
     session.add(
         Membership(
             id=new_id("member"),

@@ -6,6 +6,7 @@ Keys live in `keys.py`, browser sessions in `signins.py`, accounts of people in 
 import secrets
 
 from sqlalchemy import delete, select
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.core import clock
@@ -45,7 +46,8 @@ async def bootstrap(database: Database, settings: Settings) -> str | None:
 async def create_organization(
     session: AsyncSession, name: str, *, is_operator: bool = False
 ) -> Organization:
-    """A new tenant with a random cache salt. Its account is opened by billing."""
+    """A new tenant with a random cache salt. Its account is opened by billing. Raises `Conflict`
+    where there is one of this name."""
     organization = Organization(
         id=new_id("org"),
         name=name,
@@ -54,7 +56,10 @@ async def create_organization(
         created_at=clock.now(),
     )
     session.add(organization)
-    await session.flush()
+    try:
+        await session.flush()
+    except IntegrityError:  # two at once
+        raise _taken(name) from None
     return organization
 
 
@@ -68,8 +73,12 @@ async def checked_new_name(session: AsyncSession, name: str) -> str:
         )
     query = select(Organization.id).where(Organization.name == name)
     if await session.scalar(query) is not None:
-        raise Conflict(f"There is already an organization named {name!r}.", param="name")
+        raise _taken(name)
     return name
+
+
+def _taken(name: str) -> Conflict:
+    return Conflict(f"There is already an organization named {name!r}.", param="name")
 
 
 async def default_organization_id(session: AsyncSession) -> str:

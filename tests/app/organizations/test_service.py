@@ -5,7 +5,8 @@ from msgspec.structs import replace
 from sqlalchemy import select
 
 from app.core.database import Database
-from app.core.errors import Forbidden, InvalidRequest, Unauthenticated
+from app.core.errors import Conflict, Forbidden, InvalidRequest, Unauthenticated
+from app.organizations import people
 from app.organizations.keys import KeyRing
 from app.organizations.principal import SCOPES
 from app.organizations.service import (
@@ -129,3 +130,16 @@ async def test_organizations_have_salts_of_their_own(database: Database) -> None
         assert first.cache_salt != second.cache_salt
         assert not first.is_operator
         assert (await get_organization(session, first.id)).name == "first"
+
+
+async def test_two_of_a_name_or_address_are_a_conflict(database: Database) -> None:
+    """Also where both looked for the other before either was there."""
+    async with database.write() as session:
+        acme = await create_organization(session, "acme")
+        await people.create_person(session, acme.id, "ada@example.com", "-", "owner")
+    with pytest.raises(Conflict, match="already an organization named 'acme'"):
+        async with database.write() as session:
+            await create_organization(session, "acme")
+    with pytest.raises(Conflict, match="already an account"):
+        async with database.write() as session:
+            await people.create_person(session, acme.id, "ada@example.com", "-", "owner")
