@@ -15,6 +15,7 @@ from app.api.auth import allowed, authenticated, dependencies
 from app.billing import budgets
 from app.billing.budgets import BudgetView
 from app.core.database import Database
+from app.core.errors import Forbidden
 from app.organizations import keys
 from app.organizations.principal import Principal
 from app.organizations.tables import ApiKey
@@ -84,11 +85,13 @@ async def create_key(
     request: AnyRequest, principal: NamedDependency[Principal], data: JSONBody[NewKey]
 ) -> CreatedKey:
     """The answer holds the secret, which is not shown again. A key cannot be given scopes that
-    the caller lacks."""
+    the caller lacks; one made by a key that expires does so no later, and a key with a limit makes
+    none."""
     database: Database = request.app.state.database
     settings: Settings = request.app.state.settings
     organization_id = principal.organization_id
     async with database.write() as session:
+        await _require_no_limit(session, principal)
         row, secret = await keys.create_key_by(
             session, principal, data.name, frozenset(data.scopes), data.expires_at
         )
@@ -108,6 +111,16 @@ async def revoke_key(
     database: Database = request.app.state.database
     async with database.write() as session:
         await keys.revoke_key(session, principal.organization_id, key_id)
+
+
+async def _require_no_limit(session: AsyncSession, principal: Principal) -> None:
+    """Another key would spend beside the limit of this one."""
+    if (await key_budgets(session, principal.organization_id)).get(principal.api_key_id):
+        raise Forbidden(
+            "This API key has a spending limit, and makes no others. Use a key without one, or the "
+            "console's page Keys.",
+            code="key_limited",
+        )
 
 
 async def limit_key(

@@ -8,6 +8,7 @@ from datetime import datetime, timedelta
 
 import msgspec
 from sqlalchemy import delete, func, select
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.core import clock
@@ -17,7 +18,7 @@ from app.core.ids import new_id
 from app.core.security import new_token, token_hash
 from app.organizations import people
 from app.organizations.confirmation import reconfirm
-from app.organizations.members import check_role, require_power
+from app.organizations.members import check_role, require_power, require_scopes_of
 from app.organizations.principal import Principal
 from app.organizations.signins import SignIns
 from app.organizations.tables import Invitation, Membership, Organization, User
@@ -41,13 +42,17 @@ class Invited(msgspec.Struct, frozen=True, kw_only=True):
 async def invite(
     session: AsyncSession, principal: Principal, role: str, note: str, hours: int
 ) -> tuple[Invitation, str]:
-    """A new link's row and token, for somebody the caller may let in. Raises `Forbidden`,
-    `InvalidRequest` and `Conflict`."""
+    """A new link's row and token, for somebody the caller may let in; a key's ends with the key.
+    Raises `Forbidden`, `InvalidRequest` and `Conflict`."""
     principal = await reconfirm(session, principal)
     await require_power(session, principal, check_role(role))
-    return await invite_into(
+    require_scopes_of(principal, role)
+    invitation, token = await invite_into(
         session, principal.organization_id, role, note=note, hours=hours, by=principal
     )
+    if principal.expires_at is not None:
+        invitation.expires_at = min(invitation.expires_at, principal.expires_at)
+    return invitation, token
 
 
 async def invite_into(
@@ -188,14 +193,6 @@ async def _prove(sign_ins: SignIns, email: str, password: str, address: str) -> 
 
 
 async def _join(session: AsyncSession, user: User, organization_id: str, role: str) -> None:
-    held = select(Membership.id).where(
-        Membership.user_id == user.id, Membership.organization_id == organization_id
-    )
-    if await session.scalar(held) is not None:
-        raise Conflict(
-            "You belong to this organization already. The link can be used by somebody else.",
-            code="already_member",
-        )
     session.add(
         Membership(
             id=new_id("member"),
@@ -205,7 +202,13 @@ async def _join(session: AsyncSession, user: User, organization_id: str, role: s
             created_at=clock.now(),
         )
     )
-    await session.flush()
+    try:
+        await session.flush()
+    except IntegrityError:  # perhaps by another link, at the same time
+        raise Conflict(
+            "You belong to this organization already. The link can be used by somebody else.",
+            code="already_member",
+        ) from None
 
 
 def _ended() -> Forbidden:

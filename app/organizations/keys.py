@@ -10,7 +10,7 @@ from datetime import datetime
 from itertools import islice
 
 import msgspec
-from sqlalchemy import bindparam, select, update
+from sqlalchemy import bindparam, delete, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.core import clock
@@ -20,7 +20,7 @@ from app.core.ids import new_id
 from app.core.security import new_api_key, token_hash
 from app.organizations.confirmation import reconfirm
 from app.organizations.principal import SCOPES, Principal
-from app.organizations.tables import ApiKey, Organization
+from app.organizations.tables import ApiKey, Invitation, Organization
 
 MAX_AGE_NS = 1_000_000_000  # nothing older is believed
 REFRESH_AGE_NS = 600_000_000  # read again in the background from here, so that nobody waits
@@ -89,7 +89,8 @@ async def create_key_by(
     expires_at: datetime | None = None,
 ) -> tuple[ApiKey, str]:
     """Like `create_key`, for a caller who may do so still, and gives a key no scope that they
-    lack. Raises `Forbidden`, `InvalidRequest` and `Unauthenticated`."""
+    lack. What a key makes expires with it. Raises `Forbidden`, `InvalidRequest` and
+    `Unauthenticated`."""
     principal = await reconfirm(session, principal)
     principal.require("admin")
     if lacking := scopes & SCOPES - principal.scopes:
@@ -98,7 +99,16 @@ async def create_key_by(
             code="missing_scope",
             param="scopes",
         )
-    return await create_key(session, principal.organization_id, name, scopes, expires_at)
+    ends_at = principal.expires_at
+    made, secret = await create_key(
+        session, principal.organization_id, name, scopes, expires_at or ends_at
+    )
+    if ends_at is not None and made.expires_at is not None and made.expires_at > ends_at:
+        raise InvalidRequest(
+            f"Your own key expires at {ends_at:%Y-%m-%d %H:%M} UTC, and what it makes no later.",
+            param="expires_at",
+        )
+    return made, secret
 
 
 async def list_keys(session: AsyncSession, organization_id: str) -> list[ApiKey]:
@@ -122,7 +132,8 @@ async def get_key(session: AsyncSession, organization_id: str, key_id: str) -> A
 
 
 async def revoke_key(session: AsyncSession, organization_id: str, key_id: str) -> ApiKey:
-    """Makes a key useless for good; doing it twice does no harm."""
+    """Makes a key useless for good, and the invitations that it made; doing it twice does no
+    harm."""
     key = await session.scalar(
         select(ApiKey)
         .where(ApiKey.organization_id == organization_id, ApiKey.id == key_id)
@@ -137,7 +148,12 @@ async def revoke_key(session: AsyncSession, organization_id: str, key_id: str) -
         )
     if key.revoked_at is None:
         key.revoked_at = clock.now()
+    await _end_invitations(session, key_id)
     return key
+
+
+async def _end_invitations(session: AsyncSession, key_id: str) -> None:
+    await session.execute(delete(Invitation).where(Invitation.creator_id == key_id))
 
 
 async def put_environment_key(session: AsyncSession, organization_id: str, secret: str) -> None:
@@ -146,6 +162,7 @@ async def put_environment_key(session: AsyncSession, organization_id: str, secre
     if not secret:
         if key is not None and key.revoked_at is None:
             key.revoked_at = clock.now()
+            await _end_invitations(session, key.id)
         return
     if key is None:
         key = ApiKey(
@@ -157,6 +174,8 @@ async def put_environment_key(session: AsyncSession, organization_id: str, secre
             last_used_at=None,
         )
         session.add(key)
+    elif key.secret_hash != token_hash(secret):
+        await _end_invitations(session, key.id)
     # A quarter at most, so that a short value is not given away by what people recognise it by.
     key.prefix = secret[: min(PREFIX_CHARS, len(secret) // 4)]
     key.secret_hash = token_hash(secret)

@@ -11,7 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.core.errors import Conflict, Forbidden, InvalidRequest, NotFound
 from app.organizations.confirmation import lock_people, reconfirm
-from app.organizations.principal import ROLE_MEANINGS, Principal
+from app.organizations.principal import ROLE_MEANINGS, SCOPES_BY_ROLE, Principal
 from app.organizations.tables import ROLES, Invitation, Membership, Organization, SignIn, User
 
 
@@ -77,6 +77,7 @@ async def change_role(
     principal = await reconfirm(session, principal)
     membership = await _held(session, principal, user_id)
     await require_power(session, principal, check_role(role))
+    require_scopes_of(principal, role)
     if membership.role == "owner" and role != "owner":
         await _require_another_owner(session, principal.organization_id)
     membership.role = role
@@ -110,6 +111,16 @@ async def require_power(session: AsyncSession, principal: Principal, role: str) 
     raise Forbidden(
         "Only an owner, signed in to the console, makes or removes owners.", code="owner_only"
     )
+
+
+def require_scopes_of(principal: Principal, role: str) -> None:
+    """Raises `Forbidden` for a role with rights that the caller lacks: a key of few scopes."""
+    if lacking := SCOPES_BY_ROLE[role] - principal.scopes:
+        raise Forbidden(
+            f"This API key makes nobody {role}: it lacks the scope {min(lacking)!r} itself.",
+            code="missing_scope",
+            param="role",
+        )
 
 
 def check_role(role: str) -> str:

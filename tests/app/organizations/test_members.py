@@ -1,7 +1,7 @@
 """Members, their roles, and the one-time links that let people in."""
 
 import asyncio
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 import pytest
 from sqlalchemy import select
@@ -51,9 +51,12 @@ async def joined(
     return await sign_ins.open(user, by.organization_id)
 
 
-async def key_of(database: Database, organization_id: str) -> Principal:
+async def key_of(
+    database: Database, organization_id: str, *scopes: str, expires_at: datetime | None = None
+) -> Principal:
     async with database.write() as session:
-        _, secret = await create_key(session, organization_id, "leaked", SCOPES)
+        given = frozenset(scopes) or SCOPES
+        _, secret = await create_key(session, organization_id, "leaked", given, expires_at)
     return await KeyRing(database).authenticate(secret)
 
 
@@ -238,6 +241,44 @@ async def test_links_into_other_organizations_end_with_an_operator(
     with pytest.raises(Forbidden):
         await redeem(database, sign_ins, lost, "bob@example.com", PASSWORD, HERE)
     await redeem(database, sign_ins, kept, "x@example.com", PASSWORD, HERE)
+
+
+async def test_links_end_with_the_key_that_made_them(
+    database: Database, sign_ins: SignIns, owner: SignedIn
+) -> None:
+    organization_id = owner.principal.organization_id
+    tomorrow = clock.now() + timedelta(days=1)
+    key = await key_of(database, organization_id, expires_at=tomorrow)
+    async with database.write() as session:
+        invitation, token = await invite(session, key, "admin", "", 720)
+        assert invitation.expires_at == tomorrow
+        await revoke_key(session, organization_id, key.api_key_id)
+    with pytest.raises(Forbidden):
+        await redeem(database, sign_ins, token, "x@example.com", PASSWORD, HERE)
+
+
+async def test_a_key_makes_nothing_that_may_do_more(
+    database: Database, sign_ins: SignIns, owner: SignedIn
+) -> None:
+    organization_id = owner.principal.organization_id
+    bob = (await joined(database, sign_ins, owner.principal, "viewer", "bob@example.com")).principal
+    assert bob.user_id is not None
+    tomorrow = clock.now() + timedelta(days=1)
+    key = await key_of(database, organization_id, "admin", "read", expires_at=tomorrow)
+    async with database.write() as session:
+        for attempt in (
+            invite(session, key, "member", "", 1),
+            change_role(session, key, bob.user_id, "admin"),
+            create_key_by(session, key, "more", SCOPES),
+        ):
+            with pytest.raises(Forbidden, match="lack"):
+                await attempt
+        await invite(session, key, "viewer", "", 1)
+        made, _ = await create_key_by(session, key, "as long", frozenset({"read"}))
+        assert made.expires_at == tomorrow
+        late = tomorrow + timedelta(hours=1)
+        with pytest.raises(InvalidRequest, match="Your own key expires"):
+            await create_key_by(session, key, "longer", frozenset({"read"}), late)
 
 
 async def test_nobody_acts_on_rights_that_are_gone(
