@@ -22,6 +22,7 @@ from app.deployments.logs import build_log_name, read_log
 from app.registry import service as registry
 
 MAX_LOG_BYTES = 4 * 1024**2
+MAX_DIGITS = 9  # of the number of a version
 MAX_SEARCH = 64  # characters, as long as a name
 
 
@@ -136,7 +137,7 @@ async def change_endpoint(
 
 async def _sent_version_number(request: PageRequest) -> int:
     text = await form_field(request, "version")
-    if not text.isdecimal():
+    if not text.isdecimal() or len(text) > MAX_DIGITS:
         raise InvalidRequest("Choose the version that is to be served.", param="version")
     return int(text)
 

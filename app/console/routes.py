@@ -38,8 +38,10 @@ from app.console import (
 from app.console.errors import exception_handlers
 from app.console.sessions import HOME
 from app.console.templating import HEADERS, STATIC_DIR, STATIC_PATH, PageRequest
+from app.core.errors import NotFound
 
 YEAR_SECONDS = 365 * 86400
+MAX_PATH_CHARS = 200  # of a static file
 
 
 def secure(response: Response[Any]) -> Response[Any]:
@@ -53,6 +55,13 @@ def secure(response: Response[Any]) -> Response[Any]:
 async def home(request: PageRequest) -> Response[None]:
     """Where people start."""
     return Response(None, status_code=303, headers={"Location": HOME})
+
+
+async def require_file_name(request: PageRequest) -> None:
+    """Raises `NotFound` for what no file can be called: the disk would fail at it."""
+    path = request.scope["path"]
+    if len(path) > MAX_PATH_CHARS or not path.isprintable():
+        raise NotFound("There is no such file.")
 
 
 behind_session = Router(
@@ -89,6 +98,7 @@ static_files = create_static_files_router(
     directories=[STATIC_DIR],
     cache_control=CacheControlHeader(max_age=YEAR_SECONDS, public=True, immutable=True),
     include_in_schema=False,
+    before_request=require_file_name,
 )
 router = Router(
     "/",

@@ -206,6 +206,9 @@ async def test_an_older_version_can_be_served_again(owned: Console) -> None:
         )
         session.add(second)
     page = "/console/models/digits"
+    for number in ("", "-1", "9" * 5000):
+        refused = await owned.post(page, f"{page}/endpoint/rollback", version=number)
+        assert refused.status == 400
     done = await owned.post(page, f"{page}/endpoint/rollback", version="2")
     assert done.status == 303
     shown = (await owned.client.get(page)).text

@@ -86,6 +86,8 @@ async def test_static_files_are_kept_by_browsers_and_open_to_strangers(console: 
     assert answer.headers["content-type"].startswith("text/css")
     assert "immutable" in answer.headers["cache-control"]
     assert (await console.client.get("/console/static/../errors.py")).status_code in (303, 404)
+    for name in ("%00", "a%00b.css", "x" * 300, "x" * 5000, "x/" * 2000, "%E2%80%AE"):
+        assert (await console.client.get(f"/console/static/{name}")).status_code == 404
 
 
 @pytest.mark.parametrize(
