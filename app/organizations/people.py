@@ -18,7 +18,7 @@ from app.organizations.tables import Membership, User
 MIN_PASSWORD_CHARS = 10
 MAX_PASSWORD_CHARS = 200
 MAX_EMAIL_CHARS = 254
-_EMAIL = re.compile(r"[^@\s\x00-\x1f]+@[^@\s\x00-\x1f]+")
+_EMAIL = re.compile(r"[^@\s]+@[^@\s]+")
 
 # Argon2 takes 64 MiB a time; more at once than this would let strangers exhaust memory.
 _hashing = ThreadPoolExecutor(2, thread_name_prefix="passwords")
@@ -27,9 +27,15 @@ _hashing = ThreadPoolExecutor(2, thread_name_prefix="passwords")
 def checked_email(email: str) -> str:
     """The address in the one spelling that is stored. Raises `InvalidRequest`."""
     email = email.strip().lower()
-    if len(email) > MAX_EMAIL_CHARS or not _EMAIL.fullmatch(email):
+    if len(email) > MAX_EMAIL_CHARS or not _is_address(email):
         raise InvalidRequest("Enter an e-mail address such as ada@example.com.", param="email")
     return email
+
+
+def _is_address(email: str) -> bool:
+    """Whether it looks like one, and like itself: with what turns or hides text in it, it would
+    look like somebody else's."""
+    return email.isprintable() and _EMAIL.fullmatch(email) is not None
 
 
 def check_password(password: str, email: str) -> None:

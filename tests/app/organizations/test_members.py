@@ -340,3 +340,21 @@ async def test_an_invitation_is_checked(
     async with database.write() as session:
         with pytest.raises(InvalidRequest):
             await invite(session, owner.principal, "member", note, hours)
+
+
+@pytest.mark.parametrize(
+    "email",
+    [
+        "ada",
+        "a@b@c",
+        "a @b",
+        "ada@exa\u202emple.com",
+        "ada\u200b@example.com",
+        "a@b\x7f",
+        "a@" * 200,
+    ],
+)
+def test_an_address_reads_like_itself(email: str) -> None:
+    with pytest.raises(InvalidRequest):
+        people.checked_email(email)
+    assert people.checked_email(" Ädà@bücher.example ") == "ädà@bücher.example"
