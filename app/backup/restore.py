@@ -11,7 +11,7 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
-from sqlalchemy import Connection, Engine, update
+from sqlalchemy import Connection, Engine, delete, update
 
 from app.backup.backup import (
     AFTER,
@@ -31,6 +31,7 @@ from app.core.database import create_writer_engine
 from app.core.errors import Conflict, InvalidRequest
 from app.core.lock import hold_data_dir
 from app.core.migration import upgrade
+from app.organizations.tables import Invitation, SetupToken, SignIn
 
 PARTS = BEFORE + AFTER  # the only folders of a box that a backup may write to
 SECRET_PARTS = frozenset({"keys"})
@@ -165,6 +166,9 @@ def _restore_rows(connection: Connection, backup: Path, manifest: BackupManifest
     for table in tables():
         path = backup / DATABASE / f"{table.name}.msgpack.z"
         load_table(connection, table, path, manifest.tables[table.name])
+    # Links may have been used since, and sessions ended: all are made anew.
+    for table in (SignIn, Invitation, SetupToken):
+        connection.execute(delete(table))
     # What was to be done at Stripe may have been done after the backup: it is looked for there by
     # our own marks before anything is sent again.
     connection.execute(

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import msgspec
@@ -18,6 +19,8 @@ from app.core.database import Database
 from app.core.errors import Conflict, InvalidRequest
 from app.core.storage import Storage
 from app.metering.tables import UsageEvent
+from app.organizations.people import create_person, num_people
+from app.organizations.tables import Invitation, Organization, SetupToken, SignIn
 from app.settings import Settings
 from tests.app.billing.conftest import ORGANIZATION, accounts, settlement  # noqa: F401
 
@@ -53,6 +56,42 @@ async def fill(database: Database, writer: AccountWriter, make: Callable[..., ob
         )
 
 
+async def let_in(database: Database) -> None:
+    """A session, and a link of each kind."""
+    ends_at = clock.now() + timedelta(hours=1)
+    async with database.write() as session:
+        session.add(
+            Organization(id=ORGANIZATION, name="acme", cache_salt=b"", created_at=clock.now())
+        )
+        await session.flush()
+        ada = await create_person(session, ORGANIZATION, "ada@example.com", "-", "owner")
+        session.add_all(
+            (
+                SetupToken(token_hash="a", created_at=clock.now()),
+                Invitation(
+                    id="invite_1",
+                    organization_id=ORGANIZATION,
+                    role="admin",
+                    note="",
+                    token_hash="b",
+                    created_by=ada.email,
+                    creator_id=ada.id,
+                    created_at=clock.now(),
+                    expires_at=ends_at,
+                ),
+                SignIn(
+                    id="signin_1",
+                    token_hash="c",
+                    csrf_token="d",
+                    user_id=ada.id,
+                    organization_id=ORGANIZATION,
+                    created_at=clock.now(),
+                    expires_at=ends_at,
+                ),
+            )
+        )
+
+
 async def sums(database: Database) -> tuple[int, int, int]:
     async with database.read() as session:
         events = await session.scalar(select(func.count()).select_from(UsageEvent))
@@ -72,6 +111,7 @@ async def test_a_box_comes_back_as_it_was(
     tmp_path: Path,
 ) -> None:
     await fill(database, accounts, settlement)
+    await let_in(database)
     target = tmp_path / "backup"
     manifest = await asyncio.to_thread(
         take_backup, settings.data_dir, settings.sync_database_url, target
@@ -94,6 +134,10 @@ async def test_a_box_comes_back_as_it_was(
             # It may have been done since: it is looked for before it is sent again.
             assert (operation.state, operation.params) == ("unknown", {"amount": 5, "ü": [1, None]})
             assert operation.first_sent_at == manifest.taken_at
+            # Links may have been used since, and sessions ended.
+            assert await num_people(session) == 1
+            for table in (SetupToken, Invitation, SignIn):
+                assert await session.scalar(select(func.count()).select_from(table)) == 0
     finally:
         await restored.close()
 
