@@ -3,6 +3,7 @@ anchor in them and in the README leads somewhere."""
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from tests.runtime.peer import make_decoder_artifact
 ROOT = Path(__file__).parents[2]
 GUIDES = sorted((ROOT / "docs").glob("*.md"))
 RUNNABLE = [path for path in GUIDES if blocks(path.read_text())]
+NEEDED = [name for name in ("bash", "curl", "openssl") if shutil.which(name) is None]
 FENCE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
@@ -49,6 +51,7 @@ def test_guides_of_each_reader_can_be_run() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(bool(NEEDED), reason=f"needs {', '.join(NEEDED)}")
 @pytest.mark.parametrize("guide", RUNNABLE, ids=lambda path: path.stem)
 def test_what_a_guide_says_to_run_works(box: Box, guide: Path, tmp_path: Path) -> None:
     environment = {
