@@ -2,7 +2,7 @@
 the request's body is read, and again once it is there: a key may be revoked meanwhile. Cookies mean
 nothing here, but to pages that people only read."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from litestar import Request
@@ -44,12 +44,19 @@ async def bearer_principal(request: Connection) -> Principal:
 
 
 async def principal_after_body(request: Connection) -> Principal:
-    """Who holds the request's API key still, now that all of the body is there: what the request
-    may do is decided by nothing older. Raises `Unauthenticated` and `TookTooLong`."""
+    """Who holds the request's API key still, once all of the body is there: what the request may
+    do is decided by nothing older. Raises `Unauthenticated` and `TookTooLong`."""
     principal = await bearer_principal(request)
+    if not await _receive_body(request):
+        return principal
+    return await bearer_principal(request)
+
+
+async def _receive_body(request: Connection) -> bool:
+    """Whether there was one, as far as its handler does not receive it as it comes."""
     assert isinstance(request, Request), "only requests have a body"
     if request.method in SAFE_METHODS or request.url.path.startswith(UPLOADS_PATH):
-        return principal
+        return False
     handler: BaseRouteHandler = request.route_handler
     is_form = "data" not in handler.parsed_fn_signature.parameters
     if is_form and request.content_type[0] == RequestEncodingType.MULTI_PART:
@@ -57,7 +64,7 @@ async def principal_after_body(request: Connection) -> Principal:
     else:
         async with body_deadline():
             await request.body()
-    return await bearer_principal(request)
+    return True
 
 
 async def reading_principal(request: Connection) -> Principal:
@@ -74,14 +81,18 @@ async def reading_principal(request: Connection) -> Principal:
 
 async def authenticated(connection: Connection, _: BaseRouteHandler) -> None:
     """A guard that lets only holders of an API key pass, and remembers who it was."""
-    connection.scope["auth"] = await principal_after_body(connection)
+    connection.scope["auth"] = await bearer_principal(connection)
 
 
-def allowed(scope: Scope) -> Callable[[Connection, BaseRouteHandler], None]:
-    """A guard, after `authenticated`, that lets only callers with this scope pass."""
+def allowed(scope: Scope) -> Callable[[Connection, BaseRouteHandler], Awaitable[None]]:
+    """A guard, after `authenticated`, that lets only callers with this scope pass: nothing of
+    anybody else's body is received, and they are looked up again once theirs is there."""
 
-    def guard(connection: Connection, _: BaseRouteHandler) -> None:
+    async def guard(connection: Connection, _: BaseRouteHandler) -> None:
         connection.auth.require(scope)
+        if await _receive_body(connection):
+            connection.scope["auth"] = principal = await bearer_principal(connection)
+            principal.require(scope)
 
     return guard
 

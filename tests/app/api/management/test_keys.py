@@ -90,6 +90,24 @@ async def test_a_body_that_never_ends_is_given_up(
     assert (refused.status_code, refused.json()["error"]["code"]) == (408, "request_timeout")
 
 
+@pytest.mark.parametrize("media_type", ["application/json", "multipart/form-data; boundary=b"])
+async def test_nothing_is_received_of_who_may_not_send_it(
+    client: httpx.AsyncClient, database: Database, caller: Caller, media_type: str
+) -> None:
+    reader = await make_caller(database, caller.organization_id, frozenset({"read"}))
+    received: list[bytes] = []
+
+    async def body() -> AsyncIterator[bytes]:
+        received.append(b"--b--")
+        yield b"--b--"
+
+    headers = reader.headers | {"Content-Type": media_type}
+    for path in ("/api/keys", "/api/models/digits/versions"):
+        refused = await client.post(path, content=body(), headers=headers)
+        assert refused.status_code == 403
+    assert not received
+
+
 async def test_a_key_with_a_limit_makes_no_key_without_one(
     client: httpx.AsyncClient, caller: Caller
 ) -> None:
