@@ -54,7 +54,7 @@ def promised_to(limit_nano: int | None, posted_nano: int, held_nano: int, in_lot
     return min(held_nano, max(0, held_nano + owed_nano - limit_nano))
 
 
-def draw(lots: Sequence[LotState], amount_nano: int, promised_nano: int = 0) -> list[Draw]:
+def draw(lots: Sequence[LotState], amount_nano: int, promised_nano: int) -> list[Draw]:
     """How `amount_nano` is taken from lots given in the order of use. What they do not cover is
     owed on account. Lots whose time is over pay only for what requests were promised of them, as
     `expire_due` leaves it: the part of `promised_nano` that the other lots do not cover."""

@@ -80,7 +80,7 @@ CALLS = {"min": "max", "max": "min"}
 
 
 class Mutant(NamedTuple):
-    """One changed module. `what` is the same for as long as its line is."""
+    """One changed module. Its name is the same for as long as the line is, wherever that moves."""
 
     path: str
     line: int
@@ -89,7 +89,7 @@ class Mutant(NamedTuple):
 
     @property
     def name(self) -> str:
-        return f"{self.path}:{self.line}: {self.what}"
+        return f"{self.path}: {self.what}"
 
 
 def mutants(path: str) -> list[Mutant]:
@@ -128,9 +128,9 @@ def _changes(node: ast.AST) -> Iterator[tuple[str, "Change"]]:
     for at, statement in enumerate(body if isinstance(body, list) else []):
         is_call = isinstance(statement, ast.Expr) and not isinstance(statement.value, ast.Constant)
         if is_call and not _is_failpoint(statement):
-            yield f"line {statement.lineno} left out", Change("statement", at)
+            yield f"`{ast.unparse(statement)}` left out", Change("statement", at)
         if isinstance(statement, ast.AugAssign | ast.Continue | ast.Break):
-            yield f"line {statement.lineno} left out", Change("statement", at)
+            yield f"`{ast.unparse(statement)}` left out", Change("statement", at)
 
 
 class Change(NamedTuple):

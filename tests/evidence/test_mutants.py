@@ -18,16 +18,16 @@ def test_the_walks_that_mutants_must_survive() -> None:
 
 # Parts of names of changes that no single process can tell from the code as it is, and why.
 EQUIVALENT: dict[str, str] = {
-    "app/billing/ledger.py:69: line 100 left out": "the next statement flushes by itself",
-    "app/billing/credits.py:48: LtE to Lt": "nothing is taken for nothing, and that is left out",
-    "app/billing/credits.py:48: line 49 left out": "likewise",
-    "app/billing/credits.py:57: line 110 left out": "the transaction's end flushes by itself",
-    "app/billing/credits.py:114: line 129 left out": "tells only where two processes meet",
-    "app/billing/credits.py:139: line 145 left out": "likewise",
-    "app/billing/credits.py:164: line 193 left out": "nobody reads the lot after its posting",
-    "app/billing/posting.py:73: 0 plus one": "accounts that are there are opened again in vain",
-    "app/billing/posting.py:123: 32 plus one": "an id of one character more is as good",
-    "app/billing/ledger.py:135: line 146 left out": "nobody reads the account after its posting",
+    "credits.py: LtE to Lt in `if amount_nano <= 0:": "nothing is not taken, which is left out",
+    "credits.py: `break` left out in `if amount_nano <= 0:": "likewise",
+    "credits.py: `await session.flush()` left out": "the transaction's end flushes by itself",
+    "`await session.refresh(lot)` left out in `async def take_back(": "is for two processes",
+    "`await session.refresh(lot)` left out in `async def expire_due(": "likewise",
+    "`await session.refresh(lot)` left out in `async def _post_from_lot(": "nobody reads it then",
+    "posting.py: 0 plus one in `missing = ": "accounts that are there are opened again in vain",
+    "posting.py: 32 plus one in `transaction_id": "an id of one character more is as good",
+    "ledger.py: `await session.flush()` left out": "the next statement flushes by itself",
+    "ledger.py: `await session.refresh(account)` left out": "nobody reads the account then",
 }
 
 
