@@ -7,7 +7,7 @@ No posting is decided by it. Notes of our own are kept beside, such as how far e
 from typing import Any
 
 import msgspec
-from sqlalchemy import select
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.billing.payments.tables import StripeMirror
@@ -21,17 +21,15 @@ async def store(session: AsyncSession, seen: Any) -> None:
 
 
 async def put(session: AsyncSession, id: str, kind: str, data: dict[str, Any]) -> None:
-    row = await session.scalar(
-        select(StripeMirror)
-        .where(StripeMirror.id == id)
-        .with_for_update()
-        .execution_options(populate_existing=True)
+    """The newer state of an object; also where another process keeps its first one meanwhile."""
+    connection = await session.connection()
+    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
+    state = {"kind": kind, "data": data, "read_at": clock.now()}
+    statement = dialect.insert(StripeMirror).values(id=id, **state)
+    await session.scalars(
+        statement.on_conflict_do_update(index_elements=["id"], set_=state).returning(StripeMirror),
+        execution_options={"populate_existing": True},
     )
-    if row is None:
-        session.add(StripeMirror(id=id, kind=kind, data=data, read_at=clock.now()))
-    else:
-        row.kind, row.data, row.read_at = kind, data, clock.now()
-    await session.flush()
 
 
 async def read(session: AsyncSession, id: str) -> StripeMirror | None:

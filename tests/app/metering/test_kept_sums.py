@@ -1,6 +1,7 @@
 """Sums for pages: the same as those that are added up anew, also while more is posted."""
 
 from datetime import datetime, timedelta
+from typing import cast
 
 import pytest
 from sqlalchemy import event
@@ -105,7 +106,9 @@ async def test_ended_hours_are_added_up_once(database: Database) -> None:
 
     def note(*arguments: object) -> None:
         if "usage_hour" in str(arguments[2]):
-            asked.append(tuple(n for n in tuple(arguments[3]) if isinstance(n, int)))  # type: ignore[call-overload]
+            given = arguments[3]  # by name on PostgreSQL, by place on SQLite
+            values = given.values() if isinstance(given, dict) else cast("tuple[object]", given)
+            asked.append(tuple(value for value in values if isinstance(value, int)))
 
     event.listen(database.engine.sync_engine, "before_cursor_execute", note)
     async with database.read() as session:
