@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.api.auth import allowed, authenticated, dependencies
 from app.billing import budgets
 from app.billing.budgets import BudgetView
+from app.billing.key_limits import require_no_limit
 from app.core.database import Database
 from app.core.errors import NotFound
 from app.deployments.tables import Endpoint
@@ -68,11 +69,13 @@ async def set_budget(
     request: AnyRequest, principal: NamedDependency[Principal], data: JSONBody[BudgetChange]
 ) -> Budget:
     """There is one for each scope, subject and period; setting it again changes its limit.
-    Requests that could exceed a budget are refused with 402 before they run."""
+    Requests that could exceed a budget are refused with 402 before they run. A key that has a
+    budget of its own changes none."""
     database: Database = request.app.state.database
     settings: Settings = request.app.state.settings
     organization_id = principal.organization_id
     async with database.write() as session:
+        await require_no_limit(session, principal)
         subject_name = await name_of(session, organization_id, data.scope, data.subject)
         budget_id = await budgets.set_budget(
             session,
@@ -95,6 +98,7 @@ async def delete_budget(
     """Requests are no longer counted in it."""
     database: Database = request.app.state.database
     async with database.write() as session:
+        await require_no_limit(session, principal)
         await budgets.delete_budget(session, principal.organization_id, budget_id)
 
 

@@ -9,13 +9,11 @@ from litestar import Request, Router, delete, get, post
 from litestar.datastructures import State
 from litestar.di import NamedDependency
 from litestar.params import FromPath, JSONBody
-from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.api.auth import allowed, authenticated, dependencies
-from app.billing import budgets
 from app.billing.budgets import BudgetView
+from app.billing.key_limits import key_budgets, limit_key, require_no_limit
 from app.core.database import Database
-from app.core.errors import Forbidden
 from app.organizations import keys
 from app.organizations.principal import Principal
 from app.organizations.tables import ApiKey
@@ -91,7 +89,7 @@ async def create_key(
     settings: Settings = request.app.state.settings
     organization_id = principal.organization_id
     async with database.write() as session:
-        await _require_no_limit(session, principal)
+        await require_no_limit(session, principal)
         row, secret = await keys.create_key_by(
             session, principal, data.name, frozenset(data.scopes), data.expires_at
         )
@@ -111,41 +109,6 @@ async def revoke_key(
     database: Database = request.app.state.database
     async with database.write() as session:
         await keys.revoke_key(session, principal.organization_id, key_id)
-
-
-async def _require_no_limit(session: AsyncSession, principal: Principal) -> None:
-    """Another key would spend beside the limit of this one."""
-    if (await key_budgets(session, principal.organization_id)).get(principal.api_key_id):
-        raise Forbidden(
-            "This API key has a spending limit, and makes no others. Use a key without one, or the "
-            "console's page Keys.",
-            code="key_limited",
-        )
-
-
-async def limit_key(
-    session: AsyncSession, key: ApiKey, period: str, limit_nano: int, *, currency: str
-) -> None:
-    """How much it may spend in a day or a month. Raises `InvalidRequest`."""
-    await budgets.set_budget(
-        session,
-        key.organization_id,
-        scope="key",
-        subject=key.id,
-        subject_name=key.name,
-        period=period,
-        limit_nano=limit_nano,
-        currency=currency,
-    )
-
-
-async def key_budgets(session: AsyncSession, organization_id: str) -> dict[str, list[BudgetView]]:
-    """The budgets of keys, by their ids."""
-    found: dict[str, list[BudgetView]] = {}
-    for budget in await budgets.list_budgets(session, organization_id):
-        if budget.scope == "key":
-            found.setdefault(budget.subject, []).append(budget)
-    return found
 
 
 def _fields(row: ApiKey, limits: list[BudgetView]) -> dict[str, Any]:

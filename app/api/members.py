@@ -9,6 +9,7 @@ from litestar.di import NamedDependency
 from litestar.params import FromPath, JSONBody
 
 from app.api.auth import allowed, authenticated, dependencies
+from app.billing.key_limits import require_no_limit
 from app.core.database import Database
 from app.organizations import invitations, members
 from app.organizations.members import Member
@@ -74,6 +75,7 @@ async def change_role(
 ) -> Member:
     """In force from their next request on. Owners are made and unmade in the console, by owners."""
     async with _database(request).write() as session:
+        await require_no_limit(session, principal)
         return await members.change_role(session, principal, user_id, data.role)
 
 
@@ -103,6 +105,7 @@ async def invite(
     """A link that lets one person in, once. The box sends nothing: pass it on yourself."""
     settings: Settings = request.app.state.settings
     async with _database(request).write() as session:
+        await require_no_limit(session, principal)
         row, token = await invitations.invite(session, principal, data.role, data.note, data.hours)
     shown = msgspec.structs.asdict(_shown(row))
     return CreatedInvitation(**shown, url=f"{settings.url}{invitations.PATH}{token}")

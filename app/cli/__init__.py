@@ -1,6 +1,6 @@
-"""The `tapeout` command: `serve` runs the box, everything else talks to one over HTTP.
+"""The `tapeout` command: some commands run or keep a box, all others talk to one over HTTP.
 
-Owns arguments, printing and exit codes; what it shows comes from the public interface alone.
+Owns arguments, printing and exit codes; what the latter show comes from the public interface alone.
 """
 
 import click
@@ -16,6 +16,7 @@ from app.cli.members import members
 from app.cli.optimise import optimise as optimise_command
 from app.cli.push import push as push_command
 from app.cli.receipts import ledger, receipt
+from app.cli.reset_password import reset_password
 from app.cli.serve import serve as serve_command
 
 
@@ -24,8 +25,9 @@ from app.cli.serve import serve as serve_command
 def main() -> None:
     """Upload a PyTorch model, get a metered endpoint.
 
-    All commands but `serve` and `launcher` read TAPEOUT_URL (default http://127.0.0.1:8080) and
-    TAPEOUT_API_KEY.
+    Commands that talk to a box read TAPEOUT_URL (default http://127.0.0.1:8080) and
+    TAPEOUT_API_KEY. `serve`, `launcher`, `doctor`, `backup`, `restore` and `reset-password` are for
+    the box itself.
     """
 
 
@@ -46,5 +48,6 @@ for command in (
     doctor_command,
     backup_command,
     restore_command,
+    reset_password,
 ):
     main.add_command(command)

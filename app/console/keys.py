@@ -8,8 +8,8 @@ from litestar import Response, Router, get, post
 from litestar.params import FromPath
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.api.keys import key_budgets, limit_key
 from app.billing.budgets import BudgetView, delete_budget
+from app.billing.key_limits import key_budgets, limit_key
 from app.console.sessions import form_field, go, signed_in
 from app.console.templating import PageRequest, page
 from app.core import clock

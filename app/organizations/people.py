@@ -5,15 +5,15 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
-from sqlalchemy import func, select
+from sqlalchemy import delete, func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.core import clock
-from app.core.errors import Conflict, InvalidRequest
+from app.core.errors import Conflict, InvalidRequest, NotFound
 from app.core.ids import new_id
 from app.core.security import hash_password, is_password_right
-from app.organizations.tables import Membership, User
+from app.organizations.tables import Membership, SignIn, User
 
 MIN_PASSWORD_CHARS = 10
 MAX_PASSWORD_CHARS = 200
@@ -75,6 +75,19 @@ async def create_person(
     )
     await session.flush()
     return user
+
+
+async def reset_password(session: AsyncSession, email: str, password_hash: str) -> None:
+    """A new password for somebody, whose every session ends. Raises `NotFound`."""
+    user_id = await session.scalar(
+        update(User)
+        .where(User.email == email)
+        .values(password_hash=password_hash)
+        .returning(User.id)
+    )
+    if user_id is None:
+        raise NotFound(f"Nobody signs in as {email}.", code="user_not_found")
+    await session.execute(delete(SignIn).where(SignIn.user_id == user_id))
 
 
 async def num_people(session: AsyncSession) -> int:

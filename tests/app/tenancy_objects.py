@@ -31,6 +31,7 @@ from app.deployments.service import CHANGED
 from app.deployments.tables import Deployment, Replica
 from app.metering.tables import UsageEvent
 from app.organizations.invitations import invite_into
+from app.organizations.keys import create_key
 from app.organizations.people import create_person
 from app.organizations.principal import SCOPES, Principal
 from app.registry.tables import Artifact, Upload
@@ -93,6 +94,7 @@ async def add_objects(application: Litestar, tenant: Tenant) -> Owned:
             period="month",
             limit_nano=AMOUNT_NANO,
         )
+        key, _ = await create_key(session, tenant.id, f"{MARK} spare key", frozenset({"inference"}))
         notice_id = await notify(
             session, tenant.id, "low_balance", f"{MARK} has 7.123456 left.", {"left": AMOUNT_NANO}
         )
@@ -127,7 +129,7 @@ async def add_objects(application: Litestar, tenant: Tenant) -> Owned:
     return Owned(
         name=name,
         endpoint=name,
-        key_id=tenant.key_id,
+        key_id=key.id,  # calls limit and revoke it: not the caller's own
         upload_id=upload.id,
         request_id=request_id,
         budget_id=budget_id,

@@ -102,3 +102,23 @@ async def test_the_operator_recommends_a_model(place: Place) -> None:
     assert (shown["model"], shown["note"]) == ("digits", "reads digits best")
     assert (await http.delete(path, headers=place.operator.bearer)).status_code == 204
     assert (await http.get(path, headers=place.operator.bearer)).status_code == 404
+
+
+async def test_a_key_with_a_limit_does_nothing_that_would_lift_it(place: Place) -> None:
+    http = place.http
+    body = {"name": "ci", "scopes": ["admin", "read"], "limit_nano": 10**9}
+    made = (await http.post("/api/keys", headers=place.customer.bearer, json=body)).json()
+    headers = {"Authorization": f"Bearer {made['secret']}"}
+    before = (await http.get("/api/budgets", headers=headers)).json()
+    (limit,) = before["budgets"]
+    raised = {"scope": "key", "subject": made["id"], "period": "month", "limit_nano": 10**12}
+    for method, path, json in (
+        ("POST", "/api/keys", {"name": "more"}),
+        ("PUT", "/api/budgets", raised),
+        ("DELETE", f"/api/budgets/{limit['id']}", None),
+        ("POST", "/api/members/invitations", {"role": "admin"}),
+        ("PATCH", "/api/members/user_x", {"role": "admin"}),
+    ):
+        refused = await http.request(method, path, headers=headers, json=json)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (403, "key_limited"), path
+    assert (await http.get("/api/budgets", headers=headers)).json() == before

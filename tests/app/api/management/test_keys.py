@@ -108,16 +108,6 @@ async def test_nothing_is_received_of_who_may_not_send_it(
     assert not received
 
 
-async def test_a_key_with_a_limit_makes_no_key_without_one(
-    client: httpx.AsyncClient, caller: Caller
-) -> None:
-    body = {"name": "ci", "scopes": ["admin"], "limit_nano": 10**9}
-    made = (await client.post("/api/keys", headers=caller.headers, json=body)).json()
-    headers = {"Authorization": f"Bearer {made['secret']}"}
-    refused = await client.post("/api/keys", headers=headers, json={"name": "more"})
-    assert (refused.status_code, refused.json()["error"]["code"]) == (403, "key_limited")
-
-
 async def test_nobody_gives_away_more_than_they_have(
     client: httpx.AsyncClient, database: Database, caller: Caller
 ) -> None:
