@@ -40,8 +40,9 @@ lint: setup ## Format, then check style, types and layers
 	@$(BIN)/pyright
 	@$(BIN)/lint-imports
 
-soak: setup ## The long forms of the tests of money; SOAK_KILLS, SOAK_SEEDS and others say how long
-	@$(BIN)/python -m pytest tests -m soak -s
+soak: setup ## The long forms of tests, and new examples; SOAK_KILLS, SOAK_SEEDS and others say how long
+	@HYPOTHESIS_PROFILE=new $(BIN)/python -m pytest tests -m "hypothesis and not soak" -q -n 2 --dist loadfile
+	@HYPOTHESIS_PROFILE=new $(BIN)/python -m pytest tests -m soak -s
 
 test-docker: setup ## The compose file on a real Docker engine
 	@bash tests/docker/run.sh

@@ -73,8 +73,12 @@ class Reader:
             self.at = stop
 
     def text(self, end: int, max_bytes: int) -> str:
-        """The field up to `end` as text."""
-        return self.data(end, max_bytes).decode("utf-8", "replace")
+        """The field up to `end`. Another reader would see another name in what is not UTF-8, so
+        it is refused."""
+        try:
+            return self.data(end, max_bytes).decode()
+        except UnicodeDecodeError:
+            raise ValueError("a text that is not UTF-8") from None
 
     def data(self, end: int, max_bytes: int) -> bytes:
         """The field up to `end`, refused beyond `max_bytes`."""

@@ -244,6 +244,7 @@ REFUSED = {
     "negative size": (
         model(graph(weights=(tensor(dims=(2**64 - 1,), raw=b""),))), "onnx_damaged", "shape",
     ),
+    "not UTF-8": (model(graph(nodes=(field(4, b"\x80atMul"),))), "onnx_damaged", "UTF-8"),
     "nested": (model(subgraph(40)), "onnx_damaged", "deeply"),
     "cut": (model()[:-9], "onnx_damaged", "cut short"),
 }  # fmt: skip
