@@ -91,7 +91,12 @@ async def measure(
     async with httpx.AsyncClient(transport=transport, base_url=URL, timeout=600) as client:
         client.cookies.update(tenant.cookies)
         asked = [path for path in pages_of(application) if options.only in path]
-        more = ["/console/usage?period=90d", f"/console/models?q={values['name']}"]
+        more = [
+            "/console/usage?period=90d",
+            f"/console/models?q={values['name']}",
+            f"/console/requests?model={values['name']}",  # one that is rarely called
+            f"/console/requests?key={values['key_id'][:-3]}199",
+        ]
         for path in [*asked, *(path for path in more if options.only in path)]:
             named = values | {"name": "operations"} if path.startswith("/guide") else values
             address = path.format_map(defaultdict(lambda: "none", named))

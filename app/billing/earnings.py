@@ -147,7 +147,12 @@ async def read_uses(session: AsyncSession, start: datetime, end: datetime) -> li
                 func.sum(UsageHour.quantity).label("quantity"),
                 func.sum(UsageHour.amount_nano).label("amount_nano"),
             )
-            .where(UsageHour.hour >= first, UsageHour.hour < until)
+            .where(
+                # Each series by itself: for an hour SQLite would read all of the table.
+                UsageHour.series_id.in_(select(UsageSeries.id)),
+                UsageHour.hour >= first,
+                UsageHour.hour < until,
+            )
             .group_by(UsageHour.series_id)
             .subquery()
         )

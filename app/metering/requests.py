@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from datetime import datetime
 
 import msgspec
-from sqlalchemy import and_, or_, select
+from sqlalchemy import ColumnElement, and_, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from app.core import clock
+from app.core.errors import InvalidRequest
 from app.metering.tables import UsageEvent, UsageLine
 
 
@@ -27,6 +29,30 @@ class Place(msgspec.Struct, frozen=True):
 
     finished_at: datetime
     event_id: str
+
+    @property
+    def text(self) -> str:
+        """As `read` takes it; it needs no quoting in an address."""
+        return f"{self.finished_at.isoformat().replace('+00:00', 'Z')}~{self.event_id}"
+
+    @staticmethod
+    def read(text: str) -> "Place":
+        """Raises `InvalidRequest`."""
+        instant, _, event_id = text.partition("~")
+        try:
+            return Place(clock.in_utc(datetime.fromisoformat(instant)), event_id)
+        except ValueError:
+            raise InvalidRequest(
+                "This page of requests does not exist: after is the next of the page before.",
+                param="after",
+            ) from None
+
+    def is_before(self, event: type[UsageEvent]) -> ColumnElement[bool]:
+        """The condition of what comes on the next page, the newest being first."""
+        return and_(
+            event.finished_at <= self.finished_at,  # what an index can find
+            or_(event.finished_at < self.finished_at, event.id < self.event_id),
+        )
 
 
 async def read_requests(
@@ -47,13 +73,7 @@ async def read_requests(
     if wanted.endpoint_name is not None:
         query = query.where(UsageEvent.endpoint_name == wanted.endpoint_name)
     if after is not None:
-        query = query.where(
-            UsageEvent.finished_at <= after.finished_at,
-            or_(
-                UsageEvent.finished_at < after.finished_at,
-                and_(UsageEvent.finished_at == after.finished_at, UsageEvent.id < after.event_id),
-            ),
-        )
+        query = query.where(after.is_before(UsageEvent))
     newest_first = (UsageEvent.finished_at.desc(), UsageEvent.id.desc())
     rows = await session.scalars(query.order_by(*newest_first).limit(limit))
     return rows.all()

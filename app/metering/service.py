@@ -3,6 +3,7 @@
 What is read is in `hours.py`; this adds it up one way or another.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from datetime import datetime
 from typing import Literal
@@ -48,23 +49,25 @@ class UsageCells(msgspec.Struct, frozen=True):
     def rows(self, group_by: GroupBy) -> list[UsageRow]:
         """Days and hours in order, others the dearest first. In the group of a dimension only
         that dimension is counted, and requests only in their own."""
-        counts: dict[str, dict[str, int]] = {}
-        labels: dict[str, str] = {}
-        for cell in self.cells:
-            group, label = _GROUPS[group_by](cell)
-            labels[group] = max(label, labels.get(group, ""))
-            count = counts.setdefault(group, {})
-            count[cell.dimension] = count.get(cell.dimension, 0) + cell.quantity
-            count["amount_nano"] = count.get("amount_nano", 0) + cell.amount_nano
+        counts: defaultdict[str, defaultdict[str, int]] = defaultdict(lambda: defaultdict(int))
+        amounts: defaultdict[str, int] = defaultdict(int)
+        labels: defaultdict[str, str] = defaultdict(str)
+        named = _GROUPS[group_by]
+        for cell in self.cells:  # tens of thousands for a page
+            group, label = named(cell)
+            if label > labels[group]:
+                labels[group] = label
+            counts[group][cell.dimension] += cell.quantity
+            amounts[group] += cell.amount_nano
         rows = [
             UsageRow(
                 group=labels[group],
-                requests=count.get("request", 0),
-                input=count.get("input", 0),
-                cached_input=count.get("cached_input", 0),
-                output=count.get("output", 0),
-                device_ms=count.get("device_ms", 0),
-                amount_nano=count["amount_nano"],
+                requests=count["request"],
+                input=count["input"],
+                cached_input=count["cached_input"],
+                output=count["output"],
+                device_ms=count["device_ms"],
+                amount_nano=amounts[group],
             )
             for group, count in counts.items()
         ]

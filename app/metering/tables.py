@@ -32,6 +32,10 @@ class UsageEvent(Base):
             one_of("outcome", ("completed", "cancelled", "failed", "lost")), name="outcome"
         ),
         Index("ix_usage_event_organization_id_finished_at", "organization_id", "finished_at"),
+        Index(
+            "ix_usage_event_organization_id_endpoint_name_finished_at",
+            *("organization_id", "endpoint_name", "finished_at"),
+        ),
     )
 
     id: Mapped[str] = mapped_column(String(48), primary_key=True)  # <request id>:<attempt>

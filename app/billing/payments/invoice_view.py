@@ -7,17 +7,19 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 
 import msgspec
-from sqlalchemy import select
+from sqlalchemy import Select, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.billing.payments.cents import NANO_PER_CENT
 from app.billing.payments.month_usage import MonthLine, month_lines
 from app.billing.payments.periods import period_named
+from app.billing.payments.steady_clock import MAX_ERROR, MAX_LEAP
 from app.billing.payments.tables import Invoice, InvoiceLine
 from app.billing.tables import LedgerTransaction
 from app.core.csv_text import csv_blocks
 from app.core.errors import NotFound
 from app.core.money import write_amount
+from app.metering.requests import Place
 from app.metering.tables import UsageEvent, UsageLine
 
 MAX_LISTED = 500
@@ -87,14 +89,28 @@ async def read_waived(session: AsyncSession, invoice: Invoice) -> list[MonthLine
 async def read_requests(
     session: AsyncSession, invoice: Invoice, position: int, after: str, limit: int
 ) -> RequestPage:
-    """Requests of one line, the oldest first, while they are kept one by one. `after` is the
-    `next` of the page before. Raises `NotFound` for a line that there is not."""
+    """Requests of one line, the newest first, while they are kept one by one. `after` is the
+    `next` of the page before. Raises `NotFound` for a line that there is not, and
+    `InvalidRequest`."""
     line = await session.get(InvoiceLine, (invoice.id, position))
     if line is None:
         raise NotFound(f"The invoice has no line {position}.", code="invoice_line_not_found")
     limit = max(1, min(limit, MAX_PAGE))
+    query = _of_line(invoice, line).order_by(UsageEvent.finished_at.desc(), UsageEvent.id.desc())
+    if after:
+        query = query.where(Place.read(after).is_before(UsageEvent))
+    found = (await session.execute(query.limit(limit + 1))).all()
+    return RequestPage(
+        [LineRequest(row[1], row[2], row[3], row[4]) for row in found[:limit]],
+        Place(found[limit - 1][2], found[limit - 1][0]).text if len(found) > limit else None,
+    )
+
+
+def _of_line(invoice: Invoice, line: InvoiceLine) -> Select[str, str, datetime, int, int]:
+    """A request belongs to the month in which it was posted. It ended in the same one, or was left
+    in the journal for as long as the box was off."""
     period = period_named(invoice.period)
-    rows = await session.execute(
+    return (
         select(
             UsageEvent.id,
             UsageEvent.request_id,
@@ -108,22 +124,15 @@ async def read_requests(
             UsageEvent.organization_id == invoice.organization_id,
             UsageEvent.endpoint_name == line.endpoint_name,
             UsageEvent.service_class == line.service_class,
+            UsageEvent.finished_at >= period.start - MAX_LEAP,  # what an index can find
+            UsageEvent.finished_at < period.end + MAX_ERROR,
             UsageLine.dimension == line.dimension,
             UsageLine.price_nano == line.price_nano,
             UsageLine.unit_scale == line.unit_scale,
             UsageLine.disposition == "billed",
-            # A request belongs to the month in which it was posted.
             LedgerTransaction.created_at >= period.start,
             LedgerTransaction.created_at < period.end,
-            UsageEvent.id > after,
         )
-        .order_by(UsageEvent.id)
-        .limit(limit + 1)
-    )
-    found = rows.all()
-    return RequestPage(
-        [LineRequest(row[1], row[2], row[3], row[4]) for row in found[:limit]],
-        found[limit - 1][0] if len(found) > limit else None,
     )
 
 

@@ -173,7 +173,10 @@ async def test_an_invoice_is_read_down_to_its_requests(box: Box) -> None:
         if page["next"] is None:
             break
         after = page["next"]
-    assert found == [f"req_{i:03d}" for i in range(7)]
+    assert found == [f"req_{6 - i:03d}" for i in range(7)]  # they ended at the same instant
+    for wrong in ("req_003", "2026-01-01~req_003", "~"):
+        refused = await box.get(f"{path}/lines/2/requests?after={wrong}", owner)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "after")
 
     await box.archive()  # as while fewer days were kept than now
     page = (await box.get(f"{path}/lines/2/requests", owner)).json()
