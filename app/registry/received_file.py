@@ -7,7 +7,7 @@ import errno
 import hashlib
 import os
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import BinaryIO, NamedTuple, Protocol
 
 from app.core.errors import StorageFull
 from app.core.storage import fsync_directory
@@ -58,7 +58,7 @@ class ReceivedFile:
         file = cls(path)
         num_bytes = counted_bytes(path)
         with path.open("r+b") as source:
-            source.truncate(num_bytes)
+            _cut(source, num_bytes)
             while data := source.read(READ_BYTES):
                 file._sha256.update(data)
                 file.num_bytes += len(data)
@@ -139,4 +139,10 @@ class ReceivedFile:
 
     def _truncate(self) -> None:
         with self._path.open("r+b") as file:
-            file.truncate(self.num_bytes)
+            _cut(file, self.num_bytes)
+
+
+def _cut(file: BinaryIO, num_bytes: int) -> None:
+    """A file that is not longer is left alone: a cut would move the time of its last byte."""
+    if os.fstat(file.fileno()).st_size != num_bytes:
+        file.truncate(num_bytes)

@@ -241,9 +241,10 @@ class UploadStore:
 
     async def _record(self, upload: Upload, file: ReceivedFile) -> None:
         values: dict[str, object] = {"received_bytes": file.num_bytes}
-        if file.num_bytes:
+        is_whole = file.num_bytes == upload.length_bytes
+        if is_whole or file.num_bytes > upload.received_bytes:
             values["expires_at"] = clock.now() + LIFETIME
-        if file.num_bytes == upload.length_bytes:
+        if is_whole:
             await _to_the_end(file.sync)
             values |= {"status": "complete", "sha256": file.sha256}
             self._transfers.pop(upload.id, None)

@@ -7,6 +7,7 @@ import os
 import tempfile
 import tracemalloc
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -608,6 +609,43 @@ async def test_an_upload_that_no_byte_came_of_ends_after_an_hour(
         await restarted.get(empty.id, principal.organization_id)
     monkeypatch.setattr(clock, "now", lambda: now + timedelta(hours=25))
     assert await restarted.expire() == 2
+
+
+@pytest.mark.parametrize("checksum", [None, sha256(b""), sha256(b"damaged")])
+async def test_a_piece_without_bytes_prolongs_nothing(
+    uploads: UploadStore,
+    restarted: UploadStore,
+    storage: Storage,
+    principal: Principal,
+    stranger: Principal,
+    monkeypatch: pytest.MonkeyPatch,
+    checksum: Checksum | None,
+) -> None:
+    monkeypatch.setattr(storage, "free_bytes", lambda: 256 * 1024**2 + 1000)
+    upload = await uploads.create(principal, "m", 1000)
+    await send(uploads, upload, 0, b"x")
+    until = (await uploads.get(upload.id, principal.organization_id)).expires_at
+    stopped_at = (clock.now() - timedelta(minutes=11)).timestamp()
+    os.utime(storage.upload(upload.id), (stopped_at, stopped_at))
+    for store in (uploads, restarted):
+        with suppress(ChecksumMismatch):
+            await send(store, upload, 1, b"", checksum=checksum)
+    assert (await uploads.get(upload.id, principal.organization_id)).expires_at == until
+    await uploads.create(stranger, "m", 1000)
+    now = clock.now()
+    monkeypatch.setattr(clock, "now", lambda: now + timedelta(hours=24))
+    assert await restarted.expire() == 2
+
+
+async def test_a_complete_upload_is_kept_for_a_day_though_its_record_was_lost(
+    uploads: UploadStore, storage: Storage, principal: Principal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = await uploads.create(principal, "m", 2)
+    storage.upload(upload.id).write_bytes(b"xy")
+    now = clock.now() + timedelta(hours=2)
+    monkeypatch.setattr(clock, "now", lambda: now)
+    done = await uploads.get(upload.id, principal.organization_id)
+    assert (done.status, done.expires_at) == ("complete", now + timedelta(days=1))
 
 
 async def test_a_piece_that_takes_longer_than_a_day_is_not_expired(
