@@ -57,14 +57,14 @@ async def change_password(request: PageRequest) -> Response[Any]:
     old, new = await form_field(request, "old"), await form_field(request, "password")
     address = request.client.host if request.client else ""
     try:
-        await sign_ins.recognise(person.email, old, address)
+        user = await sign_ins.recognise(person.email, old, address)
         people.check_password(new, person.email)
+        await sign_ins.change_password(user, person.token, await people.hashed(new))
     except Unauthenticated:
         error = InvalidRequest("This is not your present password.", param="old")
         return await _page(request, error=error)
     except AppError as error:
         return await _page(request, error=error)
-    await sign_ins.change_password(person, await people.hashed(new))
     return go(request, f"{HERE}?notice=password")
 
 

@@ -159,12 +159,12 @@ async def redeem(
         await find_invited(session, token)
         email = people.checked_email(email)
         known = await session.scalar(select(User.id).where(User.email == email))
-    password_hash = ""
+    password_hash, proven = "", None
     if known is None:
         people.check_password(password, email)
         password_hash = await people.hashed(password)
     else:
-        await _prove(sign_ins, email, password, address)
+        proven = await _prove(sign_ins, email, password, address)
     async with database.write() as session:
         removed = await session.execute(
             delete(Invitation)
@@ -175,16 +175,16 @@ async def redeem(
         if row is None:
             raise _ended()
         organization_id, role = row
-        if known is None:
+        if proven is None:
             return await people.create_person(session, organization_id, email, password_hash, role)
-        user = await session.get_one(User, known)
-        await _join(session, user, organization_id, role)
-        return user
+        await people.confirm_password(session, proven)
+        await _join(session, proven, organization_id, role)
+        return proven
 
 
-async def _prove(sign_ins: SignIns, email: str, password: str, address: str) -> None:
+async def _prove(sign_ins: SignIns, email: str, password: str, address: str) -> User:
     try:
-        await sign_ins.recognise(email, password, address)
+        return await sign_ins.recognise(email, password, address)
     except Unauthenticated:
         raise InvalidRequest(
             "There is an account with this e-mail address, and this is not its password.",

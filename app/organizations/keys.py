@@ -93,16 +93,30 @@ async def create_key_by(
     `Unauthenticated`."""
     principal = await reconfirm(session, principal)
     principal.require("admin")
-    if lacking := scopes & SCOPES - principal.scopes:
+    return await create_key_in(
+        session, principal.organization_id, name, scopes, expires_at, by=principal
+    )
+
+
+async def create_key_in(
+    session: AsyncSession,
+    organization_id: str,
+    name: str,
+    scopes: frozenset[str],
+    expires_at: datetime | None = None,
+    *,
+    by: Principal,
+) -> tuple[ApiKey, str]:
+    """Like `create_key_by`, for a caller whose power is known: the operator's, over every
+    organization."""
+    if lacking := scopes & SCOPES - by.scopes:
         raise Forbidden(
             f"You cannot give a key the scope {min(lacking)!r}, which you lack.",
             code="missing_scope",
             param="scopes",
         )
-    ends_at = principal.expires_at
-    made, secret = await create_key(
-        session, principal.organization_id, name, scopes, expires_at or ends_at
-    )
+    ends_at = by.expires_at
+    made, secret = await create_key(session, organization_id, name, scopes, expires_at or ends_at)
     if ends_at is not None and made.expires_at is not None and made.expires_at > ends_at:
         raise InvalidRequest(
             f"Your own key expires at {ends_at:%Y-%m-%d %H:%M} UTC, and what it makes no later.",
@@ -148,11 +162,13 @@ async def revoke_key(session: AsyncSession, organization_id: str, key_id: str) -
         )
     if key.revoked_at is None:
         key.revoked_at = clock.now()
-    await _end_invitations(session, key_id)
+    await end_invitations(session, key_id)
     return key
 
 
-async def _end_invitations(session: AsyncSession, key_id: str) -> None:
+async def end_invitations(session: AsyncSession, key_id: str) -> None:
+    """Those that the key made, for keys that may let nobody in any more: a link that its holder
+    kept would make them a person, who may do more."""
     await session.execute(delete(Invitation).where(Invitation.creator_id == key_id))
 
 
@@ -162,7 +178,7 @@ async def put_environment_key(session: AsyncSession, organization_id: str, secre
     if not secret:
         if key is not None and key.revoked_at is None:
             key.revoked_at = clock.now()
-            await _end_invitations(session, key.id)
+            await end_invitations(session, key.id)
         return
     if key is None:
         key = ApiKey(
@@ -175,7 +191,7 @@ async def put_environment_key(session: AsyncSession, organization_id: str, secre
         )
         session.add(key)
     elif key.secret_hash != token_hash(secret):
-        await _end_invitations(session, key.id)
+        await end_invitations(session, key.id)
     # A quarter at most, so that a short value is not given away by what people recognise it by.
     key.prefix = secret[: min(PREFIX_CHARS, len(secret) // 4)]
     key.secret_hash = token_hash(secret)

@@ -10,7 +10,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.core import clock
-from app.core.errors import Conflict, InvalidRequest, NotFound
+from app.core.errors import Conflict, InvalidRequest, NotFound, Unauthenticated
 from app.core.ids import new_id
 from app.core.security import hash_password, is_password_right
 from app.organizations.tables import Membership, SignIn, User
@@ -88,6 +88,16 @@ async def reset_password(session: AsyncSession, email: str, password_hash: str) 
     if user_id is None:
         raise NotFound(f"Nobody signs in as {email}.", code="user_not_found")
     await session.execute(delete(SignIn).where(SignIn.user_id == user_id))
+
+
+async def confirm_password(session: AsyncSession, recognised: User) -> None:
+    """That somebody's password is still the one they were recognised by, which nobody changes
+    before the end of the transaction. Raises `Unauthenticated`."""
+    password_hash = await session.scalar(
+        select(User.password_hash).where(User.id == recognised.id).with_for_update()
+    )
+    if password_hash != recognised.password_hash:
+        raise Unauthenticated("The password was changed meanwhile. Sign in with the new one.")
 
 
 async def num_people(session: AsyncSession) -> int:

@@ -80,10 +80,12 @@ class SignIns:
 
     async def open(self, user: User, organization_id: str | None = None) -> SignedIn:
         """A new session for someone who has just proved who they are, in one of their
-        organizations: the one they have belonged to for longest, unless one is named."""
+        organizations: the one they have belonged to for longest, unless one is named. Raises
+        `Unauthenticated` if their password was changed since."""
         token = new_token()
         moment = clock.now()
         async with self._database.write() as session:
+            await people.confirm_password(session, user)
             await session.execute(delete(SignIn).where(SignIn.expires_at <= moment))
             organization_id = await _home(session, user.id, organization_id)
             session.add(
@@ -143,16 +145,18 @@ class SignIns:
                 .values(organization_id=organization_id, csrf_token=new_token())
             )
 
-    async def change_password(self, person: SignedIn, password_hash: str) -> None:
-        """Ends every other session of this person, wherever it is."""
-        user_id = person.principal.user_id
+    async def change_password(self, user: User, token: str, password_hash: str) -> None:
+        """Of somebody as they were recognised by the old one, from the session with `token`. Ends
+        every other session of theirs, wherever it is. Raises `Unauthenticated` if the password
+        was changed since."""
         async with self._database.write() as session:
+            await people.confirm_password(session, user)
             await session.execute(
-                update(User).where(User.id == user_id).values(password_hash=password_hash)
+                update(User).where(User.id == user.id).values(password_hash=password_hash)
             )
             await session.execute(
                 delete(SignIn).where(
-                    SignIn.user_id == user_id, SignIn.token_hash != token_hash(person.token)
+                    SignIn.user_id == user.id, SignIn.token_hash != token_hash(token)
                 )
             )
 

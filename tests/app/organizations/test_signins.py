@@ -149,3 +149,20 @@ async def test_the_brake_keeps_nothing_of_what_strangers_send(sign_ins: SignIns)
     kept = sign_ins._brake._failures
     assert len(kept) == 3  # two addresses that somebody could have, and where they came from
     assert {len(key) for key in kept} == {64}
+
+
+async def test_a_password_that_is_replaced_meanwhile_lets_nobody_in(
+    sign_ins: SignIns, database: Database
+) -> None:
+    """Neither who was signing in with the old one, nor who was changing it."""
+    thief = await sign_ins.sign_in(EMAIL, PASSWORD, "10.0.0.1")
+    recognised = await sign_ins.recognise(EMAIL, PASSWORD, "10.0.0.1")
+    async with database.write() as session:
+        await people.reset_password(session, EMAIL, await people.hashed("four random words"))
+    with pytest.raises(Unauthenticated):
+        await sign_ins.open(recognised)
+    with pytest.raises(Unauthenticated):
+        await sign_ins.change_password(recognised, thief.token, await people.hashed("thief's own"))
+    assert (await sign_ins.sign_in(EMAIL, "four random words", "10.0.0.2")).email == EMAIL
+    async with database.read() as session:
+        assert len((await session.scalars(select(SignIn))).all()) == 1
