@@ -7,18 +7,20 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 
 import msgspec
-from sqlalchemy import Select, select
+from sqlalchemy import Select, func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from app.billing.ledger import credit_account, on_account
 from app.billing.payments.cents import NANO_PER_CENT
 from app.billing.payments.month_usage import MonthLine, month_lines
 from app.billing.payments.periods import period_named
 from app.billing.payments.steady_clock import MAX_ERROR, MAX_LEAP
 from app.billing.payments.tables import Invoice, InvoiceLine
-from app.billing.tables import LedgerTransaction
+from app.billing.tables import CREDIT_KINDS, LedgerEntry, LedgerTransaction
 from app.core.csv_text import csv_blocks
 from app.core.errors import NotFound
 from app.core.money import write_amount
+from app.metering.hours import EPOCH
 from app.metering.requests import Place
 from app.metering.tables import UsageEvent, UsageLine
 
@@ -96,7 +98,9 @@ async def read_requests(
     if line is None:
         raise NotFound(f"The invoice has no line {position}.", code="invoice_line_not_found")
     limit = max(1, min(limit, MAX_PAGE))
-    query = _of_line(invoice, line).order_by(UsageEvent.finished_at.desc(), UsageEvent.id.desc())
+    ended_from = await _ended_from(session, invoice)
+    query = _of_line(invoice, line, ended_from)
+    query = query.order_by(UsageEvent.finished_at.desc(), UsageEvent.id.desc())
     if after:
         query = query.where(Place.read(after).is_before(UsageEvent))
     found = (await session.execute(query.limit(limit + 1))).all()
@@ -106,9 +110,28 @@ async def read_requests(
     )
 
 
-def _of_line(invoice: Invoice, line: InvoiceLine) -> Select[str, str, datetime, int, int]:
-    """A request belongs to the month in which it was posted. It ended in the same one, or was left
-    in the journal for as long as the box was off."""
+async def _ended_from(session: AsyncSession, invoice: Invoice) -> datetime:
+    """When the first request of the month ended at the earliest. What is posted in it may have
+    been in the journal for as long as the box was off before, so not since long before the last
+    posting; where there is none, everything is of this month or later."""
+    own = on_account(invoice.organization_id)
+    last = EPOCH
+    for account in (own, *(credit_account(invoice.organization_id, kind) for kind in CREDIT_KINDS)):
+        posted_at = await session.scalar(
+            select(func.max(LedgerEntry.created_at)).where(
+                LedgerEntry.account == account,
+                LedgerEntry.created_at < period_named(invoice.period).start,
+            )
+        )
+        last = max(last, posted_at or EPOCH)
+    return last - MAX_LEAP
+
+
+def _of_line(
+    invoice: Invoice, line: InvoiceLine, ended_from: datetime
+) -> Select[str, str, datetime, int, int]:
+    """A request belongs to the month in which it was posted, soon after its end by the same clock,
+    or as soon as the box is on again."""
     period = period_named(invoice.period)
     return (
         select(
@@ -124,7 +147,7 @@ def _of_line(invoice: Invoice, line: InvoiceLine) -> Select[str, str, datetime, 
             UsageEvent.organization_id == invoice.organization_id,
             UsageEvent.endpoint_name == line.endpoint_name,
             UsageEvent.service_class == line.service_class,
-            UsageEvent.finished_at >= period.start - MAX_LEAP,  # what an index can find
+            UsageEvent.finished_at >= ended_from,  # what an index can find
             UsageEvent.finished_at < period.end + MAX_ERROR,
             UsageLine.dimension == line.dimension,
             UsageLine.price_nano == line.price_nano,

@@ -11,6 +11,7 @@ import pytest
 from litestar import Litestar
 
 from app.billing.archiving import archive_before
+from app.billing.payments import steady_clock
 from app.billing.payments.invoices import MonthCloser
 from app.billing.rating import Settlement
 from app.core import clock
@@ -195,6 +196,26 @@ async def test_an_invoice_is_read_down_to_its_requests(box: Box) -> None:
     assert (await box.get("invoices", stranger)).json() == {"invoices": []}
     assert (await box.get("invoices?all=true", owner)).status_code == 403
     assert len((await box.get("invoices?all=true")).json()["invoices"]) == 1
+
+
+@pytest.mark.parametrize("was_posted", [True, False])
+async def test_what_was_in_the_journal_while_the_box_was_off_is_behind_its_line(
+    box: Box, was_posted: bool
+) -> None:
+    acme, owner = await box.make("acme", spending_limit=None)
+    late = settlement(100 * CENT, acme, request_id="req_late")  # it ended in January
+    if was_posted:
+        await box.settle([settlement(1, acme)])
+    box.months.clock.set("2026-03-20T00:00:00")
+    await box.settle([late, settlement(5 * CENT, acme, request_id="req_march")])
+    async with box.months.database.write() as session:
+        await steady_clock.confirm(session, clock.now())
+    box.months.clock.set("2026-04-01T01:00:00")
+    await MonthCloser(box.months.database, "usd", has_stripe=False).turn()
+    invoices = (await box.get("invoices", owner)).json()["invoices"]
+    (march,) = [shown for shown in invoices if shown["period"] == "2026-03"]
+    page = (await box.get(f"invoices/{march['id']}/lines/1/requests", owner)).json()
+    assert [each["request_id"] for each in page["requests"]] == ["req_march", "req_late"]
 
 
 async def test_the_operator_ends_invoices(box: Box) -> None:
