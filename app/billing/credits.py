@@ -206,8 +206,9 @@ async def expire_due(session: AsyncSession, lot_id: str) -> str | None:
         to_account: amount_nano,
         credit_account(lot.organization_id, lot.kind): -amount_nano,
     }
-    # One lot may end in parts, each of which leaves less.
-    key = f"expiry:{lot.id}:{lot.remaining_nano}"
+    # One lot may end in parts, and what was given back to it ends again: its lock, not the key,
+    # sees to it that nothing ends twice.
+    key = f"expiry:{lot.id}:{new_id('end')}"
     return await _post_from_lot(session, lot, amount_nano, entries, key, "expiry", account.currency)
 
 

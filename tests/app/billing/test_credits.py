@@ -18,6 +18,7 @@ from app.billing.ledger import (
     post,
     posting_time,
 )
+from app.billing.payments.returning import give_back
 from app.billing.rating import Settlement
 from app.billing.service import set_spending_limit
 from app.billing.tables import (
@@ -444,3 +445,32 @@ async def test_a_posting_must_balance(books: Database) -> None:
                 currency="usd",
                 entries={OWED: 1},
             )
+
+
+async def test_what_is_given_back_to_a_lot_that_ended_ends_too(
+    books: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = clock.now() + timedelta(days=1)
+    lot_id = await add(books, 10, "stripe:pi_1", "paid", 50, ends)
+    assert lot_id is not None
+    await take_back(books, 5, "dispute:1")
+    monkeypatch.setattr(clock, "now", lambda: ends)
+    async with books.write() as session:
+        assert await credits.expire_due(session, lot_id)
+    async with books.write() as session:
+        await lock_account(session, ORGANIZATION, "usd")
+        await give_back(
+            session,
+            taken_key="dispute:1",
+            amount_nano=5,
+            key="won:1",
+            kind="dispute",
+            from_account=STRIPE_CLEARING,
+        )
+    async with books.write() as session:
+        assert await credits.expire_due(session, lot_id)
+        assert await credits.expire_due(session, lot_id) is None
+    async with books.read() as session:
+        lot = await session.get_one(CreditLot, lot_id)
+        assert lot.remaining_nano == 0
+        assert await credits.due_lots(session, ends) == []
