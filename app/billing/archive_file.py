@@ -28,8 +28,9 @@ from app.billing.digests import Line, ReceiptRecord, instant_text, merkle_root
 from app.core.ids import id_with
 from app.core.money import price_of
 
-MAGIC = b"tapeout usage 1\n"
-PROLOGUE = len(MAGIC) + 4 + 32  # then the header's length and SHA-256, the header, the columns
+# Then the header's length in four bytes, its SHA-256, the header, the columns.
+MAGIC = b"tapeout usage 2\n"
+MAGIC_WITHOUT_HASH = b"tapeout usage 1\n"  # no SHA-256 of the header
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
 WHO = (
@@ -187,11 +188,13 @@ class ArchiveWriter:
 
 def read_header(file: BinaryIO) -> Header:
     """Leaves the file at the start of its columns. Raises `DamagedArchive`."""
-    start = file.read(PROLOGUE)
-    if len(start) < PROLOGUE or not start.startswith(MAGIC):
+    magic = file.read(len(MAGIC))
+    if magic not in (MAGIC, MAGIC_WITHOUT_HASH):
         raise DamagedArchive("this is no file of archived usage")
-    encoded = file.read(int.from_bytes(start[len(MAGIC) : len(MAGIC) + 4]))
-    if hashlib.sha256(encoded).digest() != start[len(MAGIC) + 4 :]:
+    num_bytes = int.from_bytes(file.read(4))
+    sha256 = file.read(32) if magic == MAGIC else None
+    encoded = file.read(num_bytes)
+    if sha256 is not None and sha256 != hashlib.sha256(encoded).digest():
         raise DamagedArchive("the header is damaged: its SHA-256 is another")
     try:
         return msgspec.json.decode(encoded, type=Header)

@@ -418,6 +418,15 @@ def test_no_byte_of_a_header_may_change() -> None:
             list(read_transactions(io.BytesIO(bytes(damaged))))
 
 
+def test_files_of_before_their_headers_were_hashed_are_read() -> None:
+    content = ArchiveWriter().finish(3, 7, instant_text(NOW))
+    head, length, rest = content[:16], content[16:20], content[52:]
+    assert head == b"tapeout usage 2\n"
+    older = b"tapeout usage 1\n" + length + rest
+    assert read_header(io.BytesIO(older)) == read_header(io.BytesIO(content))
+    assert list(read_transactions(io.BytesIO(older))) == []
+
+
 def test_what_is_archived_until_when_is_kept_while_nothing_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
