@@ -8,10 +8,9 @@ from typing import Any
 from litestar import Request
 from litestar.connection import ASGIConnection
 from litestar.di import Provide
-from litestar.enums import RequestEncodingType
 from litestar.handlers import BaseRouteHandler
 
-from app.api.bodies import body_deadline, receive_form
+from app.api.bodies import body_deadline, is_streamed, may_hold_file, receive_form
 from app.core.errors import Unauthenticated
 from app.organizations.keys import KeyRing
 from app.organizations.principal import Principal, Scope
@@ -19,7 +18,6 @@ from app.organizations.signins import COOKIE, SignIns, host_cookie
 from app.settings import Settings
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
-UPLOADS_PATH = "/api/uploads"  # bodies of any length, which are only received
 
 Connection = ASGIConnection[Any, Any, Any, Any]
 
@@ -55,12 +53,10 @@ async def principal_after_body(request: Connection) -> Principal:
 async def _receive_body(request: Connection) -> bool:
     """Whether there was one, as far as its handler does not receive it as it comes."""
     assert isinstance(request, Request), "only requests have a body"
-    if request.method in SAFE_METHODS or request.url.path.startswith(UPLOADS_PATH):
+    if request.method in SAFE_METHODS or is_streamed(request):
         return False
-    handler: BaseRouteHandler = request.route_handler
-    is_form = "data" not in handler.parsed_fn_signature.parameters
-    if is_form and request.content_type[0] == RequestEncodingType.MULTI_PART:
-        await receive_form(request)  # with a file in it, which takes its time
+    if may_hold_file(request):
+        await receive_form(request)  # which takes its time
     else:
         async with body_deadline():
             await request.body()

@@ -9,12 +9,18 @@ from typing import Any, TypeVar
 import msgspec
 from litestar import Request
 from litestar.datastructures import FormMultiDict
+from litestar.enums import RequestEncodingType
 from litestar.exceptions import ClientException
 
 from app.core.errors import InvalidRequest, TookTooLong, TooLarge
 
 BODY_SECONDS = 30.0  # for all of a body that is neither an upload nor for a model
 
+# What a route says in its `opt` of a body that may take longer. Of the first only a form may.
+TAKES_FILE = {"body": "a form with a file in it"}
+TAKES_STREAM = {"body": "received by the handler, as it comes"}
+
+AnyRequest = Request[Any, Any, Any]
 T = TypeVar("T")
 _AT = re.compile(r"^(?P<problem>.*) - at `\$\.?(?P<path>.*)`$", re.DOTALL)
 _MISSING = re.compile(r"^Object missing required field `(?P<field>.*)`$")
@@ -52,7 +58,18 @@ async def body_deadline() -> AsyncGenerator[None]:
         ) from None
 
 
-async def receive_form(request: Request[Any, Any, Any]) -> FormMultiDict:
+def may_hold_file(request: AnyRequest) -> bool:
+    """Whether the body is a form with a file in it, on a route that takes one."""
+    is_form = request.content_type[0] == RequestEncodingType.MULTI_PART
+    return is_form and request.route_handler.opt.get("body") == TAKES_FILE["body"]
+
+
+def is_streamed(request: AnyRequest) -> bool:
+    """Whether nobody but the handler receives anything of the body."""
+    return request.route_handler.opt.get("body") == TAKES_STREAM["body"]
+
+
+async def receive_form(request: AnyRequest) -> FormMultiDict:
     """The form, whoever made it. Raises `InvalidRequest` or `TooLarge`."""
     try:
         return await request.form()

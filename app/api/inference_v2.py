@@ -14,7 +14,7 @@ from litestar.params import FromPath
 from litestar.response.base import ASGIResponse
 
 from app.api.auth import bearer_principal
-from app.api.bodies import decode
+from app.api.bodies import body_deadline, decode
 from app.api.compression import MIN_PACKED_BYTES, accepted_encoding, packed
 from app.api.health import problem_of
 from app.api.inference_v2_answers import check_answer_values, infer_answer
@@ -130,7 +130,8 @@ async def list_repository(request: AnyRequest) -> list[IndexEntry]:
     """The endpoints that this key may call; `{"ready": true}` leaves out those that do not
     answer."""
     principal = await _reader(request)
-    body = await request.body()
+    async with body_deadline():
+        body = await request.body()
     asked = decode(_index_decoder, body) if body else IndexRequest()
     fleet: Fleet = request.app.state.fleet
     entries = [index_entry(view) for view in fleet.visible_endpoints(principal)]

@@ -14,7 +14,7 @@ from litestar.enums import RequestEncodingType
 from litestar.params import FromPath, FromQuery
 
 from app.api.auth import allowed, authenticated, dependencies
-from app.api.bodies import decode, receive_form
+from app.api.bodies import TAKES_FILE, decode, receive_form
 from app.api.model_view import ModelList, ModelState, VersionState, read_models, read_version
 from app.core.database import Database
 from app.core.errors import InvalidRequest, Unprocessable
@@ -71,6 +71,7 @@ async def show_model(
     guards=[allowed("write")],
     status_code=202,
     request_max_body_size=MAX_FORM_BYTES,
+    opt=TAKES_FILE,
     summary="Build a version of an upload",
 )
 async def create_version(

@@ -14,6 +14,7 @@ from litestar.params import FromPath
 
 from app.api import tus
 from app.api.auth import allowed, authenticated, dependencies
+from app.api.bodies import TAKES_STREAM
 from app.core.errors import InvalidRequest
 from app.organizations.principal import Principal
 from app.registry.received_file import Checksum
@@ -184,6 +185,7 @@ router = Router(
                 call_by_override,
             ],
             guards=[authenticated, allowed("write")],
+            opt=TAKES_STREAM,
             dependencies=dependencies,
         ),
     ],

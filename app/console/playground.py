@@ -10,7 +10,7 @@ import msgspec
 from litestar import Response, Router, get, post
 from litestar.params import FromPath
 
-from app.api.bodies import receive_form
+from app.api.bodies import TAKES_FILE, receive_form
 from app.api.labels import labels_of
 from app.api.predict import run_prediction, schema_of, target_for
 from app.api.tensors import array_of
@@ -64,7 +64,12 @@ async def show_playground(request: PageRequest, name: FromPath[str]) -> Response
     return _page(request, name, fields_of(target.manifest))
 
 
-@post("/models/{name:str}/playground", status_code=200, request_max_body_size=MAX_FORM_BYTES)
+@post(
+    "/models/{name:str}/playground",
+    status_code=200,
+    request_max_body_size=MAX_FORM_BYTES,
+    opt=TAKES_FILE,
+)
 async def run_playground(request: PageRequest, name: FromPath[str]) -> Response[str]:
     """Runs what the form holds, and shows the answer below it; to htmx, the answer alone."""
     principal = signed_in(request).principal

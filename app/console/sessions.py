@@ -11,10 +11,9 @@ from urllib.parse import quote, urlsplit
 
 from litestar import Response
 from litestar.datastructures import Cookie
-from litestar.enums import RequestEncodingType
 
 from app.api.auth import SAFE_METHODS
-from app.api.bodies import body_deadline, receive_form
+from app.api.bodies import body_deadline, is_streamed, may_hold_file, receive_form
 from app.console.templating import PageRequest
 from app.core.errors import AppError, Forbidden, Unauthenticated
 from app.core.security import new_token
@@ -38,9 +37,9 @@ async def require_person(request: PageRequest) -> None:
     check_origin(request)
     person = await authenticate(request)
     if request.method not in SAFE_METHODS:
-        if request.content_type[0] == RequestEncodingType.MULTI_PART:
-            await receive_form(request)  # with a file in it, which takes its time
-        else:
+        if may_hold_file(request):
+            await receive_form(request)  # which takes its time
+        elif not is_streamed(request):
             await _receive_small_form(request)
         person = await authenticate(request)
         person.require_csrf(await _sent_csrf_token(request))
@@ -111,7 +110,8 @@ async def form_field(request: PageRequest, name: str) -> str:
 
 
 async def _sent_csrf_token(request: PageRequest) -> str:
-    return request.headers.get("x-csrf-token") or await form_field(request, "csrf_token")
+    token = request.headers.get("x-csrf-token", "")
+    return token if token or is_streamed(request) else await form_field(request, "csrf_token")
 
 
 # --- cookies ----------------------------------------------------------------------------

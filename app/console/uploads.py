@@ -14,6 +14,7 @@ from litestar.enums import RequestEncodingType
 from litestar.params import FromPath, FromQuery
 
 from app.api import tus
+from app.api.bodies import TAKES_FILE, TAKES_STREAM
 from app.console.sessions import (
     authenticate,
     check_origin,
@@ -63,6 +64,7 @@ async def admit_plain_form(request: PageRequest) -> None:
     status_code=200,
     request_max_body_size=PLAIN_FORM_BYTES,
     before_request=admit_plain_form,
+    opt=TAKES_FILE,
 )
 async def send_plain_form(request: PageRequest) -> Response[Any]:
     """Upload and build in one request, for browsers without JavaScript."""
@@ -258,6 +260,7 @@ router = Router(
             "",
             route_handlers=[begin_upload, upload_offset, append_to_upload, discard_upload],
             middleware=[tus.versioned],
+            opt=TAKES_STREAM,
         ),
     ],
 )
