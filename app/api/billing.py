@@ -12,6 +12,7 @@ from litestar.params import FromPath, JSONBody
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.api.auth import allowed, authenticated, dependencies
+from app.api.key_limits import without_limit
 from app.billing.credits import open_lots
 from app.billing.ledger import lock_account
 from app.billing.payments import profile as profiles
@@ -201,7 +202,7 @@ async def set_contact(
     return Contact(email=email)
 
 
-@post("/refunds", guards=[allowed("admin")], summary="Refund a top-up (operator)")
+@post("/refunds", guards=[allowed("admin"), without_limit], summary="Refund a top-up (operator)")
 async def create_refund(
     request: AnyRequest, principal: NamedDependency[Principal], data: JSONBody[NewRefund]
 ) -> RefundState:

@@ -70,7 +70,7 @@ async def set_budget(
 ) -> Budget:
     """There is one for each scope, subject and period; setting it again changes its limit.
     Requests that could exceed a budget are refused with 402 before they run. A key that has a
-    budget of its own changes none."""
+    budget of its own changes none, and invitations that it made before end."""
     database: Database = request.app.state.database
     settings: Settings = request.app.state.settings
     organization_id = principal.organization_id

@@ -13,7 +13,9 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.api.auth import allowed, authenticated, dependencies
+from app.api.key_limits import without_limit
 from app.billing import credits
+from app.billing.key_limits import require_no_limit
 from app.billing.ledger import OTHER_CLEARING, PROMOTIONAL_COST, lock_account
 from app.billing.service import MAX_LIMIT_NANO, parse_spending_limit, set_spending_limit
 from app.billing.standings import Standing, read_standings
@@ -21,7 +23,8 @@ from app.billing.tables import CREDIT_KINDS, CreditLot
 from app.core import clock
 from app.core.database import Database
 from app.core.errors import InvalidRequest, NotFound
-from app.organizations.keys import create_key
+from app.organizations.confirmation import reconfirm
+from app.organizations.keys import create_key_in
 from app.organizations.principal import SCOPES, Principal
 from app.organizations.service import (
     checked_new_name,
@@ -46,7 +49,7 @@ class NewOrganization(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 
 
 class CreatedOrganization(msgspec.Struct, frozen=True, kw_only=True):
-    """`secret` is a key with every scope, shown this once."""
+    """`secret` is a key with every scope, shown this once. It expires with the key that made it."""
 
     organization: Standing
     key_id: str
@@ -102,26 +105,34 @@ async def list_organizations(
         return OrganizationList(await read_standings(session, _currency(request)))
 
 
-@post("/organizations", guards=[allowed("admin")], summary="Make an organization (operator)")
+@post(
+    "/organizations",
+    guards=[allowed("admin"), without_limit],
+    summary="Make an organization (operator)",
+)
 async def add_organization(
     request: AnyRequest, principal: NamedDependency[Principal], data: JSONBody[NewOrganization]
 ) -> CreatedOrganization:
-    """With a first key, which can make others."""
+    """With a first key, which can make others. It may do no more than yours, so that yours needs
+    every scope, and expires with it."""
     principal.require_operator()
     limit_nano = _parsed_limit(data.spending_limit)
     async with _database(request).write() as session:
+        principal = await reconfirm(session, principal)
+        principal.require_operator()
+        await require_no_limit(session, principal)
         name = await checked_new_name(session, data.name)
         organization = await create_organization(session, name)
         await lock_account(session, organization.id, _currency(request))
         await set_spending_limit(session, organization.id, limit_nano, _currency(request))
-        key, secret = await create_key(session, organization.id, "owner", SCOPES)
+        key, secret = await create_key_in(session, organization.id, "owner", SCOPES, by=principal)
         standing = await _standing(session, request, organization.id)
     return CreatedOrganization(organization=standing, key_id=key.id, secret=secret)
 
 
 @patch(
     "/organizations/{organization_id:str}",
-    guards=[allowed("admin")],
+    guards=[allowed("admin"), without_limit],
     summary="Set how much an organization may owe (operator)",
 )
 async def change_organization(
@@ -142,7 +153,7 @@ async def change_organization(
 
 @post(
     "/organizations/{organization_id:str}/credits",
-    guards=[allowed("admin")],
+    guards=[allowed("admin"), without_limit],
     summary="Give an organization credit (operator)",
 )
 async def give_credit(

@@ -9,6 +9,7 @@ from litestar.di import NamedDependency
 from litestar.params import JSONBody
 
 from app.api.auth import allowed, authenticated, dependencies
+from app.api.key_limits import without_limit
 from app.core.database import Database
 from app.core.errors import NotFound
 from app.deployments import default_model
@@ -54,7 +55,11 @@ async def show_default(
     return _shown(found)
 
 
-@put("/default-model", guards=[allowed("admin")], summary="Recommend a model (operator)")
+@put(
+    "/default-model",
+    guards=[allowed("admin"), without_limit],
+    summary="Recommend a model (operator)",
+)
 async def choose_default(
     request: AnyRequest,
     principal: NamedDependency[Principal],
@@ -71,7 +76,11 @@ async def choose_default(
     return _shown(chosen)
 
 
-@delete("/default-model", guards=[allowed("admin")], summary="Recommend nothing (operator)")
+@delete(
+    "/default-model",
+    guards=[allowed("admin"), without_limit],
+    summary="Recommend nothing (operator)",
+)
 async def end_default(request: AnyRequest, principal: NamedDependency[Principal]) -> None:
     """Calls of `default` answer 404 from then on."""
     principal.require_operator()

@@ -11,6 +11,7 @@ from litestar.params import FromPath, FromQuery, JSONBody
 from msgspec import UNSET, UnsetType
 
 from app.api.auth import allowed, authenticated, dependencies
+from app.billing.key_limits import require_no_limit
 from app.core.database import Database
 from app.core.errors import InvalidRequest
 from app.core.storage import Storage
@@ -255,6 +256,7 @@ async def change_endpoint(
         await service.find_endpoint(session, organization_id, endpoint)
         if data.is_default is not UNSET:
             principal.require_operator()
+            await require_no_limit(session, principal)
             await service.set_endpoint_default(session, organization_id, endpoint, data.is_default)
         if data.is_public is not UNSET:
             await service.set_endpoint_public(session, organization_id, endpoint, data.is_public)

@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.api.auth import bearer_principal, principal_after_body
 from app.api.bodies import decode
+from app.api.key_limits import without_limit
 from app.api.relay import Relay
 from app.billing.costs import device_hour_nano, set_device_hour
 from app.billing.earnings import Earnings, Question, Target, earnings, read_uses
@@ -89,7 +90,7 @@ async def get_device_cost(request: AnyRequest) -> Response[DeviceHour]:
         return Response(await _device_hour(request, session))
 
 
-@put("/device-cost", summary="Set what an hour of the device costs")
+@put("/device-cost", guards=[without_limit], summary="Set what an hour of the device costs")
 async def put_device_cost(request: AnyRequest) -> Response[DeviceHour]:
     """Costs and margins of all periods are computed with it."""
     principal = await principal_after_body(request)

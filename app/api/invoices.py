@@ -14,6 +14,7 @@ from litestar.response import Stream
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.api.auth import allowed, authenticated, dependencies
+from app.api.key_limits import without_limit
 from app.billing.payments import invoice_ending, invoice_view, steady_clock
 from app.billing.payments.invoice_payments import standing
 from app.billing.payments.invoice_view import LineRequest
@@ -167,7 +168,7 @@ async def list_requests(
 
 @post(
     "/invoices/{invoice_id:str}/paid",
-    guards=[allowed("admin")],
+    guards=[allowed("admin"), without_limit],
     status_code=200,
     summary="Mark an invoice as paid (operator)",
 )
@@ -180,7 +181,7 @@ async def mark_paid(
 
 @post(
     "/invoices/{invoice_id:str}/end",
-    guards=[allowed("admin")],
+    guards=[allowed("admin"), without_limit],
     status_code=200,
     summary="Void an invoice, or give it up (operator)",
 )
@@ -203,7 +204,7 @@ async def end_invoice(
 
 @post(
     "/invoices/{invoice_id:str}/retry",
-    guards=[allowed("admin")],
+    guards=[allowed("admin"), without_limit],
     status_code=200,
     summary="Send an invoice that was held back (operator)",
 )
@@ -216,7 +217,7 @@ async def retry_invoice(
 
 @post(
     "/invoices/clock",
-    guards=[allowed("admin")],
+    guards=[allowed("admin"), without_limit],
     status_code=204,
     summary="Confirm the time after the box was off for long (operator)",
 )

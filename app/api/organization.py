@@ -8,6 +8,7 @@ from litestar.params import JSONBody
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.api.auth import allowed, authenticated, dependencies
+from app.api.key_limits import without_limit
 from app.billing.service import parse_spending_limit, read_account, set_spending_limit
 from app.core.database import Database
 from app.core.errors import Forbidden
@@ -48,7 +49,11 @@ async def show_organization(
         return await _state(session, principal, request.app.state.settings)
 
 
-@patch("/organization", guards=[allowed("admin")], summary="Set your spending limit (operator)")
+@patch(
+    "/organization",
+    guards=[allowed("admin"), without_limit],
+    summary="Set your spending limit (operator)",
+)
 async def change_organization(
     request: AnyRequest, principal: NamedDependency[Principal], data: JSONBody[OrganizationChange]
 ) -> OrganizationState:

@@ -12,6 +12,7 @@ from litestar.params import FromPath, JSONBody
 from sqlalchemy import select
 
 from app.api.auth import allowed, authenticated, dependencies
+from app.api.key_limits import without_limit
 from app.billing.payments.inbox import revive
 from app.billing.payments.service import Payments
 from app.billing.payments.tables import StripeEvent, StripeOperation
@@ -90,7 +91,7 @@ async def list_unfinished(request: AnyRequest, principal: NamedDependency[Princi
 
 @post(
     "/operations/{operation_id:str}",
-    guards=[allowed("admin")],
+    guards=[allowed("admin"), without_limit],
     status_code=200,
     summary="Decide a payment in doubt (operator)",
 )
@@ -110,7 +111,7 @@ async def decide_operation(
 
 @post(
     "/events/{event_id:str}",
-    guards=[allowed("admin")],
+    guards=[allowed("admin"), without_limit],
     status_code=200,
     summary="Follow up a dead webhook again (operator)",
 )

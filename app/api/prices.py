@@ -9,6 +9,7 @@ from litestar.params import FromPath
 
 from app.api.auth import bearer_principal, principal_after_body
 from app.api.bodies import decode
+from app.api.key_limits import without_limit
 from app.api.openai import visible_models
 from app.billing.policy import check_policy
 from app.billing.price_changes import cancel_prices, change_prices, check_items
@@ -181,7 +182,7 @@ async def get_book(request: AnyRequest, book_id: FromPath[str]) -> Response[Book
     return Response(answer_of(book))
 
 
-@post("/", status_code=201, summary="A new price book")
+@post("/", status_code=201, guards=[without_limit], summary="A new price book")
 async def post_prices(request: AnyRequest) -> Response[BookAnswer]:
     """Replaces all prices from `effective_at` (now) on. Requests already admitted keep theirs."""
     principal = await principal_after_body(request)
@@ -242,7 +243,12 @@ async def preview_prices(request: AnyRequest) -> Response[Preview]:
     )
 
 
-@delete("/{book_id:str}", status_code=204, summary="Cancel a scheduled price book")
+@delete(
+    "/{book_id:str}",
+    status_code=204,
+    guards=[without_limit],
+    summary="Cancel a scheduled price book",
+)
 async def delete_prices(request: AnyRequest, book_id: FromPath[str]) -> None:
     """Only a book that is not in force yet, nor about to be, can be taken back."""
     principal = await bearer_principal(request)

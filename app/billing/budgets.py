@@ -26,6 +26,8 @@ from app.core.errors import InvalidRequest, NotFound
 from app.core.ids import new_id
 from app.core.money import NANO_PER_UNIT
 from app.metering.tables import UsageEvent, UsageHour, UsageSeries
+from app.organizations.confirmation import lock_people
+from app.organizations.keys import end_invitations
 
 MAX_BUDGETS = 1_000  # of one organization
 MAX_BUDGET_NANO = 10**9 * NANO_PER_UNIT
@@ -114,11 +116,15 @@ async def set_budget(
 ) -> str:
     """Sets or changes the one budget of this scope, subject and period; returns its id. A new one
     counts what was spent since its window began, but not what runs at this moment. A limit below
-    what is held stops further requests; those that run keep what they were promised.
+    what is held stops further requests; those that run keep what they were promised. One of
+    a key ends the invitations that it made: whoever comes in by them has no such limit.
 
     Raises `InvalidRequest`. Whether `subject` exists is the caller's to know.
     """
     _check(scope, subject, period, limit_nano)
+    if scope == "key":
+        await lock_people(session, organization_id)
+        await end_invitations(session, subject)
     await lock_account(session, organization_id, currency)
     found = await session.scalar(
         select(Budget).where(

@@ -5,6 +5,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.billing import budgets
 from app.billing.budgets import BudgetView
 from app.core.errors import Forbidden
+from app.organizations.confirmation import lock_people
 from app.organizations.principal import Principal
 from app.organizations.tables import ApiKey
 
@@ -36,10 +37,13 @@ async def key_budgets(session: AsyncSession, organization_id: str) -> dict[str, 
 
 async def require_no_limit(session: AsyncSession, principal: Principal) -> None:
     """For what would let a key that has a limit spend beside it: making keys, changing budgets,
-    and letting people in who may. Raises `Forbidden`."""
+    letting people in who may, and what is the operator's to change. Nobody limits the key before
+    the end of the transaction. Raises `Forbidden`."""
+    await lock_people(session, principal.organization_id)
     if (await key_budgets(session, principal.organization_id)).get(principal.api_key_id):
         raise Forbidden(
-            "This API key has a spending limit: it makes no keys, changes no budgets and lets "
-            "nobody in. Use a key without one, or the console.",
+            "This API key has a spending limit: it makes no keys, changes no budgets, lets "
+            "nobody in and changes nothing that is the operator's. Use a key without one, or the "
+            "console.",
             code="key_limited",
         )

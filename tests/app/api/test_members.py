@@ -98,6 +98,11 @@ async def test_the_operator_recommends_a_model(place: Place) -> None:
         "/api/endpoints/digits", headers=place.operator.bearer, json={"is_public": True}
     )
     assert published.json()["is_default"] is True
+    limit = {"name": "ci", "scopes": ["admin", "write"], "limit_nano": 10**9}
+    key = (await http.post("/api/keys", headers=place.operator.bearer, json=limit)).json()
+    limited = {"Authorization": f"Bearer {key['secret']}"}
+    refused = await http.patch("/api/endpoints/digits", headers=limited, json={"is_default": False})
+    assert refused.json()["error"]["code"] == "key_limited"
     shown = (await http.get(path, headers=place.customer.bearer)).json()
     assert (shown["model"], shown["note"]) == ("digits", "reads digits best")
     assert (await http.delete(path, headers=place.operator.bearer)).status_code == 204
@@ -122,3 +127,30 @@ async def test_a_key_with_a_limit_does_nothing_that_would_lift_it(place: Place) 
         refused = await http.request(method, path, headers=headers, json=json)
         assert (refused.status_code, refused.json()["error"]["code"]) == (403, "key_limited"), path
     assert (await http.get("/api/budgets", headers=headers)).json() == before
+
+
+async def test_a_limit_ends_the_links_that_its_key_made(place: Place) -> None:
+    http, owner = place.http, place.customer
+    mine = (await http.post("/api/members/invitations", headers=owner.bearer, json={})).json()
+    http.cookies.update(owner.cookies)
+    form = {"headers": {"Origin": URL, "X-CSRF-Token": owner.csrf_token}}
+    limit = {"limit": "5", "period": "day"}
+    of_key = {"scope": "key", "period": "day", "limit_nano": 10**9}
+    for method, path, sent in (
+        ("PUT", "/api/budgets", {"headers": owner.bearer, "json": of_key}),
+        ("POST", "/console/keys/{id}/limit", form | {"data": limit}),
+        ("POST", "/console/billing/budgets", form | {"data": limit}),
+    ):
+        body = {"name": "ci", "scopes": ["admin", "read", "write", "inference"]}
+        key = (await http.post("/api/keys", headers=owner.bearer, json=body)).json()
+        headers = {"Authorization": f"Bearer {key['secret']}"}
+        body = {"role": "admin"}
+        made = await http.post("/api/members/invitations", headers=headers, json=body)
+        assert made.status_code == 201
+        of_key["subject"], limit["of"] = key["id"], f"key:{key['id']}"
+        done = await http.request(method, path.format(id=key["id"]), **sent)
+        assert done.status_code in (200, 303), done.text
+        link = made.json()["url"]
+        assert (await http.get(link[link.index("/console/") :])).status_code == 403, path
+    listed = (await http.get("/api/members/invitations", headers=owner.bearer)).json()
+    assert [each["id"] for each in listed["invitations"]] == [mine["id"]]
