@@ -36,10 +36,16 @@ MODULES: dict[str, list[str]] = {
     "app/billing/rating.py": [
         "tests/app/billing/test_rating.py",
         "tests/app/billing/test_golden_bills.py",
+        "tests/app/api/test_held_time.py",
         WALK,
     ],
     "app/billing/posting.py": ["tests/evidence/test_instants.py", WALK, ACCOUNTS],
-    "app/billing/holds.py": [WALK, ACCOUNTS, "tests/evidence/test_refusals.py"],
+    "app/billing/holds.py": [
+        WALK,
+        ACCOUNTS,
+        "tests/evidence/test_refusals.py",
+        "tests/app/billing/test_budgets.py",
+    ],
     "app/billing/budget_holds.py": [
         WALK,
         "tests/app/billing/test_budgets.py",

@@ -7,6 +7,7 @@ import pytest
 
 from app.billing import budget_holds, budgets
 from app.billing.accounts import AccountWriter
+from app.billing.budget_holds import Budgets, Wanted, Window
 from app.billing.rating import Settlement
 from app.core import clock
 from app.core.database import Database
@@ -203,3 +204,16 @@ async def test_a_new_budget_counts_what_is_archived(
         in_database = 0 if view.subject == "key_2" else kept.amount_nano
         expected = subjects[view.scope, view.subject] + in_database
         assert view.spent_nano == expected, view
+
+
+def test_requests_of_one_turn_see_what_those_before_took() -> None:
+    row = (ORGANIZATION, "budget_1", "model", "tiny", "", "day", 1_000, 100, 200)
+    window = Window(row, "2026-11-23")
+    turn = Budgets([window])
+    assert window.left_nano == 700
+    turn.take(Wanted("req_1", 600, "key_1", "tiny"))
+    turn.take(Wanted("req_2", 600, "key_1", "other"))
+    assert (window.left_nano, window.taken_nano) == (100, 600)
+    assert turn.refusing(Wanted("req_3", 101, "key_1", "tiny")) is window
+    assert turn.refusing(Wanted("req_4", 100, "key_1", "tiny")) is None
+    assert turn.refusing(Wanted("req_5", 101, "key_1", "other")) is None

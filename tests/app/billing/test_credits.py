@@ -1,5 +1,6 @@
 """Credit is added once, used up in order, taken back and ended, and the books agree throughout."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 
@@ -474,3 +475,30 @@ async def test_what_is_given_back_to_a_lot_that_ended_ends_too(
         lot = await session.get_one(CreditLot, lot_id)
         assert lot.remaining_nano == 0
         assert await credits.due_lots(session, ends) == []
+
+
+async def test_two_who_take_back_at_once_take_no_more_than_there_is(books: Database) -> None:
+    """On PostgreSQL the second has read the lot before it waits for the account."""
+    lot_id = await add(books, 10, "stripe:pi_1")
+    await asyncio.gather(*(take_back(books, 6, f"refund:{n}") for n in range(2)))
+    async with books.read() as session:
+        assert (await session.get_one(CreditLot, lot_id)).remaining_nano == 0
+    entries = await balances(books)
+    assert (entries[PAID], entries[OWED]) == (0, -2)
+
+
+async def test_a_lot_that_is_used_up_meanwhile_does_not_end_as_well(
+    books: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = clock.now() + timedelta(days=1)
+    lot_id = await add(books, 10, "stripe:pi_1", "paid", 50, ends)
+    assert lot_id is not None
+    monkeypatch.setattr(clock, "now", lambda: ends)
+
+    async def expire() -> str | None:
+        async with books.write() as session:
+            return await credits.expire_due(session, lot_id)
+
+    await asyncio.gather(take_back(books, 6), expire())
+    async with books.read() as session:
+        assert (await session.get_one(CreditLot, lot_id)).remaining_nano == 0

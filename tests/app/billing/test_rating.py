@@ -70,6 +70,7 @@ def test_the_bill_of_a_decoder_request() -> None:
         Line("device_ms", 7, 0, 1, 0, "free"),
     ]
     assert settlement.amount_nano == 40_200_100
+    assert settlement.event_id == "req_1:1"
 
 
 def test_the_bill_of_a_prediction() -> None:
@@ -295,9 +296,11 @@ def test_holds_by_hand() -> None:
     plain = Rates("pb", "usd", {"input": Price(7, 2), "device_ms": Price(9, 1)})
     assert worst_case(plain, "decoder", 3, {"device_ms": 5}) == 10  # 10.5, half to even
     assert worst_case(plain, "tensor", 3, {"device_ms": 5}) == 45
+    assert worst_case(plain, "decoder", 0, {"output": 5}) == 0, "what has no price is free"
 
 
 def test_the_hold_of_a_prediction_follows_the_build_s_measurement() -> None:
     assert held_device_ms(2.5) == 11
+    assert held_device_ms(0.5) == 3
     assert held_device_ms(0.0) == held_device_ms(float("nan")) == 1000
     assert tensor_worst_case(RATES, 9) == 2_600
