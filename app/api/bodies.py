@@ -2,8 +2,8 @@
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Generator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 import msgspec
@@ -11,8 +11,10 @@ from litestar import Request
 from litestar.datastructures import FormMultiDict
 from litestar.enums import RequestEncodingType
 from litestar.exceptions import ClientException
+from litestar.types import HTTPReceiveMessage, WebSocketReceiveMessage
 
 from app.core.errors import InvalidRequest, TookTooLong, TooLarge
+from app.registry.transfers import STALL_SECONDS
 
 BODY_SECONDS = 30.0  # for all of a body that is neither an upload nor for a model
 
@@ -70,9 +72,11 @@ def is_streamed(request: AnyRequest) -> bool:
 
 
 async def receive_form(request: AnyRequest) -> FormMultiDict:
-    """The form, whoever made it. Raises `InvalidRequest` or `TooLarge`."""
+    """The form, whoever made it. Raises `InvalidRequest`, `TooLarge` or, where nothing of it comes
+    for a while, `TookTooLong`."""
     try:
-        return await request.form()
+        with _stall_limit(request):
+            return await request.form()
     except (LookupError, ValueError):  # of a charset that there is not, or of bytes not in it
         raise InvalidRequest(
             "A part of the form without a file name must be text in UTF-8."
@@ -90,6 +94,33 @@ async def receive_form(request: AnyRequest) -> FormMultiDict:
             "The form is no multipart/form-data that can be read: send it with the boundary that "
             "its Content-Type names, and every part whole."
         ) from None
+
+
+@contextmanager
+def _stall_limit(request: AnyRequest) -> Generator[None]:
+    """Only the wait for the sender counts, not the work on what they sent. A form that stalls ends
+    there for whoever takes it apart, who then closes its temporary files."""
+    receive = request.receive
+    is_stalled = False
+
+    async def receive_soon() -> HTTPReceiveMessage | WebSocketReceiveMessage:
+        nonlocal is_stalled
+        try:
+            async with asyncio.timeout(STALL_SECONDS):
+                return await receive()
+        except TimeoutError:
+            is_stalled = True
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+    request.receive = receive_soon
+    try:
+        yield
+    finally:
+        request.receive = receive
+        if is_stalled:
+            raise TookTooLong(
+                f"Nothing of this form came for {STALL_SECONDS:.0f} seconds. Send it again."
+            ) from None
 
 
 def describe(error: msgspec.ValidationError) -> tuple[str, str | None]:

@@ -3,8 +3,8 @@
 import asyncio
 import shutil
 import tempfile
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.core import clock
+from app.core.database import Database
 from app.core.errors import Conflict, InvalidRequest, StorageFull, TooLarge
 from app.core.storage import Storage
 from app.organizations.tables import Organization
@@ -32,7 +33,7 @@ class UploadLimits:
         self.max_open = settings.max_open_uploads
         self.quota_bytes = settings.upload_quota_bytes or QUOTA_FACTOR * self.max_bytes
         # Files that arrive in forms: whose, and their bytes; by whatever tells the forms apart.
-        self.forms: dict[object, tuple[str, int]] = {}
+        self._forms: dict[object, tuple[str, int]] = {}
 
     def check_length(self, length_bytes: int) -> None:
         """Raises `InvalidRequest` for an empty file, `TooLarge` beyond the largest upload."""
@@ -44,11 +45,28 @@ class UploadLimits:
                 f"{self.max_bytes:,}. Its operator can raise that with TAPEOUT_MAX_UPLOAD."
             )
 
-    async def check_form(self, session: AsyncSession, organization_id: str, num_bytes: int) -> None:
-        """The same for a file of a form, which needs room for a temporary one too."""
+    @asynccontextmanager
+    async def counting_form(
+        self, database: Database, organization_id: str, num_bytes: int
+    ) -> AsyncGenerator[None]:
+        """While a form arrives that holds a file of `num_bytes`: it counts like an upload under
+        way. Raises what `check_length` and `check_room` do."""
+        form = object()
+        try:
+            async with database.write() as session:
+                await self._check_form(session, organization_id, num_bytes)
+                self._forms[form] = (organization_id, num_bytes)
+            yield
+        finally:
+            self._forms.pop(form, None)
+
+    async def _check_form(
+        self, session: AsyncSession, organization_id: str, num_bytes: int
+    ) -> None:
+        """A file of a form needs room for a temporary one too."""
         self.check_length(num_bytes)
         await self.check_room(session, organization_id, num_bytes, copies=FORM_COPIES)
-        needed = num_bytes + sum(other for _, other in self.forms.values())
+        needed = num_bytes + sum(other for _, other in self._forms.values())
         if needed > shutil.disk_usage(tempfile.gettempdir()).free:
             raise StorageFull(
                 "The box has no room for the temporary file of this form. Use the page with "
@@ -67,7 +85,7 @@ class UploadLimits:
         )
         others = [(upload_id, length) for upload_id, length in rows]
         outstanding = await asyncio.to_thread(self._outstanding_bytes, others)
-        in_forms = FORM_COPIES * sum(num_bytes for _, num_bytes in self.forms.values())
+        in_forms = FORM_COPIES * sum(num_bytes for _, num_bytes in self._forms.values())
         self._storage.require_space(copies * length_bytes + outstanding + in_forms)
 
     async def _check_organization(
@@ -85,7 +103,7 @@ class UploadLimits:
                 ).where(Upload.organization_id == organization_id, Upload.status != "expired")
             )
         ).one()
-        in_forms = [n for owner_id, n in self.forms.values() if owner_id == organization_id]
+        in_forms = [n for owner_id, n in self._forms.values() if owner_id == organization_id]
         num_open, num_bytes = num_open + len(in_forms), num_bytes + sum(in_forms)
         if num_open >= self.max_open:
             raise Conflict(

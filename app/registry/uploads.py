@@ -90,14 +90,8 @@ class UploadStore:
         """While a form arrives that holds a file of `num_bytes`, which then is made an upload.
         Raises what `create` does, before anything of the form has travelled."""
         principal.require("write")
-        form = object()
-        try:
-            async with self._database.write() as session:
-                await self._limits.check_form(session, principal.organization_id, num_bytes)
-                self._limits.forms[form] = (principal.organization_id, num_bytes)
+        async with self._limits.counting_form(self._database, principal.organization_id, num_bytes):
             yield
-        finally:
-            self._limits.forms.pop(form, None)
 
     def _touch(self, upload_id: str, metadata: str) -> None:
         if metadata:

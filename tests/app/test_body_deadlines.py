@@ -3,7 +3,7 @@ by somebody who may do everything."""
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 from litestar import Litestar
@@ -30,15 +30,28 @@ WITH_FILES = {
 }
 
 
-async def waits(application: Litestar, tenant: Tenant, route: str, media_type: str) -> bool:
+async def trickle() -> AsyncIterator[bytes]:
+    """A body that never ends."""
+    yield BEGINNING
+    while True:
+        await asyncio.sleep(0.01)
+        yield b"x"
+
+
+async def silence() -> AsyncIterator[bytes]:
+    """A body that goes no further."""
+    yield BEGINNING
+    await asyncio.Event().wait()
+
+
+async def waits(
+    application: Litestar,
+    tenant: Tenant,
+    route: str,
+    media_type: str = FORM,
+    body: Callable[[], AsyncIterator[bytes]] = trickle,
+) -> bool:
     """Whether the route waits for the rest of such a body."""
-
-    async def trickle() -> AsyncIterator[bytes]:
-        yield BEGINNING
-        while True:
-            await asyncio.sleep(0.01)
-            yield b"x"
-
     method, template = route.split(" ", 1)
     path = re.sub(r"\{(\w+)\}", lambda found: NEUTRAL.get(found[1], "none"), template)
     headers = {"Content-Type": media_type, "Origin": URL, "X-CSRF-Token": tenant.csrf_token}
@@ -48,7 +61,7 @@ async def waits(application: Litestar, tenant: Tenant, route: str, media_type: s
         http.cookies.update(tenant.cookies)
         try:
             async with asyncio.timeout(WAIT_SECONDS):
-                await http.request(method, path, headers=headers, content=trickle())
+                await http.request(method, path, headers=headers, content=body())
         except TimeoutError:
             return True
     return False
@@ -66,3 +79,13 @@ async def test_no_body_holds_a_route_but_files_and_what_models_are_asked(
         )
     may_wait = FOR_MODELS | (WITH_FILES if media_type == FORM else set())
     assert {route for route, is_held in zip(SENDING, held, strict=True) if is_held} == may_wait
+
+
+async def test_a_form_with_a_file_holds_no_route_once_nothing_comes_of_it(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bodies, "STALL_SECONDS", 0.05)
+    async with running(settings, has_clerk=False) as application:
+        tenant = await add_tenant(application, "operators", is_operator=True)
+        for route in sorted(WITH_FILES):
+            assert not await waits(application, tenant, route, body=silence), route

@@ -1,14 +1,17 @@
 """The upload form without a script: what is refused of it before it is read."""
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import httpx
 import pytest
 
+from app.api import bodies
 from tests.app.console.conftest import ORIGIN, Console
 from tests.app.console.test_members_pages import joined
 
 MULTIPART = "multipart/form-data; boundary=B"
+BEGINNING = b'--B\r\nContent-Disposition: form-data; name="file"; filename="m.pt2"\r\n\r\n'
 
 
 async def refused(console: Console, content_type: str = MULTIPART, **headers: str) -> int:
@@ -18,6 +21,13 @@ async def refused(console: Console, content_type: str = MULTIPART, **headers: st
         raise AssertionError("the form was read")
         yield b""
 
+    return (await sent(console, body(), content_type, **headers)).status_code
+
+
+async def sent(
+    console: Console, body: AsyncIterator[bytes], content_type: str = MULTIPART, **headers: str
+) -> httpx.Response:
+    """The answer to a form that comes in pieces."""
     headers |= {
         "Origin": ORIGIN,
         "Content-Type": content_type,
@@ -25,8 +35,7 @@ async def refused(console: Console, content_type: str = MULTIPART, **headers: st
     }
     transport = httpx.ASGITransport(console.client.app)  # type: ignore[arg-type]
     async with httpx.AsyncClient(transport=transport, base_url=ORIGIN) as client:
-        answer = await client.post("/console/upload", content=body(), headers=headers)
-    return answer.status_code
+        return await client.post("/console/upload", content=body, headers=headers)
 
 
 async def test_a_viewers_form_is_not_read(owned: Console) -> None:
@@ -60,4 +69,38 @@ async def test_a_form_that_is_refused_leaves_its_room_to_others(owned: Console) 
             headers={"Origin": ORIGIN},
         )
         assert answer.status_code == status, answer.text
-    assert owned.client.app.state.uploads._limits.forms == {}
+    assert owned.client.app.state.uploads._limits._forms == {}
+
+
+async def test_a_form_that_nothing_comes_of_ends_and_leaves_its_room_to_others(
+    owned: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bodies, "STALL_SECONDS", 0.05)
+    limits = owned.client.app.state.uploads._limits
+
+    async def idle() -> AsyncIterator[bytes]:
+        yield BEGINNING
+        assert len(limits._forms) == 1
+        await asyncio.Event().wait()
+
+    answer = await sent(owned, idle(), **{"Content-Length": "500000000"})
+    assert answer.status_code == 408
+    assert "Nothing of this form came" in answer.text
+    assert limits._forms == {}
+
+
+async def test_a_slow_form_arrives(owned: Console, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies, "STALL_SECONDS", 0.5)
+    monkeypatch.setattr(bodies, "BODY_SECONDS", 0.5)
+    token = await owned.csrf_token("/console/upload")
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield BEGINNING
+        for _ in range(10):
+            await asyncio.sleep(0.1)
+            yield b"x"
+        yield b"\r\n--B--\r\n"
+
+    headers = {"Content-Length": "500000000", "X-CSRF-Token": token}
+    answer = await sent(owned, slow(), **headers)
+    assert (answer.status_code, "be a model&#39;s name" in answer.text) == (400, True)
