@@ -3,6 +3,7 @@
 import shutil
 import threading
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -184,7 +185,7 @@ def test_what_this_box_lacks_is_said_plainly(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_environment_names_processor_versions_and_threads() -> None:
     one, two = environment("cpu", 1), environment("cpu", 2)
     assert one != two
-    assert f"torch {torch.__version__}" in one
+    assert f"torch {version('torch')}" in one
     assert "onnxruntime" in one
     assert "flags" in one
 
@@ -239,6 +240,7 @@ def test_a_compiled_library_lets_other_threads_run(made: MakeOnce) -> None:
 
 
 @pytest.mark.compiler
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="these libraries tell stderr alone")
 def test_a_compiled_library_says_why_it_failed(made: MakeOnce) -> None:
     run, _ = made("aot_inductor", "transformer")
     with pytest.raises(RuntimeError, match=r"^index out of bounds: .* < 40L?$"):
