@@ -11,7 +11,7 @@ from litestar import Request
 from litestar.response.base import ASGIResponse
 
 from app.api.auth import bearer_principal
-from app.api.bodies import decode
+from app.api.bodies import decode, receive_body
 from app.api.call import Call
 from app.api.dialect import Dialect, usage_of
 from app.api.relay import Relay
@@ -61,7 +61,7 @@ async def read(
     request_id = new_request_id(request)
     principal = await bearer_principal(request)
     principal.require("inference")
-    body = decode(dialect_class.decoder, await request.body())
+    body = decode(dialect_class.decoder, await receive_body(request))
     dialect = dialect_class(body, principal, request_id)
     target = request.app.state.fleet.resolve(principal, body.model)
     decoder = decoder_of(target, body.model)

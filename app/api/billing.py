@@ -12,6 +12,7 @@ from litestar.params import FromPath, JSONBody
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.api.auth import allowed, authenticated, dependencies
+from app.api.bodies import body_deadline
 from app.api.key_limits import without_limit
 from app.billing.credits import open_lots
 from app.billing.ledger import lock_account
@@ -231,7 +232,8 @@ async def receive_stripe(request: AnyRequest) -> dict[str, str]:
     up later."""
     payments = _payments(request)
     _ = payments.link
-    body = await request.body()
+    async with body_deadline():
+        body = await request.body()
     try:
         event_id = await payments.receive(body, request.headers.get("stripe-signature", ""))
     except BadSignature as error:

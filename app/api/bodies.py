@@ -71,6 +71,13 @@ def is_streamed(request: AnyRequest) -> bool:
     return request.route_handler.opt.get("body") == TAKES_STREAM["body"]
 
 
+async def receive_body(request: AnyRequest) -> bytes:
+    """What a model is asked, however long it is. Raises `TookTooLong` where nothing of it comes
+    for a while."""
+    with _stall_limit(request):
+        return await request.body()
+
+
 async def receive_form(request: AnyRequest) -> FormMultiDict:
     """The form, whoever made it. Raises `InvalidRequest`, `TooLarge` or, where nothing of it comes
     for a while, `TookTooLong`."""
@@ -98,8 +105,8 @@ async def receive_form(request: AnyRequest) -> FormMultiDict:
 
 @contextmanager
 def _stall_limit(request: AnyRequest) -> Generator[None]:
-    """Only the wait for the sender counts, not the work on what they sent. A form that stalls ends
-    there for whoever takes it apart, who then closes its temporary files."""
+    """Only the wait for the sender counts, not the work on what they sent. A body that stalls ends
+    there for whoever takes it apart, who then closes a form's temporary files."""
     receive = request.receive
     is_stalled = False
 
@@ -119,7 +126,7 @@ def _stall_limit(request: AnyRequest) -> Generator[None]:
         request.receive = receive
         if is_stalled:
             raise TookTooLong(
-                f"Nothing of this form came for {STALL_SECONDS:.0f} seconds. Send it again."
+                f"Nothing of this body came for {STALL_SECONDS:.0f} seconds. Send it again."
             ) from None
 
 

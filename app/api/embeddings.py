@@ -12,7 +12,7 @@ from litestar.response.base import ASGIResponse
 from msgspec import Meta
 
 from app.api.auth import bearer_principal
-from app.api.bodies import decode
+from app.api.bodies import decode, receive_body
 from app.api.call import Call
 from app.api.relay import Relay
 from app.api.request_ids import new_request_id
@@ -68,7 +68,7 @@ async def create_embeddings(request: AnyRequest) -> ASGIResponse:
     request_id = new_request_id(request)
     principal = await bearer_principal(request)
     principal.require("inference")
-    body = decode(_decoder, await request.body())
+    body = decode(_decoder, await receive_body(request))
     target = request.app.state.fleet.resolve(principal, body.model)
     info = target.manifest.embedder
     if info is None:

@@ -15,7 +15,7 @@ from litestar import Request
 from litestar.datastructures import UploadFile
 
 from app.api import tensors
-from app.api.bodies import decode, receive_form
+from app.api.bodies import decode, receive_body, receive_form
 from app.api.compression import unpacked
 from app.api.npy import NPY, NPZ, read_npy, read_npz
 from app.core.errors import InvalidRequest, UnsupportedMediaType
@@ -95,7 +95,7 @@ async def read_body(received: Received, manifest: Manifest, schema: Schema) -> G
 
 async def read_bytes(request: AnyRequest) -> bytes:
     """The body, unpacked where `Content-Encoding` says so, to no more than a request may have."""
-    body = await request.body()
+    body = await receive_body(request)
     encoding = request.headers.get("content-encoding", "")
     if not encoding:
         return body

@@ -81,7 +81,7 @@ async def test_no_body_holds_a_route_but_files_and_what_models_are_asked(
     assert {route for route, is_held in zip(SENDING, held, strict=True) if is_held} == may_wait
 
 
-async def test_a_form_with_a_file_holds_no_route_once_nothing_comes_of_it(
+async def test_files_and_what_models_are_asked_hold_no_route_once_nothing_comes(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bodies, "STALL_SECONDS", 0.05)
@@ -89,3 +89,6 @@ async def test_a_form_with_a_file_holds_no_route_once_nothing_comes_of_it(
         tenant = await add_tenant(application, "operators", is_operator=True)
         for route in sorted(WITH_FILES):
             assert not await waits(application, tenant, route, body=silence), route
+        for route in sorted(FOR_MODELS):
+            json = "application/json"
+            assert not await waits(application, tenant, route, json, body=silence), route

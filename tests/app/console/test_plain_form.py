@@ -85,7 +85,7 @@ async def test_a_form_that_nothing_comes_of_ends_and_leaves_its_room_to_others(
 
     answer = await sent(owned, idle(), **{"Content-Length": "500000000"})
     assert answer.status_code == 408
-    assert "Nothing of this form came" in answer.text
+    assert "Nothing of this body came" in answer.text
     assert limits._forms == {}
 
 
