@@ -18,6 +18,7 @@ from app.billing.rating import (
     held_device_ms,
     lines_of,
     rate,
+    slowest_row_ms,
     tensor_worst_case,
     worst_case,
 )
@@ -304,3 +305,8 @@ def test_the_hold_of_a_prediction_follows_the_build_s_measurement() -> None:
     assert held_device_ms(0.5) == 3
     assert held_device_ms(0.0) == held_device_ms(float("nan")) == 1000
     assert tensor_worst_case(RATES, 9) == 2_600
+
+
+def test_a_row_takes_what_the_least_size_that_covers_it_took() -> None:
+    measured = {8: 1.0, 64: 3.0}
+    assert [slowest_row_ms(measured, size) for size in (7, 8, 9, 64, 128)] == [1, 1, 3, 3, 12]
