@@ -1,9 +1,11 @@
 """What an API key may spend: the budgets whose subject is a key, and what such a key may not do."""
 
+from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.billing import budgets
 from app.billing.budgets import BudgetView
+from app.billing.tables import Budget
 from app.core.errors import Forbidden
 from app.organizations.confirmation import lock_people
 from app.organizations.principal import Principal
@@ -40,7 +42,12 @@ async def require_no_limit(session: AsyncSession, principal: Principal) -> None:
     letting people in who may, and what is the operator's to change. Nobody limits the key before
     the end of the transaction. Raises `Forbidden`."""
     await lock_people(session, principal.organization_id)
-    if (await key_budgets(session, principal.organization_id)).get(principal.api_key_id):
+    limits = select(Budget.id).where(
+        Budget.organization_id == principal.organization_id,
+        Budget.scope == "key",
+        Budget.subject == principal.api_key_id,
+    )
+    if await session.scalar(limits.limit(1)) is not None:
         raise Forbidden(
             "This API key has a spending limit: it makes no keys, changes no budgets, lets "
             "nobody in and changes nothing that is the operator's. Use a key without one, or the "

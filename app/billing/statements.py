@@ -23,7 +23,7 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.dialects import sqlite
 
 from app.billing.tables import (
     MAX_BALANCE_NANO,
@@ -37,7 +37,7 @@ from app.billing.tables import (
     LotUse,
     UnsealedTransaction,
 )
-from app.core.database import Base
+from app.core.database import Base, upsert
 from app.metering.tables import UsageEvent, UsageHour, UsageLine, UsageSeries
 
 
@@ -148,7 +148,6 @@ class Statements:
         self.is_sqlite = dialect.name == "sqlite"
         # Both drivers take named parameters, so rows are dictionaries for either.
         naming = sqlite.dialect(paramstyle="named") if self.is_sqlite else dialect
-        upsert = sqlite.insert if self.is_sqlite else postgresql.insert
 
         def text(statement: Any) -> str:
             return str(statement.compile(dialect=naming))
@@ -156,9 +155,9 @@ class Statements:
         self.take, self.move = text(_TAKE), text(_MOVE)
         self.move_window, self.draw = text(_MOVE_WINDOW), text(_DRAW)
         self.insert = {name: text(insert(_table(entity))) for name, entity in _INSERTED.items()}
-        self.name_series = text(upsert(_table(UsageSeries)).on_conflict_do_nothing())
-        self.add_hour = text(_added_to_hour(upsert(_table(UsageHour))))
-        self.hold_in_window = text(_held_in_window(upsert(_window)))
+        self.name_series = text(upsert(dialect.name, _table(UsageSeries)).on_conflict_do_nothing())
+        self.add_hour = text(_added_to_hour(upsert(dialect.name, _table(UsageHour))))
+        self.hold_in_window = text(_held_in_window(upsert(dialect.name, _window)))
         one_of = "IN (SELECT value FROM json_each(:ids))" if self.is_sqlite else "= ANY(%(ids)s)"
         self.remove_holds = (
             f"DELETE FROM hold WHERE request_id {one_of} "  # noqa: S608 - nothing of a caller's
@@ -234,9 +233,8 @@ def statements_of(connection: Connection) -> Statements:
 
 def open_statement(dialect_name: str, organization_id: str, currency: str) -> Any:
     """Inserts an account without limit unless it exists."""
-    dialect = sqlite if dialect_name == "sqlite" else postgresql
     return (
-        dialect.insert(_balance)
+        upsert(dialect_name, _balance)
         .values(
             organization_id=organization_id,
             currency=currency,

@@ -20,6 +20,7 @@ from sqlalchemy import (
     create_engine,
     event,
 )
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.exc import DataError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
@@ -52,6 +53,11 @@ Json = JSON().with_variant(JSONB(), "postgresql")
 def one_of(column: str, values: tuple[str, ...]) -> str:
     """The SQL of a check constraint for an enumeration kept as text."""
     return f"{column} IN ({', '.join(repr(value) for value in values)})"
+
+
+def upsert(dialect_name: str, table: Any) -> postgresql.Insert | sqlite.Insert:
+    """An INSERT that can say what to do where the row is there: each dialect has its own."""
+    return (sqlite if dialect_name == "sqlite" else postgresql).insert(table)
 
 
 def is_about_a_value(error: BaseException) -> bool:

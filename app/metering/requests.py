@@ -47,11 +47,11 @@ class Place(msgspec.Struct, frozen=True):
                 param="after",
             ) from None
 
-    def is_before(self, event: type[UsageEvent]) -> ColumnElement[bool]:
+    def older(self) -> ColumnElement[bool]:
         """The condition of what comes on the next page, the newest being first."""
         return and_(
-            event.finished_at <= self.finished_at,  # what an index can find
-            or_(event.finished_at < self.finished_at, event.id < self.event_id),
+            UsageEvent.finished_at <= self.finished_at,  # what an index can find
+            or_(UsageEvent.finished_at < self.finished_at, UsageEvent.id < self.event_id),
         )
 
 
@@ -73,7 +73,7 @@ async def read_requests(
     if wanted.endpoint_name is not None:
         query = query.where(UsageEvent.endpoint_name == wanted.endpoint_name)
     if after is not None:
-        query = query.where(after.is_before(UsageEvent))
+        query = query.where(after.older())
     newest_first = (UsageEvent.finished_at.desc(), UsageEvent.id.desc())
     rows = await session.scalars(query.order_by(*newest_first).limit(limit))
     return rows.all()

@@ -12,7 +12,6 @@ from datetime import datetime, timedelta
 
 import msgspec
 from sqlalchemy import delete, func, select, update
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.billing.payments import following, mirror
@@ -27,7 +26,7 @@ from app.billing.stripe_events import parse_event
 from app.billing.stripe_lists import EVENT_LIFETIME
 from app.billing.stripe_objects import Event, read_event
 from app.core import clock
-from app.core.database import Database
+from app.core.database import Database, upsert
 from app.core.failpoints import failpoint
 
 WAITING_STATES = ("received", "parked")
@@ -201,9 +200,8 @@ class Inbox:
 async def store(session: AsyncSession, event: Event, raw: bytes) -> int:
     """Keeps an event to be followed up. Returns 0 for one that is there already."""
     connection = await session.connection()
-    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
     now = clock.now()
-    statement = dialect.insert(StripeEvent).values(
+    statement = upsert(connection.dialect.name, StripeEvent).values(
         id=event.id,
         type=event.type[:80],
         object_id=event.object_id,

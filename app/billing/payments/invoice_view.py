@@ -102,7 +102,7 @@ async def read_requests(
     query = _of_line(invoice, line, ended_from)
     query = query.order_by(UsageEvent.finished_at.desc(), UsageEvent.id.desc())
     if after:
-        query = query.where(Place.read(after).is_before(UsageEvent))
+        query = query.where(Place.read(after).older())
     found = (await session.execute(query.limit(limit + 1))).all()
     return RequestPage(
         [LineRequest(row[1], row[2], row[3], row[4]) for row in found[:limit]],

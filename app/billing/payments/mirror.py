@@ -7,11 +7,11 @@ No posting is decided by it. Notes of our own are kept beside, such as how far e
 from typing import Any
 
 import msgspec
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.billing.payments.tables import StripeMirror
 from app.core import clock
+from app.core.database import upsert
 
 
 async def store(session: AsyncSession, seen: Any) -> None:
@@ -23,9 +23,8 @@ async def store(session: AsyncSession, seen: Any) -> None:
 async def put(session: AsyncSession, id: str, kind: str, data: dict[str, Any]) -> None:
     """The newer state of an object; also where another process keeps its first one meanwhile."""
     connection = await session.connection()
-    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
     state = {"kind": kind, "data": data, "read_at": clock.now()}
-    statement = dialect.insert(StripeMirror).values(id=id, **state)
+    statement = upsert(connection.dialect.name, StripeMirror).values(id=id, **state)
     await session.scalars(
         statement.on_conflict_do_update(index_elements=["id"], set_=state).returning(StripeMirror),
         execution_options={"populate_existing": True},
