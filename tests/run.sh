@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every check this machine can run, and what it skipped and why. Called by `make test`.
-# One suite runs on SQLite; the control plane's part runs again on PostgreSQL where a server is
-# installed: TEST_DATABASE_URL names one, or a private cluster is started for the run. It does not
+# One suite runs on SQLite; of it, every test with a database runs again on PostgreSQL where a server
+# is installed: TEST_DATABASE_URL names one, or a private cluster is started for the run. It does not
 # wait for the disk: the tests kill Tapeout, never the machine.
 set -u
 cd "$(dirname "$0")/.."
@@ -43,9 +43,9 @@ unset TEST_DATABASE_URL
 part "tests (SQLite)" $bin/python -m pytest tests -q -n 2 --dist loadfile
 [ -n "$url" ] && export TEST_DATABASE_URL=$url
 if start_postgres; then
-    part "control plane tests (PostgreSQL)" $bin/python -m pytest tests/app tests/evidence/test_{kill,overspend,migrations}.py -q -n 2 --dist loadfile -m "not browser"
+    part "tests with a database (PostgreSQL)" $bin/python -m pytest tests/app tests/evidence/test_{kill,overspend,migrations}.py -q -n 2 --dist loadfile -m "database and not browser"
 else
-    printf '\n== control plane tests (PostgreSQL): skipped, no PostgreSQL server is installed\n'
+    printf '\n== tests with a database (PostgreSQL): skipped, no PostgreSQL server is installed\n'
 fi
 printf '\n== %s in %d s\n' "$([ $status = 0 ] && echo "All passed" || echo "SOMETHING FAILED")" $SECONDS
 exit $status

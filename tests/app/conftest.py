@@ -18,6 +18,14 @@ from tests.stripe_stand_in.fixtures import stripe_client, stripe_stand_in  # noq
 ADMIN_KEY = "tp-test-admin-key-0123456789"
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses by marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what has a database of its own, which is what may differ from one server to another."""
+    for item in items:
+        if isinstance(item, pytest.Function) and "database_url" in item.fixturenames:
+            item.add_marker("database")
+
+
 @pytest.fixture(scope="session")
 def template_database(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a migrated, empty database that tests copy."""
