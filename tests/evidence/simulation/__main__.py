@@ -9,7 +9,10 @@ import sys
 import time
 import traceback
 
+from tests.evidence.machine.people import Money
 from tests.evidence.simulation import Failed, simulate, world
+
+TOLD_SEEDS = 20
 
 
 def main() -> int:
@@ -24,18 +27,33 @@ def main() -> int:
             trace = simulate(money_class, arguments.seed, arguments.steps)
             sys.stdout.write("\n".join(trace) + "\n")
             return 0
-        started, num_steps, failed = time.monotonic(), 0, 0
-        for seed in range(arguments.first, arguments.first + arguments.seeds):
-            try:
-                num_steps += len(simulate(money_class, seed, arguments.steps))
-            except Failed:
-                failed += 1
-                traceback.print_exc()
+        return run_many(money_class, arguments.first, arguments.seeds, arguments.steps)
+
+
+def run_many(money_class: type[Money], first: int, num_seeds: int, num_steps: int) -> int:
+    """Tells what it did on the way and when it is interrupted. The exit status."""
+    started, num_run, num_steps_run, failed = time.monotonic(), 0, 0, list[int]()
+
+    def tell() -> None:
         seconds = round(time.monotonic() - started)
-        sys.stdout.write(
-            f"{arguments.seeds} seeds, {num_steps:,} steps, {failed} failed, {seconds} s\n"
-        )
-        return 1 if failed else 0
+        failures = f"{len(failed)} failed" + (f" {failed}" if failed else "")
+        sys.stdout.write(f"{num_run} seeds, {num_steps_run:,} steps, {failures}, {seconds} s\n")
+        sys.stdout.flush()
+
+    try:
+        for seed in range(first, first + num_seeds):
+            try:
+                num_steps_run += len(simulate(money_class, seed, num_steps))
+            except Failed:
+                failed.append(seed)
+                traceback.print_exc()
+            num_run += 1
+            if num_run % TOLD_SEEDS == 0:
+                tell()
+    except KeyboardInterrupt:
+        sys.stdout.write("interrupted: ")
+    tell()
+    return 1 if failed or num_run < num_seeds else 0
 
 
 if __name__ == "__main__":
