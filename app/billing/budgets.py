@@ -214,8 +214,10 @@ async def _spent_nano(session: AsyncSession, budget: Budget) -> int:
             UsageHour.hour < hours[1],
         )
     )
+    # The account says whose they are. SQLite knows no sizes: were the organization named as well,
+    # it would look for each posting's few events among all of a model's.
     kept = (
-        _sum_of(UsageEvent, budget)
+        _of_subject(select(func.sum(UsageEvent.amount_nano)), UsageEvent, budget)
         .join(LedgerEntry, LedgerEntry.transaction_id == UsageEvent.ledger_transaction_id)
         .where(
             LedgerEntry.account == on_account(budget.organization_id),
@@ -240,6 +242,12 @@ def _sum_of(
         .select_from(table)
         .where(table.organization_id == budget.organization_id)
     )
+    return _of_subject(query, table, budget)
+
+
+def _of_subject(
+    query: Select[Any], table: type[UsageEvent | UsageSeries], budget: Budget
+) -> Select[Any]:
     if budget.scope == "key":
         return query.where(table.api_key_id == budget.subject)
     if budget.scope == "model":

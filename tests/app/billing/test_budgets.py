@@ -14,6 +14,7 @@ from app.core.database import Database
 from app.core.errors import InvalidRequest, NotFound, PaymentRequired
 from app.settings import Settings
 from tests.app.billing.books import Books
+from tests.app.plans import sqlite_plans
 
 from .conftest import ORGANIZATION
 
@@ -109,6 +110,18 @@ async def test_a_new_budget_counts_what_the_day_has_spent(
     await put(database, "key", "key_1", "month", 10**9)
     await put(database, "key", "key_2", "month", 10**9)
     assert [view.spent_nano for view in await views(database)] == [settled.amount_nano, 0]
+
+
+@pytest.mark.parametrize(
+    ("scope", "subject"), [("organization", ""), ("key", "key_1"), ("model", "tiny")]
+)
+async def test_a_new_budget_finds_what_was_posted_by_its_posting(
+    database: Database, scope: str, subject: str
+) -> None:
+    with sqlite_plans(database) as plans:
+        await put(database, scope, subject, "month", 10**9)
+    (plan,) = [plan for plan in await plans("usage_event") if "ledger_entry" in plan]
+    assert "usage_event USING INDEX ix_usage_event_ledger_transaction_id" in plan
 
 
 async def test_lowering_keeps_what_was_promised_and_stops_the_next(
