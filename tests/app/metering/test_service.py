@@ -17,6 +17,7 @@ from app.metering.hours import hour_of, period, start_of
 from app.metering.receipts import read_receipt
 from app.metering.service import UsageRow, read_usage, total_nano, usage_by
 from tests.app.billing.conftest import ORGANIZATION, RATES, accounts, settlement
+from tests.app.plans import sqlite_plans
 
 __all__ = ["accounts", "settlement"]  # fixtures
 
@@ -166,6 +167,20 @@ async def test_any_range_adds_up_what_was_posted_in_it(
             assert [row.group for row in by_hour] == [
                 f"{start_of(hour):%Y-%m-%dT%H:00Z}" for hour in sorted(hours)
             ]
+
+
+async def test_few_requests_are_found_without_reading_all(database: Database) -> None:
+    """By their posting, their end or their name; SQLite is told no sizes that it could go by."""
+    within = period(JANUARY + HOUR / 2, JANUARY + HOUR / 4 * 3, JANUARY, MARCH)
+    with sqlite_plans(database) as plans:
+        async with database.read() as session:
+            await read_usage(session, ORGANIZATION, within, "model")
+            with pytest.raises(NotFound):
+                await read_receipt(session, ORGANIZATION, "req_1")
+    posted, unposted, receipt = await plans("usage_event")
+    assert "usage_event USING INDEX ix_usage_event_ledger_transaction_id" in posted
+    assert "(organization_id=? AND finished_at>? AND finished_at<?)" in unposted
+    assert "usage_event USING INDEX ix_usage_event_request_id" in receipt
 
 
 @pytest.mark.usefixtures("month")
