@@ -7,7 +7,7 @@ import pytest
 from tests.evidence.mutation import all_mutants, run, sample
 from tests.evidence.simulation import simulate, world
 
-NUM_MUTANTS = int(os.environ.get("QUICK_MUTANTS", "10"))
+NUM_MUTANTS = int(os.environ.get("QUICK_MUTANTS", "6"))
 
 
 def test_the_walks_that_mutants_must_survive() -> None:
