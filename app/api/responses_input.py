@@ -66,14 +66,11 @@ def _call(item: InputItem, where: str) -> ToolCall:
 
 
 def _add_call(messages: list[ChatMessage], call: ToolCall) -> None:
-    """To the assistant's message before it: one answer is one message."""
+    """To the assistant's message before it: one answer is one message. Nothing of it is copied, as
+    there may be thousands of calls."""
     if not _follows_assistant(messages):
-        messages.append(ChatMessage(role="assistant", content="", tool_calls=[call]))
-        return
-    last = messages[-1]
-    messages[-1] = ChatMessage(
-        role="assistant", content=last.content, tool_calls=[*last.tool_calls, call]
-    )
+        messages.append(ChatMessage(role="assistant", content=""))
+    messages[-1].tool_calls.append(call)
 
 
 def _follows_assistant(messages: list[ChatMessage]) -> bool:

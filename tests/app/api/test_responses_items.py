@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from app.api import responses_input
 from app.api.responses_events import Event
 from app.api.responses_input import messages_of
 from app.api.responses_output import ResponseItems
@@ -76,3 +77,20 @@ def test_a_message_without_a_word_parts_no_calls() -> None:
         ChatMessage(role="assistant", content="", tool_calls=[CALL, second]),
         ChatMessage(role="tool", content="42", tool_call_id="call_1"),
     ]
+
+
+def test_calls_of_one_answer_are_gathered_without_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many there are: one message is made for them, and one list."""
+    num_made, num_calls = 0, 1000
+
+    def made(**fields: Any) -> ChatMessage:
+        nonlocal num_made
+        num_made += 1
+        return ChatMessage(**fields)
+
+    monkeypatch.setattr(responses_input, "ChatMessage", made)
+    calls = [TOLD | {"call_id": f"call_{number}"} for number in range(num_calls)]
+    body = {"model": "m", "input": [{"role": "user", "content": "a"}, *calls]}
+    messages = messages_of(msgspec.convert(body, ResponsesRequest))
+    assert num_made == len(messages) == 2
+    assert [call.id for call in messages[1].tool_calls] == [each["call_id"] for each in calls]
