@@ -11,7 +11,7 @@ from app.console.templating import PageRequest, base_url
 from app.core.database import Database
 from app.core.errors import AppError
 from app.organizations.confirmation import reconfirm
-from app.organizations.invitations import DEFAULT_HOURS, PATH, invite_into
+from app.organizations.invitations import PATH, invite_owner
 from app.organizations.service import checked_new_name, create_organization, get_organization
 from app.settings import Settings
 
@@ -31,38 +31,25 @@ async def make_organization(request: PageRequest) -> Response[str]:
             made = await create_organization(session, name)
             await lock_account(session, made.id, settings.currency)
             await set_spending_limit(session, made.id, 0, settings.currency)
-            _, token = await invite_into(
-                session,
-                made.id,
-                "owner",
-                note="the first owner",
-                hours=DEFAULT_HOURS,
-                by=person.principal,
-            )
+            _, token = await invite_owner(session, person.principal, made.id, "the first owner")
     except AppError as error:
         return await show_list(request, error=error, name=sent)
     return await show_list(request, link=f"{base_url(request)}{PATH}{token}", made=name)
 
 
 @post("/organizations/{organization_id:str}/owner", status_code=200)
-async def invite_owner(request: PageRequest, organization_id: FromPath[str]) -> Response[str]:
-    """For an organization that nobody can sign in to any more, or yet."""
+async def link_owner(request: PageRequest, organization_id: FromPath[str]) -> Response[str]:
+    """For an organization that has no owner yet."""
     person = signed_in(request)
     person.principal.require_operator()
     database: Database = request.app.state.database
     async with database.write() as session:
-        (await reconfirm(session, person.principal)).require_operator()
-        organization = await get_organization(session, organization_id)
-        _, token = await invite_into(
-            session,
-            organization_id,
-            "owner",
-            note="an owner, by the operator",
-            hours=DEFAULT_HOURS,
-            by=person.principal,
+        _, token = await invite_owner(
+            session, person.principal, organization_id, "the first owner, by the operator"
         )
+        organization = await get_organization(session, organization_id)
     link = f"{base_url(request)}{PATH}{token}"
     return await show_list(request, link=link, made=organization.name)
 
 
-router = Router("", route_handlers=[make_organization, invite_owner])
+router = Router("", route_handlers=[make_organization, link_owner])

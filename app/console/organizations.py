@@ -18,6 +18,7 @@ from app.core.database import Database
 from app.core.errors import AppError, Conflict, InvalidRequest, NotFound
 from app.core.ids import new_id
 from app.core.money import parse_amount, write_amount
+from app.organizations.members import num_owners
 from app.organizations.service import get_organization
 from app.settings import Settings
 
@@ -139,6 +140,7 @@ async def _page(
     async with database.read() as session:
         found = await read_standings(session, settings.currency, organization_id)
         lots = await open_lots(session, organization_id)
+        has_owner = await num_owners(session, organization_id) > 0
     if not found:
         raise NotFound("There is no such organization.")
     (standing,) = found
@@ -158,6 +160,7 @@ async def _page(
         status_code=error.status if error else 200,
         standing=standing,
         lots=lots,
+        has_owner=has_owner,
         modes=MODES,
         held=held | (sent or {}),
         tomorrow=(clock.now() + timedelta(days=1)).date(),

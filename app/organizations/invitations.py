@@ -17,9 +17,10 @@ from app.core.errors import Conflict, Forbidden, InvalidRequest, NotFound, Unaut
 from app.core.ids import new_id
 from app.core.security import new_token, token_hash
 from app.organizations import people
-from app.organizations.confirmation import reconfirm
-from app.organizations.members import check_role, require_power, require_scopes_of
+from app.organizations.confirmation import lock_people, reconfirm
+from app.organizations.members import check_role, num_owners, require_power, require_scopes_of
 from app.organizations.principal import Principal
+from app.organizations.service import get_organization
 from app.organizations.signins import SignIns
 from app.organizations.tables import Invitation, Membership, Organization, User
 
@@ -47,24 +48,42 @@ async def invite(
     principal = await reconfirm(session, principal)
     await require_power(session, principal, check_role(role))
     require_scopes_of(principal, role)
-    invitation, token = await invite_into(
-        session, principal.organization_id, role, note=note, hours=hours, by=principal
-    )
-    if principal.expires_at is not None:
-        invitation.expires_at = min(invitation.expires_at, principal.expires_at)
-    return invitation, token
+    return await _add(session, principal.organization_id, role, note, hours, by=principal)
 
 
-async def invite_into(
+async def invite_owner(
     session: AsyncSession,
+    principal: Principal,
     organization_id: str,
-    role: str,
-    *,
     note: str,
-    hours: int,
-    by: Principal,
+    hours: int = DEFAULT_HOURS,
 ) -> tuple[Invitation, str]:
-    """Like `invite`, for a caller whose power is known: the operator's, over every organization."""
+    """Like `invite`, for the operator's administrators, who let the first owner into any other
+    organization: the link takes the place of those that are open. Raises `NotFound` too."""
+    principal = await reconfirm(session, principal)
+    principal.require_operator()
+    if organization_id == principal.organization_id:
+        return await invite(session, principal, "owner", note, hours)
+    require_scopes_of(principal, "owner")
+    await get_organization(session, organization_id)
+    await lock_people(session, organization_id)
+    if await num_owners(session, organization_id):
+        raise Conflict(
+            "This organization has an owner, who invites others on the page Members. An owner who "
+            "cannot sign in gets a new password on the box: `tapeout reset-password`.",
+            code="has_owner",
+        )
+    await session.execute(
+        delete(Invitation).where(
+            Invitation.organization_id == organization_id, Invitation.role == "owner"
+        )
+    )
+    return await _add(session, organization_id, "owner", note, hours, by=principal)
+
+
+async def _add(
+    session: AsyncSession, organization_id: str, role: str, note: str, hours: int, *, by: Principal
+) -> tuple[Invitation, str]:
     note = note.strip()
     if len(note) > MAX_NOTE_CHARS or not note.isprintable():
         raise InvalidRequest(
@@ -84,16 +103,17 @@ async def invite_into(
     if by.user_id is not None:
         created_by = (await session.get_one(User, by.user_id)).email
     token = new_token()
+    expires_at = moment + timedelta(hours=hours)
     invitation = Invitation(
         id=new_id("invite"),
         organization_id=organization_id,
-        role=check_role(role),
+        role=role,
         note=note,
         token_hash=token_hash(token),
         created_by=created_by,
         creator_id=by.user_id or by.api_key_id,
         created_at=moment,
-        expires_at=moment + timedelta(hours=hours),
+        expires_at=expires_at if by.expires_at is None else min(expires_at, by.expires_at),
     )
     session.add(invitation)
     await session.flush()
@@ -156,7 +176,7 @@ async def redeem(
     `Conflict` for a member, `RateLimited`; all of them leave the link as it was.
     """
     async with database.read() as session:
-        await find_invited(session, token)
+        organization_id = (await find_invited(session, token)).organization_id
         email = people.checked_email(email)
         known = await session.scalar(select(User.id).where(User.email == email))
     password_hash, proven = "", None
@@ -166,18 +186,18 @@ async def redeem(
     else:
         proven = await _prove(sign_ins, email, password, address)
     async with database.write() as session:
-        removed = await session.execute(
+        await lock_people(session, organization_id)
+        if proven is not None:
+            await people.confirm_password(session, proven)
+        role = await session.scalar(
             delete(Invitation)
             .where(Invitation.token_hash == token_hash(token), Invitation.expires_at > clock.now())
-            .returning(Invitation.organization_id, Invitation.role)
+            .returning(Invitation.role)
         )
-        row = removed.first()
-        if row is None:
+        if role is None:
             raise _ended()
-        organization_id, role = row
         if proven is None:
             return await people.create_person(session, organization_id, email, password_hash, role)
-        await people.confirm_password(session, proven)
         await _join(session, proven, organization_id, role)
         return proven
 

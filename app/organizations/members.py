@@ -105,12 +105,20 @@ async def require_power(session: AsyncSession, principal: Principal, role: str) 
     principal.require("admin")
     if role != "owner" or principal.role == "owner":
         return
-    is_first = await _num_owners(session, principal.organization_id) == 0
+    is_first = await num_owners(session, principal.organization_id) == 0
     if principal.user_id is None and is_first:
         return
     raise Forbidden(
         "Only an owner, signed in to the console, makes or removes owners.", code="owner_only"
     )
+
+
+async def num_owners(session: AsyncSession, organization_id: str) -> int:
+    """Without one, nobody can make another but by a key, or by the operator."""
+    query = select(func.count()).where(
+        Membership.organization_id == organization_id, Membership.role == "owner"
+    )
+    return await session.scalar(query) or 0
 
 
 def require_scopes_of(principal: Principal, role: str) -> None:
@@ -176,12 +184,5 @@ async def _end_invitations(session: AsyncSession, membership: Membership) -> Non
 
 
 async def _require_another_owner(session: AsyncSession, organization_id: str) -> None:
-    if await _num_owners(session, organization_id) < 2:
+    if await num_owners(session, organization_id) < 2:
         raise Conflict("The last owner stays: make another member owner first.", code="last_owner")
-
-
-async def _num_owners(session: AsyncSession, organization_id: str) -> int:
-    query = select(func.count()).where(
-        Membership.organization_id == organization_id, Membership.role == "owner"
-    )
-    return await session.scalar(query) or 0

@@ -30,7 +30,7 @@ from app.core.ids import new_id
 from app.deployments.service import CHANGED
 from app.deployments.tables import Deployment, Replica
 from app.metering.tables import UsageEvent
-from app.organizations.invitations import invite_into
+from app.organizations.invitations import invite
 from app.organizations.keys import create_key
 from app.organizations.people import create_person
 from app.organizations.principal import SCOPES, Principal
@@ -120,9 +120,7 @@ async def add_objects(application: Litestar, tenant: Tenant) -> Owned:
             api_key_id=tenant.key_id,
             api_key_name=f"{MARK} key",
         )
-        invitation, _ = await invite_into(
-            session, tenant.id, "member", note=f"{MARK} friend", hours=1, by=by
-        )
+        invitation, _ = await invite(session, by, "member", f"{MARK} friend", 1)
     application.state.storage.upload(upload.id).write_bytes(b"quib")
     assert version.number == 1
     await _seen_by_the_fleet(application, tenant)

@@ -182,16 +182,24 @@ async def test_a_new_organization_gets_a_link_for_its_owner(operator: Desk) -> N
         assert organization is not None
         account = await session.get_one(AccountBalance, organization.id)
         assert account.credit_limit_nano == 0
-    again = await http.post(f"{PLACES}/{organization.id}/owner", data=form, headers=headers)
+    here = f"{PLACES}/{organization.id}"
+    assert f"{here}/owner" in (await http.get(here)).text
+    again = await http.post(f"{here}/owner", data=form, headers=headers)
     links = [re.findall(r'id="link" readonly value="([^"]+)"', page.text) for page in (made, again)]
-    for (link,), email in zip(links, ("a@acme.example", "b@acme.example"), strict=True):
-        path = link.removeprefix("http://testserver.local")
-        async with client(operator.application) as stranger:
-            page = await stranger.get(path)
-            assert "Join acme" in page.text
-            sent = {"email": email, "password": "four random words"}
-            done = await stranger.post(
-                path, data=sent | {"csrf_token": form_token(page.text)}, headers=headers
-            )
-            assert done.status_code == 303
-            assert "owner of acme" in (await stranger.get("/console/account")).text
+    (lost,), (path,) = (
+        [link.removeprefix("http://testserver.local") for link in links_in] for links_in in links
+    )
+    async with client(operator.application) as stranger:
+        assert (await stranger.get(lost)).status_code == 403
+        page = await stranger.get(path)
+        assert "Join acme" in page.text
+        sent = {"email": "a@acme.example", "password": "four random words"}
+        done = await stranger.post(
+            path, data=sent | {"csrf_token": form_token(page.text)}, headers=headers
+        )
+        assert done.status_code == 303
+        assert "owner of acme" in (await stranger.get("/console/account")).text
+    assert f"{here}/owner" not in (await http.get(here)).text
+    refused = await http.post(f"{here}/owner", data=form, headers=headers)
+    assert refused.status_code == 409
+    assert "tapeout reset-password" in refused.text

@@ -10,7 +10,7 @@ from app.core import clock
 from app.core.database import Database
 from app.core.errors import Conflict, Forbidden, InvalidRequest, NotFound, Unauthenticated
 from app.organizations import invitations, members, people
-from app.organizations.invitations import invite, invite_into, redeem, revoke_invitation
+from app.organizations.invitations import invite, invite_owner, redeem, revoke_invitation
 from app.organizations.keys import KeyRing, create_key, create_key_by, revoke_key
 from app.organizations.members import change_role, leave, list_members, remove_member
 from app.organizations.principal import SCOPES, Principal
@@ -231,16 +231,42 @@ async def test_links_into_other_organizations_end_with_an_operator(
     bob = (await joined(database, sign_ins, owner.principal, "admin", "bob@example.com")).principal
     assert bob.user_id is not None
     async with database.write() as session:
-        acme = await create_organization(session, "acme")
         made = [
-            await invite_into(session, acme.id, "owner", note="", hours=1, by=by)
-            for by in (bob, owner.principal)
+            await invite_owner(session, by, (await create_organization(session, name)).id, "")
+            for name, by in (("acme", bob), ("zenith", owner.principal))
         ]
         await remove_member(session, owner.principal, bob.user_id)
     lost, kept = (token for _, token in made)
     with pytest.raises(Forbidden):
         await redeem(database, sign_ins, lost, "bob@example.com", PASSWORD, HERE)
     await redeem(database, sign_ins, kept, "x@example.com", PASSWORD, HERE)
+
+
+async def test_the_operator_lets_in_the_first_owner_of_others_alone(
+    database: Database, sign_ins: SignIns, owner: SignedIn
+) -> None:
+    """Not one of its own, which an administrator could be then, nor a second one."""
+    me = owner.principal
+    bob = (await joined(database, sign_ins, me, "admin", "bob@example.com")).principal
+    async with database.write() as session:
+        acme = await create_organization(session, "acme")
+        with pytest.raises(Forbidden, match="Only an owner"):
+            await invite_owner(session, bob, me.organization_id, "")
+        with pytest.raises(NotFound):
+            await invite_owner(session, bob, "org_none", "")
+        _, lost = await invite_owner(session, bob, acme.id, "")
+        _, token = await invite_owner(session, bob, acme.id, "")
+    with pytest.raises(Forbidden):
+        await redeem(database, sign_ins, lost, "x@example.com", PASSWORD, HERE)
+    boss = await redeem(database, sign_ins, token, "boss@acme.example", PASSWORD, HERE)
+    theirs = (await sign_ins.open(boss)).principal
+    async with database.write() as session:
+        for by in (bob, me):
+            with pytest.raises(Conflict, match="reset-password"):
+                await invite_owner(session, by, acme.id, "")
+        with pytest.raises(Forbidden, match="operates this box"):
+            await invite_owner(session, theirs, me.organization_id, "")
+        await invite_owner(session, me, me.organization_id, "")
 
 
 async def test_links_end_with_the_key_that_made_them(
