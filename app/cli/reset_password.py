@@ -22,7 +22,7 @@ def reset_password(email: str, data_dir: Path | None, password: str) -> None:
     """Give the person with the address EMAIL a new password.
 
     Run it on the box itself, also while it serves. Everywhere they are signed in, they no longer
-    are.
+    are, and invitations that they made end.
     """
     try:
         settings = read_settings(os.environ, data_dir=data_dir)

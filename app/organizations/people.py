@@ -13,7 +13,7 @@ from app.core import clock
 from app.core.errors import Conflict, InvalidRequest, NotFound, Unauthenticated
 from app.core.ids import new_id
 from app.core.security import hash_password, is_password_right
-from app.organizations.tables import Membership, SignIn, User
+from app.organizations.tables import Invitation, Membership, SignIn, User
 
 MIN_PASSWORD_CHARS = 10
 MAX_PASSWORD_CHARS = 200
@@ -78,7 +78,8 @@ async def create_person(
 
 
 async def reset_password(session: AsyncSession, email: str, password_hash: str) -> None:
-    """A new password for somebody, whose every session ends. Raises `NotFound`."""
+    """A new password for somebody, whose every session ends, and every invitation that was made in
+    one: whoever had the old password may have kept its link. Raises `NotFound`."""
     user_id = await session.scalar(
         update(User)
         .where(User.email == email)
@@ -87,7 +88,9 @@ async def reset_password(session: AsyncSession, email: str, password_hash: str) 
     )
     if user_id is None:
         raise NotFound(f"Nobody signs in as {email}.", code="user_not_found")
+    # In this order: who is inviting somebody keeps their session until the invitation is there.
     await session.execute(delete(SignIn).where(SignIn.user_id == user_id))
+    await session.execute(delete(Invitation).where(Invitation.creator_id == user_id))
 
 
 async def confirm_password(session: AsyncSession, recognised: User) -> None:

@@ -225,6 +225,23 @@ async def test_links_of_who_is_removed_or_demoted_end(
     await redeem(database, sign_ins, kept, "x@example.com", PASSWORD, HERE)
 
 
+async def test_links_of_whose_password_is_replaced_end(
+    database: Database, sign_ins: SignIns, owner: SignedIn
+) -> None:
+    bob = (await joined(database, sign_ins, owner.principal, "admin", "bob@example.com")).principal
+    kept = await invited(database, owner.principal, "member")
+    async with database.write() as session:
+        acme = await create_organization(session, "acme")
+        _, there = await invite_owner(session, bob, acme.id, "")
+    made = [await invited(database, bob, "admin"), there]
+    async with database.write() as session:
+        await people.reset_password(session, "bob@example.com", await people.hashed(PASSWORD))
+    for token in made:
+        with pytest.raises(Forbidden):
+            await redeem(database, sign_ins, token, "x@example.com", PASSWORD, HERE)
+    await redeem(database, sign_ins, kept, "x@example.com", PASSWORD, HERE)
+
+
 async def test_links_into_other_organizations_end_with_an_operator(
     database: Database, sign_ins: SignIns, owner: SignedIn
 ) -> None:
