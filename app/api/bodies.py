@@ -14,7 +14,7 @@ from litestar.exceptions import ClientException
 from litestar.types import HTTPReceiveMessage, WebSocketReceiveMessage
 
 from app.core.errors import InvalidRequest, TookTooLong, TooLarge
-from app.registry.transfers import STALL_SECONDS
+from app.registry.transfers import LEAST_BYTES, STALL_SECONDS, Pace
 
 BODY_SECONDS = 30.0  # for all of a body that is neither an upload nor for a model
 
@@ -72,15 +72,15 @@ def is_streamed(request: AnyRequest) -> bool:
 
 
 async def receive_body(request: AnyRequest) -> bytes:
-    """What a model is asked, however long it is. Raises `TookTooLong` where nothing of it comes
-    for a while."""
+    """What a model is asked, however long it is. Raises `TookTooLong` where next to nothing of it
+    comes for a while."""
     with _stall_limit(request):
         return await request.body()
 
 
 async def receive_form(request: AnyRequest) -> FormMultiDict:
-    """The form, whoever made it. Raises `InvalidRequest`, `TooLarge` or, where nothing of it comes
-    for a while, `TookTooLong`."""
+    """The form, whoever made it. Raises `InvalidRequest`, `TooLarge` or, where next to nothing of
+    it comes for a while, `TookTooLong`."""
     try:
         with _stall_limit(request):
             return await request.form()
@@ -108,16 +108,20 @@ def _stall_limit(request: AnyRequest) -> Generator[None]:
     """Only the wait for the sender counts, not the work on what they sent. A body that stalls ends
     there for whoever takes it apart, who then closes a form's temporary files."""
     receive = request.receive
+    pace = Pace(STALL_SECONDS)
     is_stalled = False
 
     async def receive_soon() -> HTTPReceiveMessage | WebSocketReceiveMessage:
         nonlocal is_stalled
         try:
-            async with asyncio.timeout(STALL_SECONDS):
-                return await receive()
+            async with pace.waiting():
+                message = await receive()
         except TimeoutError:
             is_stalled = True
             return {"type": "http.request", "body": b"", "more_body": False}
+        if message["type"] == "http.request":
+            pace.came(len(message["body"]))
+        return message
 
     request.receive = receive_soon
     try:
@@ -126,7 +130,8 @@ def _stall_limit(request: AnyRequest) -> Generator[None]:
         request.receive = receive
         if is_stalled:
             raise TookTooLong(
-                f"Nothing of this body came for {STALL_SECONDS:.0f} seconds. Send it again."
+                f"Less than {LEAST_BYTES // 1024} KiB of this body came in {STALL_SECONDS:.0f} "
+                "seconds. Send it again."
             ) from None
 
 

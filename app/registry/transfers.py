@@ -1,16 +1,46 @@
-"""One upload's transfer: who may write to it now, and a connection's bytes as they come.
+"""One upload's transfer: who may write to it now, and a connection's bytes as they come; and what
+is asked of any sender, that they go on.
 
 Knows no database and no file; `uploads.py` puts the bytes where they belong.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
 
 from app.core.errors import Conflict, TooLarge
 from app.registry.received_file import ReceivedFile
 
 BUFFER_BYTES = 1024**2  # written and hashed at once, in a thread
 STALL_SECONDS = 60.0
+LEAST_BYTES = 16 * 1024  # sent in that time by any client that still sends
+
+
+class Pace:
+    """Whether a sender goes on: until their end, `LEAST_BYTES` in `stall_seconds` of waiting for
+    them. The work on what they sent is not their time."""
+
+    def __init__(self, stall_seconds: float) -> None:
+        self._stall_seconds = stall_seconds
+        self._left_seconds = stall_seconds
+        self._num_bytes = 0
+
+    @asynccontextmanager
+    async def waiting(self) -> AsyncGenerator[asyncio.Timeout]:
+        """Around the wait for their next bytes. Raises `TimeoutError`."""
+        clock = asyncio.get_running_loop()
+        began_at = clock.time()
+        try:
+            async with asyncio.timeout(self._left_seconds) as timeout:
+                yield timeout
+        finally:
+            self._left_seconds -= clock.time() - began_at
+
+    def came(self, num_bytes: int) -> None:
+        """So many bytes of theirs."""
+        self._num_bytes += num_bytes
+        if self._num_bytes >= LEAST_BYTES:
+            self._num_bytes, self._left_seconds = 0, self._stall_seconds
 
 
 class Transfer:
@@ -36,6 +66,7 @@ class Source:
         self._transfer = transfer
         self._chunks = chunks
         self._room_bytes = room_bytes
+        self._pace = Pace(STALL_SECONDS)
         self._is_ended = False
         self.failure: Exception | None = None
 
@@ -53,22 +84,25 @@ class Source:
 
     async def _next_chunk(self) -> bytes:
         try:
-            async with asyncio.timeout(STALL_SECONDS) as self._transfer.waiting:
+            async with self._pace.waiting() as self._transfer.waiting:
                 if self._transfer.num_callers > 1:
                     raise TimeoutError
-                return await anext(self._chunks)
-        except StopAsyncIteration:
-            self._end(None)
+                chunk = await anext(self._chunks, None)
         except TimeoutError:
             self._end(
                 Conflict(
-                    "Another transfer took over, or nothing came for a while. Ask for the offset "
-                    "(HEAD) and go on from there.",
+                    "Another transfer took over, or next to nothing came for a while. Ask for the "
+                    "offset (HEAD) and go on from there.",
                     code="interrupted",
                 )
             )
         except Exception as error:  # noqa: BLE001 - the connection's own, raised by the caller
             self._end(error)
+        else:
+            if chunk is not None:
+                self._pace.came(len(chunk))
+                return chunk
+            self._end(None)
         finally:
             self._transfer.waiting = None
         return b""

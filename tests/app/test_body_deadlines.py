@@ -81,14 +81,15 @@ async def test_no_body_holds_a_route_but_files_and_what_models_are_asked(
     assert {route for route, is_held in zip(SENDING, held, strict=True) if is_held} == may_wait
 
 
-async def test_files_and_what_models_are_asked_hold_no_route_once_nothing_comes(
-    settings: Settings, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("body", [silence, trickle])
+async def test_files_and_what_models_are_asked_hold_no_route_once_next_to_nothing_comes(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, body: Callable[[], AsyncIterator[bytes]]
 ) -> None:
     monkeypatch.setattr(bodies, "STALL_SECONDS", 0.05)
     async with running(settings, has_clerk=False) as application:
         tenant = await add_tenant(application, "operators", is_operator=True)
         for route in sorted(WITH_FILES):
-            assert not await waits(application, tenant, route, body=silence), route
+            assert not await waits(application, tenant, route, body=body), route
         for route in sorted(FOR_MODELS):
             json = "application/json"
-            assert not await waits(application, tenant, route, json, body=silence), route
+            assert not await waits(application, tenant, route, json, body=body), route

@@ -7,6 +7,7 @@ import httpx
 import pytest
 
 from app.api import bodies
+from app.registry.transfers import LEAST_BYTES
 from tests.app.console.conftest import ORIGIN, Console
 from tests.app.console.test_members_pages import joined
 
@@ -72,8 +73,9 @@ async def test_a_form_that_is_refused_leaves_its_room_to_others(owned: Console) 
     assert owned.client.app.state.uploads._limits._forms == {}
 
 
+@pytest.mark.parametrize("has_trickle", [False, True])
 async def test_a_form_that_nothing_comes_of_ends_and_leaves_its_room_to_others(
-    owned: Console, monkeypatch: pytest.MonkeyPatch
+    owned: Console, monkeypatch: pytest.MonkeyPatch, has_trickle: bool
 ) -> None:
     monkeypatch.setattr(bodies, "STALL_SECONDS", 0.05)
     limits = owned.client.app.state.uploads._limits
@@ -81,11 +83,14 @@ async def test_a_form_that_nothing_comes_of_ends_and_leaves_its_room_to_others(
     async def idle() -> AsyncIterator[bytes]:
         yield BEGINNING
         assert len(limits._forms) == 1
+        while has_trickle:
+            await asyncio.sleep(0.01)
+            yield b"x"
         await asyncio.Event().wait()
 
     answer = await sent(owned, idle(), **{"Content-Length": "500000000"})
     assert answer.status_code == 408
-    assert "Nothing of this body came" in answer.text
+    assert "Less than 16 KiB of this body came" in answer.text
     assert limits._forms == {}
 
 
@@ -98,7 +103,7 @@ async def test_a_slow_form_arrives(owned: Console, monkeypatch: pytest.MonkeyPat
         yield BEGINNING
         for _ in range(10):
             await asyncio.sleep(0.1)
-            yield b"x"
+            yield bytes(LEAST_BYTES // 2)
         yield b"\r\n--B--\r\n"
 
     headers = {"Content-Length": "500000000", "X-CSRF-Token": token}

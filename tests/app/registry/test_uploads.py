@@ -225,6 +225,27 @@ async def test_a_silent_connection_ends(
     assert (await uploads.get(upload.id, principal.organization_id)).received_bytes == 3
 
 
+async def test_a_connection_that_trickles_ends_and_what_came_is_kept(
+    uploads: UploadStore, principal: Principal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfers, "STALL_SECONDS", 0.05)
+    upload = await uploads.create(principal, "m", len(DATA))
+    num_sent = 0
+
+    async def trickle() -> AsyncIterator[bytes]:
+        nonlocal num_sent
+        while num_sent < len(DATA):
+            yield DATA[num_sent : num_sent + 1]
+            num_sent += 1
+            await asyncio.sleep(0.01)
+
+    with pytest.raises(Conflict, match="nothing came"):
+        await uploads.append(upload.id, principal.organization_id, 0, trickle())
+    assert (await uploads.get(upload.id, principal.organization_id)).received_bytes == num_sent
+    await send(uploads, upload, num_sent, DATA[num_sent:])
+    assert (await uploads.get(upload.id, principal.organization_id)).sha256 == SHA256
+
+
 async def test_more_bytes_than_announced(
     uploads: UploadStore, storage: Storage, principal: Principal
 ) -> None:
