@@ -1,7 +1,8 @@
 """Charts as SVG, drawn on the server: stacked bars over days, and bars that compare.
 
-Colours and fonts come from the style sheet through classes; every bar carries a `<title>`, and
-the numbers also stand in a table beside each chart.
+Each is drawn twice, wide and narrow, and the style sheet shows the one that fits the window; it
+gives colours and fonts too, through classes. Every bar carries a `<title>`, and the numbers also
+stand in a table beside each chart.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,11 +10,22 @@ from collections.abc import Callable, Sequence
 import msgspec
 from markupsafe import Markup, escape
 
-WIDTH, HEIGHT = 1040, 230
-LEFT, RIGHT, TOP, BOTTOM = 88, 8, 12, 28
+HEIGHT = 230
+RIGHT, TOP, BOTTOM = 8, 12, 28
 NUM_GRID_LINES = 4
-MAX_LABELS = 10
 GAP = 0.28  # of a bar's share of the axis
+
+
+class Frame(msgspec.Struct, frozen=True):
+    """What a chart is drawn for; `left` is the room for what the vertical axis says."""
+
+    name: str
+    width: int
+    left: int
+    max_labels: int
+
+
+WIDE, NARROW = Frame("wide", 1040, 88, 10), Frame("narrow", 340, 76, 4)
 
 
 class Bar(msgspec.Struct, frozen=True):
@@ -27,19 +39,26 @@ class Bar(msgspec.Struct, frozen=True):
 def stacked_bars(
     bars: Sequence[Bar], *, series: Sequence[str], describe: Callable[[int], str], title: str
 ) -> Markup:
-    """An SVG element. `describe` writes a value of the vertical axis and of the bars' titles."""
+    """SVG elements. `describe` writes a value of the vertical axis and of the bars' titles."""
     top = axis_top(max((sum(bar.parts) for bar in bars), default=0))
-    shapes = [_grid(top, describe)]
-    step = (WIDTH - LEFT - RIGHT) / max(len(bars), 1)
-    every = -(-len(bars) // MAX_LABELS) if bars else 1
-    for index, bar in enumerate(bars):
-        assert len(bar.parts) == len(series), "one part per series"
-        left = LEFT + index * step
-        shapes.append(_bar(bar, left, step, top, series, describe))
-        if index % every == 0:
-            shapes.append(_text(left + step / 2, HEIGHT - 8, bar.label, "middle"))
+    charts = Markup()
+    for frame in (WIDE, NARROW):
+        shapes = [_grid(frame, top, describe)]
+        step = (frame.width - frame.left - RIGHT) / max(len(bars), 1)
+        every = -(-len(bars) // frame.max_labels) if bars else 1
+        for index, bar in enumerate(bars):
+            assert len(bar.parts) == len(series), "one part per series"
+            left = frame.left + index * step
+            shapes.append(_bar(bar, left, step, top, series, describe))
+            if index % every == 0:
+                shapes.append(_text(left + step / 2, HEIGHT - 8, bar.label, "middle"))
+        charts += _svg(frame.name, frame.width, HEIGHT, title, shapes)
+    return charts
+
+
+def _svg(kinds: str, width: int, height: int, title: str, shapes: list[str]) -> Markup:
     return Markup(  # noqa: S704 - numbers, and texts that are escaped
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'<svg class="chart {kinds}" viewBox="0 0 {width} {height}" role="img" '
         f'aria-label="{escape(title)}">{"".join(shapes)}</svg>'
     )
 
@@ -54,15 +73,16 @@ def axis_top(largest: int) -> int:
         magnitude *= 10
 
 
-def _grid(top: int, describe: Callable[[int], str]) -> str:
+def _grid(frame: Frame, top: int, describe: Callable[[int], str]) -> str:
     lines: list[str] = []
     for index in range(NUM_GRID_LINES + 1):
         value = top * index // NUM_GRID_LINES
         y = _y(value, top)
         lines.append(
-            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<line class="grid" x1="{frame.left}" x2="{frame.width - RIGHT}" '
+            f'y1="{y:.1f}" y2="{y:.1f}"/>'
         )
-        lines.append(_text(LEFT - 8, y + 4, describe(value), "end"))
+        lines.append(_text(frame.left - 8, y + 4, describe(value), "end"))
     return "".join(lines)
 
 
@@ -111,7 +131,7 @@ def _y(value: int, top: int) -> float:
 
 # --- lengths ----------------------------------------------------------------------------
 
-ROW, GROUP_GAP, NAME_WIDTH, VALUE_WIDTH, TITLE_HEIGHT = 22, 14, 190, 230, 22
+ROW, NARROW_ROW, GROUP_GAP, NAME_WIDTH, VALUE_WIDTH, TITLE_HEIGHT = 22, 32, 14, 190, 230, 22
 
 
 class Length(msgspec.Struct, frozen=True):
@@ -124,33 +144,42 @@ class Length(msgspec.Struct, frozen=True):
 
 
 def grouped_lengths(groups: Sequence[tuple[str, Sequence[Length]]], *, title: str) -> Markup:
-    """An SVG element: groups below each other, each on a scale of its own."""
-    shapes: list[str] = []
-    y = 0
-    for name, lengths in groups:
-        shapes.append(_text(0, y + 14, name, "start", "group"))
-        y += TITLE_HEIGHT
-        longest = max((length.value for length in lengths), default=0.0)
-        for length in lengths:
-            shapes.append(_length(length, y, longest))
-            y += ROW
-        y += GROUP_GAP
-    height = max(y - GROUP_GAP, 1)
-    return Markup(  # noqa: S704 - numbers, and texts that are escaped
-        f'<svg class="chart lengths" viewBox="0 0 {WIDTH} {height}" role="img" '
-        f'aria-label="{escape(title)}">{"".join(shapes)}</svg>'
+    """SVG elements: groups below each other, each on a scale of its own."""
+    charts = Markup()
+    for frame, row, draw in ((WIDE, ROW, _beside), (NARROW, NARROW_ROW, _below)):
+        shapes: list[str] = []
+        y = 0
+        for name, lengths in groups:
+            shapes.append(_text(0, y + 14, name, "start", "group"))
+            y += TITLE_HEIGHT
+            longest = max((length.value for length in lengths), default=0.0)
+            for length in lengths:
+                share = length.value / longest if longest else 0.0
+                kind = "marked" if length.is_marked else "plain"
+                label = escape(f"{length.label}: {length.text}")
+                shapes.append(f"<g><title>{label}</title>{draw(length, y, share, kind)}</g>")
+                y += row
+            y += GROUP_GAP
+        charts += _svg(f"lengths {frame.name}", frame.width, max(y - GROUP_GAP, 1), title, shapes)
+    return charts
+
+
+def _beside(length: Length, y: int, share: float, kind: str) -> str:
+    """The bar between its name and its text."""
+    width = max((WIDE.width - NAME_WIDTH - VALUE_WIDTH) * share, 1.0)
+    return (
+        f"{_text(NAME_WIDTH - 10, y + 14, length.label, 'end', kind)}"
+        f'<rect class="{kind}" x="{NAME_WIDTH}" y="{y + 3}" width="{width:.1f}" '
+        f'height="{ROW - 8}"/>'
+        f"{_text(NAME_WIDTH + width + 8, y + 14, length.text, 'start', kind)}"
     )
 
 
-def _length(length: Length, y: int, longest: float) -> str:
-    room = WIDTH - NAME_WIDTH - VALUE_WIDTH
-    width = max(room * length.value / longest, 1.0) if longest else 1.0
-    kind = "marked" if length.is_marked else "plain"
-    label = escape(f"{length.label}: {length.text}")
-    place = f'x="{NAME_WIDTH}" y="{y + 3}" width="{width:.1f}" height="{ROW - 8}"'
+def _below(length: Length, y: int, share: float, kind: str) -> str:
+    """The bar below both."""
+    width = max(NARROW.width * share, 1.0)
     return (
-        f"<g><title>{label}</title>"
-        f"{_text(NAME_WIDTH - 10, y + 14, length.label, 'end', kind)}"
-        f'<rect class="{kind}" {place}/>'
-        f"{_text(NAME_WIDTH + width + 8, y + 14, length.text, 'start', kind)}</g>"
+        f"{_text(0, y + 12, length.label, 'start', kind)}"
+        f"{_text(NARROW.width, y + 12, length.text, 'end', kind)}"
+        f'<rect class="{kind}" x="0" y="{y + 17}" width="{width:.1f}" height="8"/>'
     )

@@ -16,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from litestar import Request, Response
 from markupsafe import Markup
 
+from app.console.tables import stackable
 from app.core import clock
 from app.core.money import format_nano
 from app.organizations.signins import SignedIn
@@ -69,7 +70,7 @@ def page(
 
 def render(template: str, **context: Any) -> str:
     """A page or a part of one, as text."""
-    return environment().get_template(template).render(**context)
+    return stackable(environment().get_template(template).render(**context))
 
 
 def base_url(request: PageRequest) -> str:

@@ -82,7 +82,7 @@ function reach(frame) {
 }
 
 function reachAllFrames() {
-  for (const frame of document.querySelectorAll(".table-wrap, .chart-wrap, .code pre")) {
+  for (const frame of document.querySelectorAll(".table-wrap, .code pre")) {
     if (frame.dataset.isReached === undefined && frame.hasAttribute("tabindex")) continue;
     frame.dataset.isReached = "";
     frames.observe(frame);

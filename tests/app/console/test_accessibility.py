@@ -1,5 +1,5 @@
-"""Every page of the console is looked at by axe-core, in light and dark, on a desk and on a phone;
-and people who use no mouse get everywhere."""
+"""Every page of the console is looked at by axe-core, in light and dark, on a desk, a tablet and a
+phone, where nothing is scrolled sideways; and people who use no mouse get everywhere."""
 
 from collections.abc import AsyncIterator
 from importlib.resources import files
@@ -18,12 +18,35 @@ from tests.app.console.whole_console import (
 )
 
 AXE = (files("axe_playwright_python") / "axe.min.js").read_text()
-DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
-# What else a width or a scheme could change.
-OF_SCHEME, OF_WIDTH = ["color-contrast"], ["scrollable-region-focusable", "color-contrast"]
+DESK, TABLET, PHONE = (
+    {"width": width, "height": height} for width, height in ((1440, 900), (820, 1180), (390, 844))
+)
+OF_SCHEME = ["color-contrast"]  # what else a scheme could change
 # Pages that say why not, which are to be good pages too.
 REFUSED = ("/console/models/embedder/playground", "/console/setup/none", "/console/invitation/none")
 RUN = "rules => axe.run(document, rules ? {runOnly: rules} : {}).then(found => found.violations)"
+# What has to be scrolled sideways to be read, or lies outside of the screen. Code may.
+SIDEWAYS = """() => {
+  const found = document.documentElement.scrollWidth > innerWidth ? ["the document"] : [];
+  const isOut = (at) => {
+    const box = at.getBoundingClientRect();
+    return box.left < -1 || box.right > innerWidth + 1;
+  };
+  const isHidden = (at) => at && (getComputedStyle(at).clipPath !== "none"
+    || isHidden(at.parentElement));
+  for (const at of document.body.querySelectorAll("*:not(pre, pre *, svg *)")) {
+    if (!at.checkVisibility() || isHidden(at)) continue;
+    const scrolls = ["auto", "scroll"].includes(getComputedStyle(at).overflowX)
+      && at.scrollWidth > at.clientWidth;
+    if (scrolls || (isOut(at) && !isOut(at.parentElement)))
+      found.push(`${at.cloneNode().outerHTML.slice(0, 100)} in ${at.parentElement.className}`);
+  }
+  return found;
+}"""
+OPEN_ALL = """() => {
+  for (const at of document.querySelectorAll("details")) at.open = true;
+  return new Promise(done => requestAnimationFrame(() => setTimeout(done)));
+}"""
 
 pytestmark = [
     pytest.mark.browser,
@@ -55,12 +78,16 @@ async def _look(page: Page, address: str) -> list[str]:
     is_right = answer.status == (404 if address.endswith("nothing") else 200)
     told = [] if is_right or address in REFUSED else [f"{address}: {answer.status}"]
     told += await _violations(page, address)
+    await page.set_viewport_size(TABLET)  # type: ignore[arg-type]
+    await page.evaluate(OPEN_ALL)
+    told += await _violations(page, f"{address} on a tablet")
     await page.emulate_media(color_scheme="dark", reduced_motion="reduce")
     told += await _violations(page, f"{address} dark", OF_SCHEME)
     await page.set_viewport_size(PHONE)  # type: ignore[arg-type]
-    await page.evaluate("new Promise(done => requestAnimationFrame(() => setTimeout(done)))")
-    told += await _violations(page, f"{address} dark on a phone", OF_WIDTH)
-    return told
+    await page.evaluate(OPEN_ALL)
+    told += await _violations(page, f"{address} dark on a phone")
+    sideways: list[str] = await page.evaluate(SIDEWAYS)
+    return told + [f"{address} sideways on a phone: {each}" for each in sideways]
 
 
 async def _page(context: BrowserContext) -> Page:
@@ -172,3 +199,25 @@ async def test_the_first_stop_skips_to_the_content(console: WholeConsole) -> Non
         await page.keyboard.press("Tab")
         is_inside = "document.activeElement.closest('main') !== null"
         assert await page.evaluate(is_inside)
+
+
+async def test_on_a_phone_one_menu_leads_everywhere_by_keyboard_and_without_scripts(
+    console: WholeConsole,
+) -> None:
+    async with browser_at(console, java_script_enabled=False, viewport=PHONE) as context:
+        page = await context.new_page()
+        await page.goto("/console/billing/invoices/none", wait_until="load")
+        button = page.get_by_role("button", name="Menu Billing")
+        billing = page.get_by_role("link", name="Billing", exact=True)
+        models = page.get_by_role("link", name="Models", exact=True)
+        assert not await models.is_visible()
+        await button.press("Enter")
+        assert await models.is_visible()
+        assert await billing.first.get_attribute("aria-current") == "true"
+        await page.keyboard.press("Escape")
+        assert not await models.is_visible()
+        await button.press("Enter")
+        await page.keyboard.press("Tab")
+        await page.keyboard.press("Tab")
+        await page.keyboard.press("Enter")
+        await page.wait_for_url("**/console/models")

@@ -4,15 +4,33 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from app.console.charts import BOTTOM, HEIGHT, TOP, Bar, axis_top, stacked_bars
+from app.console.charts import (
+    BOTTOM,
+    HEIGHT,
+    TOP,
+    Bar,
+    Length,
+    axis_top,
+    grouped_lengths,
+    stacked_bars,
+)
 
 SVG = "{http://www.w3.org/2000/svg}"
 
 
 def drawn(bars: list[Bar]) -> ElementTree.Element:
-    chart = stacked_bars(bars, series=["in", "out"], describe=str, title="Spend & more")
-    text = str(chart).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ')
-    return ElementTree.fromstring(text)  # noqa: S314 - our own
+    """The wide one; the narrow one has the same parts."""
+    wide, narrow = read(
+        stacked_bars(bars, series=["in", "out"], describe=str, title="Spend & more")
+    )
+    assert [rect.get("height") for rect in wide.iter(f"{SVG}rect")] == [
+        rect.get("height") for rect in narrow.iter(f"{SVG}rect")
+    ]
+    return wide
+
+
+def read(charts: str) -> list[ElementTree.Element]:
+    return list(ElementTree.fromstring(f'<all xmlns="{SVG[1:-1]}">{charts}</all>'))  # noqa: S314 - our own
 
 
 @pytest.mark.parametrize(
@@ -45,3 +63,18 @@ def test_every_bar_says_its_numbers_and_texts_are_escaped() -> None:
 
 def test_no_bars_make_an_empty_chart() -> None:
     assert list(drawn([]).iter(f"{SVG}title")) == []
+
+
+def test_lengths_stay_within_both_frames_and_keep_their_proportion() -> None:
+    lengths = [
+        Length("ONNX Runtime", "1,042 rows/s", 30.0, True),
+        Length("eager", "-", 10.0, False),
+    ]
+    for chart in read(grouped_lengths([("1 row", lengths)], title="Rows per second")):
+        _, _, width, height = map(float, chart.get("viewBox", "").split())
+        rects = [
+            [float(rect.get(name, "")) for name in ("x", "y", "width", "height")]
+            for rect in chart.iter(f"{SVG}rect")
+        ]
+        assert rects[0][2] == pytest.approx(3 * rects[1][2], abs=0.2)
+        assert all(x + w <= width and y + h <= height for x, y, w, h in rects)

@@ -77,7 +77,7 @@ async def test_a_receipt_shows_every_form_that_was_measured_and_why_it_won_or_lo
         await add_model(session, "fast", receipt=OPTIMISED)
     page = (await owned.client.get("/console/models/fast")).text
     for shown in ("ONNX Runtime", "AOTInductor, bfloat16", "other answers", "loses accuracy",
-                  "<svg class=\"chart lengths\"", "5.00x", "98.20 %", "189 MB"):  # fmt: skip
+                  "<svg class=\"chart lengths wide\"", "5.00x", "98.20 %", "189 MB"):  # fmt: skip
         assert shown in page, shown
     assert page.index("ONNX Runtime, int8") < page.index("No C++ compiler"), "measured ones first"
 
@@ -315,7 +315,7 @@ async def test_usage_adds_up_and_leads_to_receipts(owned: Console) -> None:
     # 500 in at $0.10/M, 1,000 cached at $0.01/M, 100 out at $0.40/M, twice but for the cache.
     for shown in ("$0.000190", "2,000", "1,000 from the cache, 50 %", "$0.000090", "Web shop"):
         assert shown in page, shown
-    assert page.count('class="chart"') == 1
+    assert page.count('class="chart wide"') == 1
     assert f"/console/receipts/{request_id}" in page
     receipt = (await owned.client.get(f"/console/receipts/{request_id}")).text
     for shown in ("$0.000100100", "$0.000010000", "after 40 ms"):
