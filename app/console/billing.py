@@ -24,9 +24,12 @@ HERE = "/console/billing"
 
 
 @get("/billing")
-async def show_billing(request: PageRequest, top_up: FromQuery[str] = "") -> Response[str]:
-    """Where the organization stands; `top_up` is one that the person comes back from paying."""
-    return await billing_page(request, top_up_id=top_up)
+async def show_billing(
+    request: PageRequest, top_up: FromQuery[str] = "", after: FromQuery[str] = ""
+) -> Response[str]:
+    """Where the organization stands; `top_up` is one that the person comes back from paying, and
+    `after` where the page of invoices before ended."""
+    return await billing_page(request, top_up_id=top_up, invoices_after=after)
 
 
 @post("/billing/limit", status_code=200)
@@ -97,6 +100,7 @@ async def billing_page(
     request: PageRequest,
     *,
     top_up_id: str = "",
+    invoices_after: str = "",
     error: AppError | None = None,
     sent: dict[str, str] | None = None,
     notify_secret: str = "",
@@ -112,7 +116,11 @@ async def billing_page(
         top_up = await payments.refresh_top_up(principal.organization_id, top_up_id)
     async with database.read() as session:
         view = await read_billing(
-            session, principal, settings.currency, takes_payments=payments.is_configured
+            session,
+            principal,
+            settings.currency,
+            takes_payments=payments.is_configured,
+            invoices_after=invoices_after,
         )
     limit_nano = view.limit_nano
     held = {
@@ -132,6 +140,7 @@ async def billing_page(
         "billing/billing.html",
         status_code=error.status if error else 200,
         view=view,
+        invoices_after=invoices_after,
         top_up=top_up,
         lamp=TOP_UP_LAMPS[top_up.state] if top_up else None,
         lamps=TOP_UP_LAMPS,

@@ -9,10 +9,10 @@ from app.api.openai import visible_models
 from app.billing.budgets import BudgetView, list_budgets
 from app.billing.credits import open_lots
 from app.billing.payments.cents import NANO_PER_CENT
-from app.billing.payments.invoice_view import list_invoices
+from app.billing.payments.invoice_view import InvoicePage, read_invoices
 from app.billing.payments.notices import all_notices
 from app.billing.payments.profile import read_profile
-from app.billing.payments.tables import BillingProfile, Invoice, Notice, TopUp
+from app.billing.payments.tables import BillingProfile, Notice, TopUp
 from app.billing.payments.top_ups import list_top_ups
 from app.billing.service import Account, read_account
 from app.billing.tables import CreditLot
@@ -23,6 +23,7 @@ from app.organizations.principal import Principal
 
 NUM_TOP_UPS = 20
 NUM_NOTICES = 8
+PAGE_INVOICES = 12
 PRESETS = ("10.00", "25.00", "100.00")
 TOP_UP_LAMPS = {
     "created": Lamp("busy", "being prepared"),
@@ -59,7 +60,7 @@ class BillingView(msgspec.Struct, frozen=True, kw_only=True):
     account: Account
     lots: Sequence[CreditLot]
     top_ups: Sequence[TopUp]
-    invoices: Sequence[Invoice]
+    invoices: InvoicePage
     budgets: list[BudgetView]
     subjects: Subjects
     profile: BillingProfile
@@ -128,14 +129,20 @@ class BillingView(msgspec.Struct, frozen=True, kw_only=True):
 
 
 async def read_billing(
-    session: AsyncSession, principal: Principal, currency: str, *, takes_payments: bool
+    session: AsyncSession,
+    principal: Principal,
+    currency: str,
+    *,
+    takes_payments: bool,
+    invoices_after: str = "",
 ) -> BillingView:
+    """`invoices_after` is where the page of invoices before ended."""
     organization_id = principal.organization_id
     return BillingView(
         account=await read_account(session, organization_id, currency),
         lots=await open_lots(session, organization_id),
         top_ups=await list_top_ups(session, organization_id, NUM_TOP_UPS),
-        invoices=await list_invoices(session, organization_id),
+        invoices=await read_invoices(session, organization_id, invoices_after, PAGE_INVOICES),
         budgets=await list_budgets(session, organization_id),
         subjects=await _subjects(session, principal),
         profile=await read_profile(session, organization_id),

@@ -3,6 +3,7 @@
 Reads only. Another organization's invoice is not found, unless the operator asks.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 
@@ -18,7 +19,7 @@ from app.billing.payments.steady_clock import MAX_ERROR, MAX_LEAP
 from app.billing.payments.tables import Invoice, InvoiceLine
 from app.billing.tables import CREDIT_KINDS, LedgerEntry, LedgerTransaction
 from app.core.csv_text import csv_blocks
-from app.core.errors import NotFound
+from app.core.errors import InvalidRequest, NotFound
 from app.core.money import write_amount
 from app.metering.hours import EPOCH
 from app.metering.requests import Place
@@ -26,6 +27,7 @@ from app.metering.tables import UsageEvent, UsageLine
 
 MAX_LISTED = 500
 MAX_PAGE = 1000
+_PERIOD = re.compile(r"\d{4}-\d{2}", re.ASCII)
 CSV_HEADER = (
     "position",
     "model",
@@ -37,6 +39,13 @@ CSV_HEADER = (
     "amount",
     "currency",
 )
+
+
+class InvoicePage(msgspec.Struct, frozen=True):
+    """`next` is given where there are more, for the parameter `after`."""
+
+    invoices: Sequence[Invoice]
+    next: str | None
 
 
 class LineRequest(msgspec.Struct, frozen=True):
@@ -61,6 +70,23 @@ async def list_invoices(session: AsyncSession, organization_id: str | None) -> S
     if organization_id is not None:
         query = query.where(Invoice.organization_id == organization_id)
     return (await session.scalars(query)).all()
+
+
+async def read_invoices(
+    session: AsyncSession, organization_id: str, after: str, limit: int
+) -> InvoicePage:
+    """One organization's, the newest first. `after` is the `next` of the page before. Raises
+    `InvalidRequest`."""
+    query = select(Invoice).where(Invoice.organization_id == organization_id)
+    if after:
+        if not _PERIOD.fullmatch(after):
+            raise InvalidRequest(
+                "This page of invoices does not exist: after is the next of the page before.",
+                param="after",
+            )
+        query = query.where(Invoice.period < after)
+    found = (await session.scalars(query.order_by(Invoice.period.desc()).limit(limit + 1))).all()
+    return InvoicePage(found[:limit], found[limit - 1].period if len(found) > limit else None)
 
 
 async def read_invoice(
