@@ -10,7 +10,7 @@ import msgspec
 from litestar import Request
 from litestar.response.base import ASGIResponse
 
-from app.api.auth import bearer_principal
+from app.api.auth import caller_and_body, may_infer
 from app.api.bodies import decode, receive_body
 from app.api.call import Call
 from app.api.dialect import Dialect, usage_of
@@ -59,9 +59,8 @@ async def read(
 ) -> "tuple[Dialect[Any], Target, Generate]":
     """The request of somebody who may make it, the replica for it, and its form for the worker."""
     request_id = new_request_id(request)
-    principal = await bearer_principal(request)
-    principal.require("inference")
-    body = decode(dialect_class.decoder, await receive_body(request))
+    principal, received = await caller_and_body(request, may_infer, receive_body)
+    body = decode(dialect_class.decoder, received)
     dialect = dialect_class(body, principal, request_id)
     target = request.app.state.fleet.resolve(principal, body.model)
     decoder = decoder_of(target, body.model)

@@ -3,7 +3,7 @@ the request's body is read, and again once it is there: a key may be revoked mea
 nothing here, but to pages that people only read."""
 
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from litestar import Request
 from litestar.connection import ASGIConnection
@@ -20,6 +20,8 @@ from app.settings import Settings
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 Connection = ASGIConnection[Any, Any, Any, Any]
+AnyRequest = Request[Any, Any, Any]
+T = TypeVar("T")
 
 
 def bearer_secret(connection: Connection) -> str:
@@ -61,6 +63,26 @@ async def _receive_body(request: Connection) -> bool:
         async with body_deadline():
             await request.body()
     return True
+
+
+async def caller_and_body(
+    request: AnyRequest,
+    check: Callable[[Principal], object],
+    receive: Callable[[AnyRequest], Awaitable[T]],
+) -> tuple[Principal, T]:
+    """Who sends a body that its handler receives, and the body. `check` raises for who may not:
+    it is asked before anything of the body is read, and, as that may take as long as it likes,
+    again of who holds the key once it is there. Raises `Unauthenticated`."""
+    check(await bearer_principal(request))
+    received = await receive(request)
+    principal = await bearer_principal(request)
+    check(principal)
+    return principal, received
+
+
+def may_infer(principal: Principal) -> None:
+    """Raises `Forbidden`."""
+    principal.require("inference")
 
 
 async def reading_principal(request: Connection) -> Principal:

@@ -11,7 +11,7 @@ from litestar import Request, post
 from litestar.response.base import ASGIResponse
 from msgspec import Meta
 
-from app.api.auth import bearer_principal
+from app.api.auth import caller_and_body, may_infer
 from app.api.bodies import decode, receive_body
 from app.api.call import Call
 from app.api.relay import Relay
@@ -66,9 +66,8 @@ async def create_embeddings(request: AnyRequest) -> ASGIResponse:
     """OpenAI's embeddings. Texts longer than the model takes are refused, never cut; `dimensions`
     is for models that declare that their vectors may be."""
     request_id = new_request_id(request)
-    principal = await bearer_principal(request)
-    principal.require("inference")
-    body = decode(_decoder, await receive_body(request))
+    principal, received = await caller_and_body(request, may_infer, receive_body)
+    body = decode(_decoder, received)
     target = request.app.state.fleet.resolve(principal, body.model)
     info = target.manifest.embedder
     if info is None:

@@ -13,7 +13,7 @@ from litestar import Request, Router, get, post, route
 from litestar.params import FromPath
 from litestar.response.base import ASGIResponse
 
-from app.api.auth import bearer_principal
+from app.api.auth import bearer_principal, caller_and_body
 from app.api.bodies import body_deadline, decode
 from app.api.compression import MIN_PACKED_BYTES, accepted_encoding, packed
 from app.api.health import problem_of
@@ -129,9 +129,7 @@ async def show_stats(request: AnyRequest) -> dict[str, Any]:
 async def list_repository(request: AnyRequest) -> list[IndexEntry]:
     """The endpoints that this key may call; `{"ready": true}` leaves out those that do not
     answer."""
-    principal = await _reader(request)
-    async with body_deadline():
-        body = await request.body()
+    principal, body = await caller_and_body(request, _may_read, _small_body)
     asked = decode(_index_decoder, body) if body else IndexRequest()
     fleet: Fleet = request.app.state.fleet
     entries = [index_entry(view) for view in fleet.visible_endpoints(principal)]
@@ -147,10 +145,8 @@ async def infer(
     `Accept-Encoding` asks, written. Models that take texts take one `BYTES` input of shape [rows]
     or [rows, 2] instead of their tensors. Metered as any prediction."""
     request_id = new_request_id(request)
-    principal = await bearer_principal(request)
-    principal.require("inference")
     wanted = _wanted(name, version)
-    target, body = await target_for(request, principal, wanted, read_bytes)
+    principal, target, body = await target_for(request, wanted, read_bytes)
     schema = schema_of(target, name)
     for spec in schema.outputs:
         datatype_of(spec)  # before anything is run
@@ -219,9 +215,19 @@ def refuse_loading() -> None:
 async def _reader(request: AnyRequest) -> Principal:
     """Whoever may call models or read about them."""
     principal = await bearer_principal(request)
+    _may_read(principal)
+    return principal
+
+
+def _may_read(principal: Principal) -> None:
+    """Raises `Forbidden`."""
     if not principal.scopes & {"inference", "read"}:
         raise Forbidden("This API key may not read about models.", code="missing_scope")
-    return principal
+
+
+async def _small_body(request: AnyRequest) -> bytes:
+    async with body_deadline():
+        return await request.body()
 
 
 def _target(request: AnyRequest, principal: Principal, name: str, version: str) -> Target:

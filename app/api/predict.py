@@ -10,7 +10,7 @@ from litestar import Request, Router, post
 from litestar.params import FromPath
 from litestar.response.base import ASGIResponse
 
-from app.api.auth import bearer_principal
+from app.api.auth import caller_and_body
 from app.api.call import Call
 from app.api.json_answers import check_json_shapes, least_shapes, written
 from app.api.plain_response import PlainResponse
@@ -45,9 +45,7 @@ async def predict(request: AnyRequest, name: FromPath[str]) -> ASGIResponse:
     Arrays may come as `application/x-npy`, `application/x-npz`, `application/octet-stream` or the
     parts of a form, and are answered so where `Accept` says it."""
     request_id = new_request_id(request)
-    principal = await bearer_principal(request)
-    principal.require("inference")
-    target, received = await target_for(request, principal, name, receive)
+    principal, target, received = await target_for(request, name, receive)
     schema = schema_of(target, name)
     form = chosen_form(request.headers.get("accept", ""), schema)
     given = await read_body(received, target.manifest, schema)
@@ -71,18 +69,19 @@ async def predict(request: AnyRequest, name: FromPath[str]) -> ASGIResponse:
 
 async def target_for(
     request: AnyRequest,
-    principal: Principal,
     name: str,
     receive: Callable[[AnyRequest], Awaitable[T]],
-) -> tuple[Target, T]:
-    """The replica that is to answer, and the body. A replica may be replaced while a slow body
-    comes in, so it is chosen when that is here; what can be refused before is."""
+) -> tuple[Principal, Target, T]:
+    """Who asks, the replica that is to answer, and the body. A replica may be replaced while a slow
+    body comes in, so it is chosen when that is here; what can be refused before is."""
     fleet: Fleet = request.app.state.fleet
-    schema_of(fleet.resolve(principal, name), name)
-    received = await receive(request)
-    target = fleet.resolve(principal, name)
-    schema_of(target, name)
-    return target, received
+
+    def check(principal: Principal) -> None:
+        principal.require("inference")
+        schema_of(fleet.resolve(principal, name), name)
+
+    principal, received = await caller_and_body(request, check, receive)
+    return principal, fleet.resolve(principal, name), received
 
 
 def schema_of(target: Target, name: str) -> Schema:

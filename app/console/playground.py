@@ -12,7 +12,7 @@ from litestar.params import FromPath
 
 from app.api.bodies import TAKES_FILE, receive_form
 from app.api.labels import labels_of
-from app.api.predict import run_prediction, schema_of, target_for
+from app.api.predict import run_prediction, schema_of
 from app.api.tensors import array_of
 from app.console.decoder_playground import run_decoder, show_decoder
 from app.console.meter import Reading, settled_reading
@@ -75,9 +75,11 @@ async def run_playground(request: PageRequest, name: FromPath[str]) -> Response[
     principal = signed_in(request).principal
     principal.require("inference")
     fleet: Fleet = request.app.state.fleet
-    if fleet.resolve(principal, name).manifest.decoder is not None:
+    target = fleet.resolve(principal, name)
+    if target.manifest.decoder is not None:
         return await run_decoder(request, name)
-    target, form = await target_for(request, principal, name, receive_form)
+    schema_of(target, name)
+    form = await receive_form(request)  # which is here already: see `require_person`
     request_id = new_id("req")
     try:
         given = await read_form(form, target.manifest)
