@@ -31,7 +31,7 @@ def sqlite_plans(database: Database) -> Iterator[Plans]:
                 rows = await connection.exec_driver_sql(
                     f"EXPLAIN QUERY PLAN {statement}", parameters
                 )
-                found.append("\n".join(row[3] for row in rows))
+                found.append("\n".join(row["detail"] for row in rows.mappings()))
             return found
 
     event.listen(engine.sync_engine, "before_cursor_execute", on_execute)
