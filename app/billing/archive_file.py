@@ -30,9 +30,10 @@ from app.core.money import price_of
 
 # Then the header's length in four bytes, its SHA-256, the header, the columns.
 MAGIC = b"tapeout usage 2\n"
-MAGIC_WITHOUT_HASH = b"tapeout usage 1\n"  # no SHA-256 of the header
+FIRST_MAGIC = b"tapeout usage 1\n"  # as above, or without the header's SHA-256
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
+SHA256_BYTES = 32
 WHO = (
     "organization_id",
     "api_key_id",
@@ -189,13 +190,17 @@ class ArchiveWriter:
 def read_header(file: BinaryIO) -> Header:
     """Leaves the file at the start of its columns. Raises `DamagedArchive`."""
     magic = file.read(len(MAGIC))
-    if magic not in (MAGIC, MAGIC_WITHOUT_HASH):
+    if magic not in (MAGIC, FIRST_MAGIC):
         raise DamagedArchive("this is no file of archived usage")
     num_bytes = int.from_bytes(file.read(4))
-    sha256 = file.read(32) if magic == MAGIC else None
+    start = file.tell()
+    sha256 = file.read(SHA256_BYTES)
     encoded = file.read(num_bytes)
-    if sha256 is not None and sha256 != hashlib.sha256(encoded).digest():
-        raise DamagedArchive("the header is damaged: its SHA-256 is another")
+    if sha256 != hashlib.sha256(encoded).digest():
+        if magic == MAGIC:
+            raise DamagedArchive("the header is damaged: its SHA-256 is another")
+        file.seek(start)
+        encoded = file.read(num_bytes)
     try:
         return msgspec.json.decode(encoded, type=Header)
     except msgspec.MsgspecError as error:

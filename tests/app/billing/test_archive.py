@@ -1,8 +1,10 @@
 """Old usage moves to files: each receipt is in the database, the archive or both, at any moment."""
 
+import base64
 import io
 import os
 import threading
+import zlib
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -18,6 +20,7 @@ from app.billing.archive_file import (
     ArchiveWriter,
     DamagedArchive,
     read_header,
+    read_random,
     read_transaction_at,
     read_transactions,
 )
@@ -27,6 +30,7 @@ from app.billing.archiving import (
     archive_before,
     finish_dropping,
 )
+from app.billing.columns import RANDOM_BYTES
 from app.billing.digests import ReceiptRecord, instant_text, merkle_root
 from app.billing.prices import first_items
 from app.billing.proofs import verify_proof
@@ -418,13 +422,52 @@ def test_no_byte_of_a_header_may_change() -> None:
             list(read_transactions(io.BytesIO(bytes(damaged))))
 
 
-def test_files_of_before_their_headers_were_hashed_are_read() -> None:
-    content = ArchiveWriter().finish(3, 7, instant_text(NOW))
-    head, length, rest = content[:16], content[16:20], content[52:]
-    assert head == b"tapeout usage 2\n"
-    older = b"tapeout usage 1\n" + length + rest
-    assert read_header(io.BytesIO(older)) == read_header(io.BytesIO(content))
-    assert list(read_transactions(io.BytesIO(older))) == []
+# Files of seals 3 to 7 with one request, written in the first format (base 85 of zlib):
+# without a SHA-256 of the header, and for a while with one.
+WITHOUT_HASH = (
+    "c-qa8TSyd97{_OJy^s*0l|gjT6FnrW&1GkHb|JN}hcJ9;6BS}SyXWksc4pR@GltrR1SLNDqR>Txw2X*~LMn-ZLeva;$g"
+    "G#N2Z^4FB6_jx%+4Y{B-Mk^VPO8><@bI6Geck+8#XDkEf~jTd=bO2(_J8zG%cc97^Xl-^nnyyjsiZQ+nS2ou}&-y;@yy"
+    "#P`6-|Bn{n7#!N#~HAe^JfS`yHAM`7V57;_MrhZp25K@zf=3_8rVIPPZDO+=fbpbjX85$)xA0RN2!VVo2d_aQ;tB`<@B"
+    ")c|D9L34B<4dAtNC?)_#0^d+3|C+sCH1(gtpvS&P7-JmjF!ilhP|Q@*(P)@r#g<DvipIEaRTRZw5iR8^me2pw_T$Xh^j"
+    "-KE*6DMcAFr{AOuhhV<;gg3cQFS5b?4U^wSrT#3&a*v`God3J)=rSP}gQNsw3kI4Dtw!#r^Q2*K2V;}!^<AXjoceZssD"
+    ";<ymUS8>_X0y0eQu=PIzolPxNEtS08?_tW>QmV<`g)8$+KXdLFbKu5Q&#sEvM*DsIS>J^)NgLDYb-e?VpEC~^4jr$mUu"
+    ";ZV9NkoRw7S1<_xf3`TG_BwG27*XHFZs6?|Qc1?Qh#zF;Np8_6|lo;nsR`@8$C?iSNy0dyZIB^E*18&Q;bH7mjOIgXF("
+    "Fd+TGvBjNt_FE!&o%U)RC(|5iJhxeTge{ijyX9rk@iF93xjxa@wo@}zYWi|gSli&U1>(HlImMtxq9L~%Xn1h|{A34TtV"
+    "T;+DSDW(IkYWB`CU5ES^o-_moAYm9YmTqsuI`c74+{T%m*-4xr^9UYdWT!z{2jwiWP8{W&#R$RqpLAaX4_m{`O5k)<al"
+    "sL"
+)
+WITH_HASH = (
+    "c-kvTEJ)2SEm0^fPE1c#FyvxjU_5iu!tr~5w&{(p3~9U{`V5^L3+_I#)mZT1n(>M1X-tmx)k<lZMa3oY#i@xoN>;`?N;"
+    "!#ep1F=vUTJQ8YFTPtNwJcZA%t5}l$ckXm|T*Xp9c|4E6UG}&jqo~&CHD~j7<$KO)M;QluGkTGIOv=<fo*>XQlwf(-L!"
+    "vQ+1S*^K(jbL55W;0nJXy&jso*&`~N$Ov*_G>9#b|QOZqBNsUh|QL-{MgE*roH90l20OT%HpmbtMNosCE34~Lgkq=>{="
+    "A~rjr9;@o8NkqiGD{MRN>Wqc#ueq4A}LHMElLD=E*|6}kTfKKO7gQ)p<+Nqg{6r=-<4ECZO;XoP!gY)m<P1j*r*n4n~|"
+    "xRl9f_QT54*dX-cB8k)d%)QeujsnW?1-kV-K%PButN0V=YvG_x>FOa(GiEsRZ4QcM#KElg4^O@W#WQVo?rF;bEWbO6Y;"
+    "N=61oX1WH3KonwVWMyDrWnidh00vP?wG2?e=>6BcDk2KV`Y&|Tk%>W(Q4Gi~(SN%50mC$gwpa$I)u-B(wH(4qAEqCfI6"
+    "I`IApcAOXXo^jA8L0!^~}=q{u7olXPbyisNJ-Qs=U_?>@4`DEQ-p^T<u*VcHe84-8`*OUh9N?@>1q`NlYOL-X&WuoEFd"
+    "c9=TgHxcJlqxyr-$bsYrRkL4EonVKxPzW$}(UZWi=KiMDqr*O8Ixo+cEBOlw=kmnGm&SIR-$iR?PJvVs;1J@rWuwY~qF"
+    "84Dsur?g{yySfvSg#n{$)&Yd*^1^>F%s0r08zpy$hdY{1PcxIFbrNjEdTePxta^nC(62Ed1N{b?P^$YZ6`bFb}=<|R)O"
+    ">gGczwuxIvsA#uH#Qj6zITmeg#+r3WM;bKgY~Ssnn{n}6&"
+)
+
+
+@pytest.mark.parametrize("kept", [WITHOUT_HASH, WITH_HASH])
+def test_both_forms_of_the_first_format_are_read(kept: str) -> None:
+    content = zlib.decompress(base64.b85decode(kept))
+    assert content.startswith(b"tapeout usage 1\n")
+    header = read_header(io.BytesIO(content))
+    assert (header.first_seal, header.last_seal, header.num_events) == (3, 7, 1)
+    assert read_random(io.BytesIO(content)) == (331).to_bytes(RANDOM_BYTES)
+    (transaction,) = read_transactions(io.BytesIO(content))
+    (receipt,) = transaction.receipts
+    assert (transaction.id, receipt.event_id) == ("lt_1", "req_01kdx4ww0000000000000000ab:1")
+    assert receipt.lines == [("input", 100, 1000, 1000, 100, "billed")]
+
+
+def test_a_damaged_header_of_the_first_format_is_named() -> None:
+    content = bytearray(zlib.decompress(base64.b85decode(WITH_HASH)))
+    content[60] ^= 1
+    with pytest.raises(DamagedArchive, match="the header is damaged"):
+        read_header(io.BytesIO(bytes(content)))
 
 
 def test_what_is_archived_until_when_is_kept_while_nothing_changes(
