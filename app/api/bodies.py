@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
@@ -13,7 +13,7 @@ from litestar.enums import RequestEncodingType
 from litestar.exceptions import ClientException
 from litestar.types import HTTPReceiveMessage, WebSocketReceiveMessage
 
-from app.core.errors import InvalidRequest, TookTooLong, TooLarge
+from app.core.errors import AppError, InvalidRequest, TookTooLong, TooLarge
 from app.registry.transfers import LEAST_BYTES, STALL_SECONDS, Pace
 
 BODY_SECONDS = 30.0  # for all of a body that is neither an upload nor for a model
@@ -23,6 +23,7 @@ TAKES_FILE = {"body": "a form with a file in it"}
 TAKES_STREAM = {"body": "received by the handler, as it comes"}
 
 AnyRequest = Request[Any, Any, Any]
+Came = Callable[[int], object]  # is told of bytes as they come; raises `AppError` to end the body
 T = TypeVar("T")
 _AT = re.compile(r"^(?P<problem>.*) - at `\$\.?(?P<path>.*)`$", re.DOTALL)
 _MISSING = re.compile(r"^Object missing required field `(?P<field>.*)`$")
@@ -71,18 +72,22 @@ def is_streamed(request: AnyRequest) -> bool:
     return request.route_handler.opt.get("body") == TAKES_STREAM["body"]
 
 
+def _ignored(num_bytes: int) -> None:
+    """Of a body that nobody counts."""
+
+
 async def receive_body(request: AnyRequest) -> bytes:
     """What a model is asked, however long it is. Raises `TookTooLong` where next to nothing of it
     comes for a while."""
-    with _stall_limit(request):
+    with _watched(request, _ignored):
         return await request.body()
 
 
-async def receive_form(request: AnyRequest) -> FormMultiDict:
-    """The form, whoever made it. Raises `InvalidRequest`, `TooLarge` or, where next to nothing of
-    it comes for a while, `TookTooLong`."""
+async def receive_form(request: AnyRequest, came: Came = _ignored) -> FormMultiDict:
+    """The form, whoever made it. Raises `InvalidRequest`, `TooLarge`, what `came` does or, where
+    next to nothing of it comes for a while, `TookTooLong`."""
     try:
-        with _stall_limit(request):
+        with _watched(request, came):
             return await request.form()
     except (LookupError, ValueError):  # of a charset that there is not, or of bytes not in it
         raise InvalidRequest(
@@ -104,35 +109,39 @@ async def receive_form(request: AnyRequest) -> FormMultiDict:
 
 
 @contextmanager
-def _stall_limit(request: AnyRequest) -> Generator[None]:
-    """Only the wait for the sender counts, not the work on what they sent. A body that stalls ends
-    there for whoever takes it apart, who then closes a form's temporary files."""
+def _watched(request: AnyRequest, came: Came) -> Generator[None]:
+    """Only the wait for the sender counts, not the work on what they sent. A body that stalls, or
+    that `came` refuses, ends there for whoever takes it apart, who then closes a form's temporary
+    files."""
     receive = request.receive
     pace = Pace(STALL_SECONDS)
-    is_stalled = False
+    failure: AppError | None = None
 
-    async def receive_soon() -> HTTPReceiveMessage | WebSocketReceiveMessage:
-        nonlocal is_stalled
+    async def receive_watched() -> HTTPReceiveMessage | WebSocketReceiveMessage:
+        nonlocal failure
         try:
             async with pace.waiting():
                 message = await receive()
+            if message["type"] == "http.request":
+                pace.came(len(message["body"]))
+                came(len(message["body"]))
+            return message
         except TimeoutError:
-            is_stalled = True
-            return {"type": "http.request", "body": b"", "more_body": False}
-        if message["type"] == "http.request":
-            pace.came(len(message["body"]))
-        return message
+            failure = TookTooLong(
+                f"Less than {LEAST_BYTES // 1024} KiB of this body came in {STALL_SECONDS:.0f} "
+                "seconds. Send it again."
+            )
+        except AppError as error:
+            failure = error
+        return {"type": "http.request", "body": b"", "more_body": False}
 
-    request.receive = receive_soon
+    request.receive = receive_watched
     try:
         yield
     finally:
         request.receive = receive
-        if is_stalled:
-            raise TookTooLong(
-                f"Less than {LEAST_BYTES // 1024} KiB of this body came in {STALL_SECONDS:.0f} "
-                "seconds. Send it again."
-            ) from None
+        if failure is not None:
+            raise failure from None
 
 
 def describe(error: msgspec.ValidationError) -> tuple[str, str | None]:

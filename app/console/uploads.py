@@ -10,11 +10,10 @@ from typing import Any
 
 from litestar import Response, Router, delete, get, head, patch, post
 from litestar.datastructures import UploadFile
-from litestar.enums import RequestEncodingType
 from litestar.params import FromPath, FromQuery
 
 from app.api import tus
-from app.api.bodies import TAKES_FILE, TAKES_STREAM
+from app.api.bodies import TAKES_FILE, TAKES_STREAM, may_hold_file, receive_form
 from app.console.sessions import (
     authenticate,
     check_origin,
@@ -51,12 +50,14 @@ async def admit_plain_form(request: PageRequest) -> None:
     person = await authenticate(request)
     person.principal.require("write")
     num_bytes = tus.byte_count(request, "Content-Length")
-    is_file = request.content_type[0] == RequestEncodingType.MULTI_PART
-    if num_bytes > FIELDS_BYTES and not is_file:
+    if may_hold_file(request):
+        uploads: UploadStore = request.app.state.uploads
+        num_bytes = max(num_bytes - FIELDS_BYTES, 1)
+        async with uploads.receiving_form(person.principal, num_bytes) as arriving:
+            await receive_form(request, arriving.came)
+    elif num_bytes > FIELDS_BYTES:
         raise InvalidRequest("A form with a file must be sent as multipart/form-data.")
-    uploads: UploadStore = request.app.state.uploads
-    async with uploads.receiving_form(person.principal, max(num_bytes - FIELDS_BYTES, 1)):
-        await require_person(request)  # which receives the form
+    await require_person(request)
 
 
 @post(

@@ -27,7 +27,7 @@ from app.registry import piece_mark
 from app.registry.received_file import Checksum, ReceivedFile
 from app.registry.tables import ModelVersion, Upload
 from app.registry.transfers import Source, Transfer
-from app.registry.upload_limits import UploadLimits, last_byte_at
+from app.registry.upload_limits import ArrivingForm, UploadLimits, last_byte_at
 from app.settings import Settings
 
 LIFETIME = timedelta(hours=24)  # since the last byte
@@ -86,12 +86,15 @@ class UploadStore:
         return upload
 
     @asynccontextmanager
-    async def receiving_form(self, principal: Principal, num_bytes: int) -> AsyncGenerator[None]:
-        """While a form arrives that holds a file of `num_bytes`, which then is made an upload.
-        Raises what `create` does, before anything of the form has travelled."""
+    async def receiving_form(
+        self, principal: Principal, num_bytes: int
+    ) -> AsyncGenerator[ArrivingForm]:
+        """While a form arrives that holds a file of `num_bytes`, which then is made an upload; it
+        is to be told what comes. Raises what `create` does, before anything of it has travelled."""
         principal.require("write")
-        async with self._limits.counting_form(self._database, principal.organization_id, num_bytes):
-            yield
+        organization_id = principal.organization_id
+        async with self._limits.counting_form(self._database, organization_id, num_bytes) as form:
+            yield form
 
     def _touch(self, upload_id: str, metadata: str) -> None:
         if metadata:

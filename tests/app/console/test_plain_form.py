@@ -70,7 +70,7 @@ async def test_a_form_that_is_refused_leaves_its_room_to_others(owned: Console) 
             headers={"Origin": ORIGIN},
         )
         assert answer.status_code == status, answer.text
-    assert owned.client.app.state.uploads._limits._forms == {}
+    assert owned.client.app.state.uploads._limits._forms == set()
 
 
 @pytest.mark.parametrize("has_trickle", [False, True])
@@ -91,7 +91,7 @@ async def test_a_form_that_nothing_comes_of_ends_and_leaves_its_room_to_others(
     answer = await sent(owned, idle(), **{"Content-Length": "500000000"})
     assert answer.status_code == 408
     assert "Less than 16 KiB of this body came" in answer.text
-    assert limits._forms == {}
+    assert limits._forms == set()
 
 
 async def test_a_slow_form_arrives(owned: Console, monkeypatch: pytest.MonkeyPatch) -> None:

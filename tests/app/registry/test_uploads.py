@@ -7,7 +7,7 @@ import os
 import tempfile
 import tracemalloc
 from collections.abc import AsyncIterator
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from app.settings import Settings
 from tests.app.registry.conftest import stream
 
 DATA = os.urandom(3 * 1024**2 + 17)
+GIB = 1024**3
 SHA256 = hashlib.sha256(DATA).hexdigest()
 
 
@@ -392,6 +393,54 @@ async def test_what_was_only_announced_or_stopped_takes_no_room_from_others(
     at = (clock.now() - timedelta(minutes=11)).timestamp()
     os.utime(storage.upload(stopped.id), (at, at))
     await uploads.create(stranger, "m", 600)
+
+
+async def test_what_is_announced_takes_no_more_room_than_what_has_come(
+    uploads: UploadStore,
+    storage: Storage,
+    principal: Principal,
+    stranger: Principal,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    free_bytes = 60 * GIB
+    monkeypatch.setattr(storage, "free_bytes", lambda: free_bytes + 256 * 1024**2)
+    large = await uploads.create(principal, "m", 59 * GIB)
+    await send(uploads, large, 0, b"x")
+    other = await uploads.create(principal, "m", 40 * GIB)
+    await send(uploads, other, 0, b"x")
+    await uploads.create(stranger, "m", 59 * GIB)
+    with pytest.raises(StorageFull):
+        await uploads.create(stranger, "m", 59 * GIB + 1)
+    os.truncate(storage.upload(large.id), 20 * GIB)  # stands for bytes: they take no disk here
+    await uploads.create(stranger, "m", 39 * GIB)
+    with pytest.raises(StorageFull):
+        await uploads.create(stranger, "m", 41 * GIB)
+    os.truncate(storage.upload(large.id), 58 * GIB)
+    os.truncate(storage.upload(other.id), 39 * GIB)
+    await uploads.create(stranger, "m", 58 * GIB)  # less is to come by now than has come
+
+
+async def test_what_forms_announce_takes_no_more_room_than_what_has_come(
+    uploads: UploadStore,
+    storage: Storage,
+    principal: Principal,
+    stranger: Principal,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(storage, "free_bytes", lambda: 20 * GIB + 256 * 1024**2)
+    async with AsyncExitStack() as forms:
+        arriving = [
+            await forms.enter_async_context(uploads.receiving_form(principal, GIB // 2))
+            for _ in range(16)
+        ]
+        await uploads.create(stranger, "m", 19 * GIB)
+        with pytest.raises(StorageFull):
+            await uploads.create(stranger, "m", 19 * GIB + 1)
+        for form in arriving:
+            form.came(GIB // 4)  # which brings them nearer to their end, twice over
+        with pytest.raises(StorageFull):
+            await uploads.create(stranger, "m", 16 * GIB + 1)
+        await uploads.create(stranger, "m", 16 * GIB)
 
 
 async def test_the_quota_is_a_setting(
