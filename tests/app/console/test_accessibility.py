@@ -97,6 +97,7 @@ async def _page(context: BrowserContext) -> Page:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # three widths of every page
 async def test_axe_finds_nothing_on_any_page(console: WholeConsole) -> None:
     problems: list[str] = []
     async with browser_at(console) as context:
