@@ -18,7 +18,7 @@ from app.core.database import Database
 from app.core.errors import Conflict, Forbidden, InvalidRequest, NotFound, Unauthenticated
 from app.core.ids import new_id
 from app.core.security import new_api_key, token_hash
-from app.organizations.confirmation import reconfirm
+from app.organizations.confirmation import lock_people, reconfirm
 from app.organizations.principal import SCOPES, Principal
 from app.organizations.tables import ApiKey, Invitation, Organization
 
@@ -148,13 +148,8 @@ async def get_key(session: AsyncSession, organization_id: str, key_id: str) -> A
 async def revoke_key(session: AsyncSession, organization_id: str, key_id: str) -> ApiKey:
     """Makes a key useless for good, and the invitations that it made; doing it twice does no
     harm."""
-    key = await session.scalar(
-        select(ApiKey)
-        .where(ApiKey.organization_id == organization_id, ApiKey.id == key_id)
-        .with_for_update()
-    )
-    if key is None:
-        raise NotFound(f"There is no API key {key_id!r}.")
+    await lock_people(session, organization_id)
+    key = await get_key(session, organization_id, key_id)
     if key.id == ENVIRONMENT_KEY_ID:
         raise Conflict(
             "This key is set by TAPEOUT_ADMIN_KEY. Unset the variable and restart to remove it.",
@@ -174,6 +169,7 @@ async def end_invitations(session: AsyncSession, key_id: str) -> None:
 
 async def put_environment_key(session: AsyncSession, organization_id: str, secret: str) -> None:
     """Makes the box's environment key have this value; an empty one revokes it."""
+    await lock_people(session, organization_id)
     key = await session.get(ApiKey, ENVIRONMENT_KEY_ID)
     if not secret:
         if key is not None and key.revoked_at is None:

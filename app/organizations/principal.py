@@ -38,7 +38,8 @@ ROLE_MEANINGS: dict[str, str] = {
 
 class Principal(msgspec.Struct, frozen=True, kw_only=True):
     """A caller, on behalf of one organization. `api_key_id` is empty for a person in the
-    console; `user_id` and `role` are None for an API key, and only a key has an `expires_at`."""
+    console; `user_id` and `role` are None and `sign_in_id` is empty for an API key, and only a key
+    has an `expires_at`."""
 
     organization_id: str
     organization_name: str
@@ -49,6 +50,7 @@ class Principal(msgspec.Struct, frozen=True, kw_only=True):
     api_key_name: str = "console"
     user_id: str | None = None
     role: str | None = None
+    sign_in_id: str = ""
     expires_at: datetime | None = None
 
     def require(self, scope: Scope) -> None:

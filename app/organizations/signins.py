@@ -127,6 +127,7 @@ class SignIns:
             scopes=SCOPES_BY_ROLE[role],
             user_id=user.id,
             role=role,
+            sign_in_id=sign_in.id,
         )
         return SignedIn(
             token=token, csrf_token=sign_in.csrf_token, email=user.email, principal=principal

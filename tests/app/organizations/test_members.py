@@ -330,13 +330,24 @@ async def test_nobody_acts_on_rights_that_are_gone(
     bob = (await joined(database, sign_ins, owner.principal, "admin", "bob@example.com")).principal
     me, organization_id = owner.principal.user_id, owner.principal.organization_id
     key = await key_of(database, organization_id)
+    left, moved = [await sign_ins.sign_in(OWNER, PASSWORD, HERE) for _ in range(2)]
     assert bob.user_id is not None
     assert me is not None
     async with database.write() as session:
         await remove_member(session, owner.principal, bob.user_id)
         await revoke_key(session, organization_id, key.api_key_id)
+        acme = await create_organization(session, "acme")
+        _, token = await invite_owner(session, owner.principal, acme.id, "")
+    await redeem(database, sign_ins, token, OWNER, PASSWORD, HERE)
+    await sign_ins.switch(moved, acme.id)
+    await sign_ins.sign_out(left.token)
     async with database.write() as session:
-        for by, refused in ((bob, Forbidden), (key, Unauthenticated)):
+        for by, refused in (
+            (bob, Forbidden),
+            (key, Unauthenticated),
+            (left.principal, Unauthenticated),
+            (moved.principal, Unauthenticated),
+        ):
             for attempt in (
                 invite(session, by, "admin", "", 1),
                 create_key_by(session, by, "back door", SCOPES),
