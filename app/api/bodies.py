@@ -14,7 +14,9 @@ from litestar.exceptions import ClientException
 from litestar.types import HTTPReceiveMessage, WebSocketReceiveMessage
 
 from app.core.errors import AppError, InvalidRequest, TookTooLong, TooLarge
+from app.core.storage import is_full
 from app.registry.transfers import LEAST_BYTES, STALL_SECONDS, Pace
+from app.registry.upload_limits import form_does_not_fit
 
 BODY_SECONDS = 30.0  # for all of a body that is neither an upload nor for a model
 
@@ -93,6 +95,10 @@ async def receive_form(request: AnyRequest, came: Came = _ignored) -> FormMultiD
         raise InvalidRequest(
             "A part of the form without a file name must be text in UTF-8."
         ) from None
+    except OSError as error:
+        if not is_full(error):
+            raise
+        raise form_does_not_fit() from error
     except ClientException as error:
         if error.status_code != 400:
             raise

@@ -1,6 +1,7 @@
 """Where files of the box live below its data directory. Owns the layout and the free-disk check,
 not the meaning of the files."""
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -58,6 +59,11 @@ class Storage:
                 f"This needs {num_bytes:,} bytes but the box has {max(free, 0):,} to spare. "
                 "Delete models you no longer need, or give the data directory a larger disk."
             )
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a write failed because the disk, or what its user may have of it, is used up."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def fsync_directory(path: Path) -> None:

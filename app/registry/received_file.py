@@ -3,14 +3,13 @@
 Everything here blocks and belongs in a thread.
 """
 
-import errno
 import hashlib
 import os
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 
 from app.core.errors import StorageFull
-from app.core.storage import fsync_directory
+from app.core.storage import fsync_directory, is_full
 from app.registry.piece_mark import counted_bytes, lift_mark, mark_path, set_mark
 
 READ_BYTES = 4 * 1024**2
@@ -93,10 +92,8 @@ class ReceivedFile:
             raise
         except OSError as error:
             self._truncate()
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise StorageFull(
-                    "The box's disk is full. What arrived is kept; go on once there is room."
-                ) from error
+            if is_full(error):
+                raise disk_full() from error
             raise
         self._sha256.update(data)
         if self._piece_hash is not None:
@@ -140,6 +137,11 @@ class ReceivedFile:
     def _truncate(self) -> None:
         with self._path.open("r+b") as file:
             _cut(file, self.num_bytes)
+
+
+def disk_full() -> StorageFull:
+    """In the middle of an upload, whose room was looked at before."""
+    return StorageFull("The box's disk is full. What arrived is kept; go on once there is room.")
 
 
 def _cut(file: BinaryIO, num_bytes: int) -> None:

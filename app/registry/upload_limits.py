@@ -51,7 +51,10 @@ class ArrivingForm:
         self.brought_bytes += num_bytes
         if self.brought_bytes - self._checked_bytes >= FORM_CHECK_BYTES:
             self._checked_bytes = self.brought_bytes
-            self._storage.require_space(0)
+            try:
+                self._storage.require_space(0)
+            except StorageFull:
+                raise form_does_not_fit() from None
 
     def under_way(self, copies: int) -> UnderWay:
         """With what is still to be written of it, in so many files."""
@@ -102,10 +105,7 @@ class UploadLimits:
         await self.check_room(session, organization_id, num_bytes, copies=FORM_COPIES)
         others = expected_bytes(form.under_way(copies=1) for form in self._forms)
         if num_bytes + others > shutil.disk_usage(tempfile.gettempdir()).free:
-            raise StorageFull(
-                "The box has no room for the temporary file of this form. Use the page with "
-                "JavaScript or `tapeout push`, which need none, or free disk."
-            )
+            raise form_does_not_fit()
 
     async def check_room(
         self, session: AsyncSession, organization_id: str, length_bytes: int, copies: int = 1
@@ -170,6 +170,14 @@ class UploadLimits:
                 missing_bytes = length_bytes - brought_bytes
                 found.append(UnderWay(organization_id, brought_bytes, missing_bytes))
         return found
+
+
+def form_does_not_fit() -> StorageFull:
+    """Before a form arrives, or once others have taken the disk meanwhile."""
+    return StorageFull(
+        "The box has no room for the temporary file of this form. Use the page with JavaScript or "
+        "`tapeout push`, which need none, or free disk."
+    )
 
 
 def expected_bytes(under_way: Iterable[UnderWay]) -> int:

@@ -19,12 +19,12 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.core import clock
 from app.core.database import Database
-from app.core.errors import AppError, Conflict, NotFound
+from app.core.errors import AppError, Conflict, NotFound, StorageFull
 from app.core.ids import new_id
 from app.core.storage import Storage
 from app.organizations.principal import Principal
 from app.registry import piece_mark
-from app.registry.received_file import Checksum, ReceivedFile
+from app.registry.received_file import Checksum, ReceivedFile, disk_full
 from app.registry.tables import ModelVersion, Upload
 from app.registry.transfers import Source, Transfer
 from app.registry.upload_limits import ArrivingForm, UploadLimits, last_byte_at
@@ -257,7 +257,7 @@ class UploadStore:
         chunks: AsyncIterator[bytes],
         checksum: Checksum | None,
     ) -> int:
-        self._storage.require_space(0)
+        self._require_space(0)
         file = transfer.file
         if file is None or file.num_bytes != upload.received_bytes:
             path = self._storage.upload(upload.id)
@@ -282,8 +282,14 @@ class UploadStore:
         return file.num_bytes
 
     def _write(self, file: ReceivedFile, piece: bytes) -> None:
-        self._storage.require_space(len(piece))  # builds and the journal take of the disk too
+        self._require_space(len(piece))  # builds and the journal take of the disk too
         file.append(piece)
+
+    def _require_space(self, num_bytes: int) -> None:
+        try:
+            self._storage.require_space(num_bytes)
+        except StorageFull:
+            raise disk_full() from None
 
 
 # --- small parts ------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 """The upload form without a script: what is refused of it before it is read."""
 
 import asyncio
+import errno
 from collections.abc import AsyncIterator
 
 import httpx
 import pytest
+from litestar.datastructures import UploadFile
 
 from app.api import bodies
 from app.registry.transfers import LEAST_BYTES
@@ -92,6 +94,42 @@ async def test_a_form_that_nothing_comes_of_ends_and_leaves_its_room_to_others(
     assert answer.status_code == 408
     assert "Less than 16 KiB of this body came" in answer.text
     assert limits._forms == set()
+
+
+async def test_a_form_that_finds_the_disk_full_on_its_way_ends(
+    owned: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_read = 0
+
+    async def file() -> AsyncIterator[bytes]:
+        nonlocal num_read
+        yield BEGINNING
+        monkeypatch.setattr(owned.storage, "free_bytes", lambda: 1000)  # others took it
+        while num_read < 50:
+            num_read += 1
+            yield bytes(1024**2)
+
+    answer = await sent(owned, file(), **{"Content-Length": "500000000"})
+    assert (answer.status_code, num_read) == (507, 1)
+    assert "no room for the temporary file" in answer.text
+
+
+async def test_a_form_whose_temporary_file_does_not_fit_ends_in_plain_words(
+    owned: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def write(file: UploadFile, data: bytes) -> int:
+        await file.close()  # which the framework leaves to the collector
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(UploadFile, "write", write)
+
+    async def file() -> AsyncIterator[bytes]:
+        yield BEGINNING
+        yield bytes(1024**2)
+
+    answer = await sent(owned, file(), **{"Content-Length": "500000000"})
+    assert answer.status_code == 507
+    assert "no room for the temporary file" in answer.text
 
 
 async def test_a_slow_form_arrives(owned: Console, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -515,7 +515,7 @@ async def test_an_upload_leaves_the_reserve_alone(
 
     monkeypatch.setattr(storage, "free_bytes", free_bytes)
     chunks = [DATA[at : at + 65_536] for at in range(0, len(DATA), 65_536)]
-    with pytest.raises(StorageFull):
+    with pytest.raises(StorageFull, match="go on once there is room"):
         await uploads.append(upload.id, principal.organization_id, 0, stream(*chunks))
     assert content(storage, upload) == DATA[: 2 * 1024**2]
     monkeypatch.undo()
