@@ -62,6 +62,7 @@ class ChatDialect(Dialect[ChatRequest]):
             raise not_supported("web_search_options", "searching the web is")
         if request.audio is not None:
             raise not_supported("audio", "answers that are spoken are")
+        self._messages = flattened(request.messages)
         self._json_schema = json_schema_of(request.response_format)
         self._tools = tools_of(request.tools)
         self._tool_choice = tool_choice_of(request.tool_choice, self._tools)
@@ -81,7 +82,7 @@ class ChatDialect(Dialect[ChatRequest]):
             request_id=self.request_id,
             sampling=sampling_params(request, max_tokens, num_logprobs),
             cache_salt=cache_salt,
-            messages=flattened(request.messages),
+            messages=self._messages,
             num_choices=self.num_choices,
             json_schema=self._json_schema,
             tools=self._tools,

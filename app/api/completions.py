@@ -35,10 +35,10 @@ class CompletionsDialect(Dialect[CompletionRequest]):
             )
         if request.best_of is not None and request.best_of != self.num_choices:
             raise not_supported("best_of", "choosing among more completions than n is")
+        self._text, self._prompt_ids = prompt_of(request)
 
     def generate(self, decoder: DecoderInfo, cache_salt: bytes) -> Generate:
         request = self.request
-        text, token_ids = prompt_of(request)
         # Without a tokenizer there is no text to answer with.
         self._shows_token_ids = bool(request.return_token_ids) or not decoder.has_tokenizer
         return Generate(
@@ -47,8 +47,8 @@ class CompletionsDialect(Dialect[CompletionRequest]):
                 request, request.max_tokens or DEFAULT_MAX_TOKENS, request.logprobs
             ),
             cache_salt=cache_salt,
-            text=text,
-            token_ids=token_ids,
+            text=self._text,
+            token_ids=self._prompt_ids,
             num_choices=self.num_choices,
             echo=bool(request.echo),
             service_class=self.service_class,

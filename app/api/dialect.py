@@ -29,7 +29,8 @@ Joined = tuple[int, str, list[TokenLogprob] | None, FinishReason | None]
 
 
 class Dialect(ABC, Generic[R]):
-    """Raises `InvalidRequest` from its constructor for what it cannot do."""
+    """Raises `InvalidRequest` from its constructor for what it cannot do. What takes longer the
+    longer a request is belongs there: that of a long one is called in a thread."""
 
     decoder: "ClassVar[msgspec.json.Decoder[R]]"  # type: ignore[misc]
     route: ClassVar[str]
@@ -55,7 +56,7 @@ class Dialect(ABC, Generic[R]):
 
     @abstractmethod
     def check(self) -> None:
-        """Refuses what is asked for and not supported."""
+        """Refuses what is asked for and not supported, and converts the rest of it."""
 
     @abstractmethod
     def generate(self, decoder: DecoderInfo, cache_salt: bytes) -> Generate:

@@ -12,8 +12,9 @@ from litestar.response.base import ASGIResponse
 from msgspec import Meta
 
 from app.api.auth import caller_and_body, may_infer
-from app.api.bodies import decode, receive_body
+from app.api.bodies import receive_body
 from app.api.call import Call
+from app.api.large_bodies import decode_and
 from app.api.relay import Relay
 from app.api.request_ids import new_request_id
 from app.api.streaming import CancelledOnDisconnect
@@ -67,7 +68,7 @@ async def create_embeddings(request: AnyRequest) -> ASGIResponse:
     is for models that declare that their vectors may be."""
     request_id = new_request_id(request)
     principal, received = await caller_and_body(request, may_infer, receive_body)
-    body = decode(_decoder, received)
+    body, (texts, token_ids) = await decode_and(_decoder, received, inputs_of)
     target = request.app.state.fleet.resolve(principal, body.model)
     info = target.manifest.embedder
     if info is None:
@@ -77,7 +78,6 @@ async def create_embeddings(request: AnyRequest) -> ASGIResponse:
             code="wrong_kind_of_model",
         )
     dimensions = _dimensions(body, info)
-    texts, token_ids = inputs_of(body)
     embed = Embed(
         request_id=request_id,
         texts=texts,

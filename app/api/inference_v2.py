@@ -31,8 +31,9 @@ from app.api.inference_v2_requests import datatype_of, read_infer
 from app.api.json_answers import least_shapes, written
 from app.api.plain_response import PlainResponse
 from app.api.predict import run_prediction, schema_of, target_for
-from app.api.predict_bodies import convert, read_bytes
+from app.api.predict_bodies import read_bytes
 from app.api.request_ids import exception_handlers, new_request_id
+from app.api.threads import convert
 from app.core.errors import Forbidden, NotImplementedHere, Unavailable
 from app.deployments.fleet import EndpointView, Fleet, Target
 from app.organizations.principal import Principal

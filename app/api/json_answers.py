@@ -13,7 +13,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from app.api.predict_bodies import LARGE_BODY_BYTES, Given
+from app.api.predict_bodies import Given
+from app.api.threads import LARGE_BODY_BYTES
 from app.core.errors import TooLarge
 from runtime.protocol import Schema
 

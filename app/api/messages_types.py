@@ -10,6 +10,7 @@ import msgspec
 from msgspec import Meta
 
 from app.api.openai_types import (
+    MAX_MESSAGES,
     MAX_STOPS,
     MAX_TOOLS,
     FunctionName,
@@ -72,7 +73,7 @@ class OutputConfig(msgspec.Struct, frozen=True):
 class PromptRequest(SamplingRequest, frozen=True, kw_only=True):
     """`POST /v1/messages/count_tokens`, and what a message's prompt is made of."""
 
-    messages: Annotated[list[InputMessage], Meta(min_length=1)]
+    messages: Annotated[list[InputMessage], Meta(min_length=1, max_length=MAX_MESSAGES)]
     max_tokens: Tokens | None = None
     system: str | list[InputBlock] | None = None
     tools: Annotated[list[MessagesTool], Meta(max_length=MAX_TOOLS)] | None = None

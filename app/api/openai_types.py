@@ -15,6 +15,7 @@ MAX_CHOICES = 64
 MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20
 MAX_TOOLS = 128
+MAX_MESSAGES = 10_000  # or items, of one request
 _INT64 = 2**63
 
 Tokens = Annotated[int, Meta(ge=1, le=2**31 - 1)]
@@ -141,7 +142,7 @@ class NamedToolChoice(msgspec.Struct, frozen=True):
 class ChatRequest(SamplingRequest, frozen=True, kw_only=True):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Meta(min_length=1)]
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
     max_tokens: Tokens | None = None
     max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None

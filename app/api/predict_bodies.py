@@ -4,11 +4,9 @@ Owns telling bodies apart and the refusals of what a model does not take. Arrays
 and `tensors.py`'s; images and texts go to the worker as they come, and are decoded there.
 """
 
-import asyncio
 import base64
 import binascii
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import msgspec
 from litestar import Request
@@ -18,11 +16,11 @@ from app.api import tensors
 from app.api.bodies import decode, receive_body, receive_form
 from app.api.compression import unpacked
 from app.api.npy import NPY, NPZ, read_npy, read_npz
+from app.api.threads import LARGE_BODY_BYTES, convert
 from app.core.errors import InvalidRequest, UnsupportedMediaType
 from runtime.protocol import Manifest, Schema, Tensor
 
 AnyRequest = Request[Any, Any, Any]
-T = TypeVar("T")
 
 RAW = "application/octet-stream"
 FORM = "multipart/form-data"
@@ -30,7 +28,6 @@ IMAGES = ("image/png", "image/jpeg", "image/webp")
 # curl's `-d` says the second, other clients nothing.
 JSON = ("application/json", "application/x-www-form-urlencoded", "text/plain", "")
 NPY_MAGIC = b"\x93NUMPY"
-LARGE_BODY_BYTES = 64 * 1024  # converted in a thread, so that nobody else waits
 MAX_TEXTS = 2048  # rows of one request
 
 
@@ -158,11 +155,6 @@ def checked_image(image: bytes, schema: Schema) -> bytes:
 def takes_image(schema: Schema) -> bool:
     """Whether an image is all that the model needs."""
     return len(schema.inputs) == 1 and schema.inputs[0].image is not None
-
-
-async def convert(size_bytes: int, work: Callable[[], T]) -> T:
-    """In a thread where there is much to do."""
-    return await asyncio.to_thread(work) if size_bytes > LARGE_BODY_BYTES else work()
 
 
 def _of_npy(body: bytes, schema: Schema) -> list[Tensor]:

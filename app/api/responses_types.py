@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from app.api.openai_types import (
+    MAX_MESSAGES,
     MAX_TOOLS,
     MAX_TOP_LOGPROBS,
     ChatLogprob,
@@ -92,7 +93,7 @@ class TextConfig(msgspec.Struct, frozen=True):
 class ResponsesRequest(SamplingRequest, frozen=True, kw_only=True):
     """`POST /v1/responses`."""
 
-    input: str | list[InputItem]
+    input: str | Annotated[list[InputItem], Meta(max_length=MAX_MESSAGES)]
     instructions: str | None = None
     max_output_tokens: Tokens | None = None
     tools: Annotated[list[ResponsesTool], Meta(max_length=MAX_TOOLS)] | None = None

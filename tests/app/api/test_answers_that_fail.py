@@ -81,7 +81,7 @@ async def test_a_stream_that_cannot_go_on_is_ended_and_free(
 
 async def test_only_a_body_is_nested_too_deeply(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
     async with box.http() as http:
-        body = json.dumps(MESSAGE)[:-1] + ', "x": ' + "[" * 100_000 + "]" * 100_000 + "}"
+        body = json.dumps(MESSAGE)[:-1] + ', "x": ' + "[" * 50_000 + "]" * 50_000 + "}"
         refused = await http.post("/v1/messages", content=body)
 
         def fail(self: MessagesDialect, outputs: list[SequenceOutput], usage: Any) -> Any:
