@@ -16,7 +16,7 @@ from litestar.exceptions import HTTPException, ValidationException
 
 from app.api.bodies import nested_too_deeply
 from app.core.database import is_about_a_value
-from app.core.errors import AppError, Unstorable
+from app.core.errors import AppError, TookTooLong, Unstorable
 from app.core.ids import new_id
 
 logger = logging.getLogger(__name__)
@@ -111,11 +111,20 @@ def error_body(error: AppError) -> ErrorBody:
     )
 
 
-def render_app_error(request: AnyRequest, error: AppError) -> Response[Any]:
-    """An error of ours, with `Retry-After` where waiting helps."""
+def headers_of(error: AppError) -> dict[str, str]:
+    """`Retry-After` where waiting helps. Where a body was given up, the connection ends with the
+    answer: who sends at leisure would keep it as long as they like."""
     headers: dict[str, str] = {}
     if error.retry_after_seconds is not None:
         headers["Retry-After"] = str(error.retry_after_seconds)
+    if isinstance(error, TookTooLong):
+        headers["Connection"] = "close"
+    return headers
+
+
+def render_app_error(request: AnyRequest, error: AppError) -> Response[Any]:
+    """An error of ours."""
+    headers = headers_of(error)
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return Response(

@@ -7,6 +7,7 @@ from typing import Any, cast
 from litestar import Response
 from litestar.exceptions import HTTPException
 
+from app.api.errors import headers_of
 from app.console.sessions import SignInRequired, go, sign_in_location
 from app.console.templating import PageRequest, page, render
 from app.core.database import is_about_a_value
@@ -53,10 +54,7 @@ def render_app_error(request: PageRequest, error: AppError) -> Response[Any]:
     """An error of ours, in its own words."""
     if isinstance(error, SignInRequired):
         return go(request, sign_in_location(request))
-    headers: dict[str, str] = {}
-    if error.retry_after_seconds is not None:
-        headers["Retry-After"] = str(error.retry_after_seconds)
-    return _error_page(request, error.status, error.message, headers)
+    return _error_page(request, error.status, error.message, headers_of(error))
 
 
 def render_http_error(request: PageRequest, error: HTTPException) -> Response[Any]:

@@ -1,5 +1,5 @@
 """Bodies that take their time: who sends one is asked again once it is there, on every route that
-models are asked at."""
+models are asked at; and one that is given up takes its connection with it."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -9,14 +9,17 @@ import httpx
 import pytest
 from sqlalchemy import update
 
+from app.api import bodies
 from app.core import clock
 from app.organizations.keys import create_key, revoke_key
 from app.organizations.principal import Principal
 from app.organizations.tables import ApiKey
+from app.settings import Settings
 from runtime.protocol import Embed, Generate, Predict
 from tests.app.api.conftest import ORGANIZATION, Box
 from tests.app.api.scripted_worker import EMBEDDER
 from tests.app.test_tenancy import ROUTES
+from tests.app.whole_app import URL, add_tenant, client, running
 
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "a"}]}
 BODIES: dict[str, Any] = {
@@ -118,3 +121,50 @@ async def test_a_key_that_lasts_is_looked_up_once(
             answer = await http.post("/v1/completions", json=BODIES["/v1/completions"])
             assert answer.status_code == 200
     assert num_reads == 1
+
+
+@pytest.mark.parametrize("path", ["/v2/repository/index", "/v1/completions"])
+async def test_a_body_that_is_given_up_ends_its_connection(
+    box: Box, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """Though its sender goes on."""
+    monkeypatch.setattr(bodies, "BODY_SECONDS", 0.05)
+    monkeypatch.setattr(bodies, "STALL_SECONDS", 0.05)
+    host, port = httpx.URL(box.url).host, httpx.URL(box.url).port
+    reader, writer = await asyncio.open_connection(host, port)
+
+    async def send() -> None:
+        head = f"POST {path} HTTP/1.1\r\nHost: box\r\nContent-Length: 9000000\r\n"
+        writer.write(f"{head}Authorization: Bearer {box.keys[ORGANIZATION]}\r\n\r\n".encode())
+        while True:
+            writer.write(b" ")
+            await asyncio.sleep(0.02)
+
+    sending = asyncio.create_task(send())
+    try:
+        async with asyncio.timeout(5):
+            answer = await reader.read()  # to the end of the connection
+    finally:
+        sending.cancel()
+        await asyncio.wait([sending])
+        writer.close()
+    head = answer.partition(b"\r\n\r\n")[0].lower()
+    assert head.startswith(b"http/1.1 408")
+    assert b"\r\nconnection: close" in head
+
+
+async def test_a_form_that_is_given_up_ends_its_connection(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bodies, "BODY_SECONDS", 0.05)
+
+    async def silence() -> AsyncIterator[bytes]:
+        yield b"a=1"
+        await asyncio.Event().wait()
+
+    async with running(settings, has_clerk=False) as application, client(application) as http:
+        tenant = await add_tenant(application, "slow")
+        http.cookies.update(tenant.cookies)
+        form = {"Origin": URL, "Content-Type": "application/x-www-form-urlencoded"}
+        answer = await http.post("/console/account/password", headers=form, content=silence())
+    assert (answer.status_code, answer.headers["connection"]) == (408, "close")
