@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 AnyRequest = Request[Any, Any, Any]
 DECODING = "litestar.serialization.msgspec_hooks"
+NO_BODY = {"message": "'data'", "key": "data", "source": "body"}  # in Litestar's words
 _MISSING = re.compile(r"missing required field `(.*)`")
 
 # Litestar's own refusals, by status: error type, code, and what to say instead of its words.
@@ -189,6 +190,8 @@ def _invalid_parameter(error: ValidationException) -> tuple[str, str | None]:
     problems: list[dict[str, str]] = error.extra if isinstance(error.extra, list) else []
     if not problems:
         return error.detail, None
+    if problems[0] == NO_BODY:
+        return "The body is missing: send JSON.", None
     key, message = problems[0].get("key"), problems[0].get("message", error.detail)
     if missing := _MISSING.search(message):
         return f"{missing[1]} is required.", missing[1]

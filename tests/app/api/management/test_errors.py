@@ -32,6 +32,15 @@ async def test_body_that_is_too_large(client: httpx.AsyncClient, caller: Caller)
     assert (response.status_code, response.json()["error"]["code"]) == (413, "too_large")
 
 
+async def test_body_that_is_missing(client: httpx.AsyncClient, caller: Caller) -> None:
+    json = {"Content-Type": "application/json"}
+    for headers in (caller.headers, caller.headers | json):
+        response = await client.post("/api/keys", headers=headers)
+        assert response.status_code == 400
+        error = response.json()["error"]
+        assert (error["message"], error["param"]) == ("The body is missing: send JSON.", None)
+
+
 async def test_body_that_is_not_json(client: httpx.AsyncClient, caller: Caller) -> None:
     for body in (b"{", b"\xff\xfe", b"[" * 100_000):
         response = await client.post("/api/keys", headers=caller.headers, content=body)
