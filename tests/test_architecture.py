@@ -136,6 +136,19 @@ def test_the_search_for_floats_passes(line: str) -> None:
     assert inexact_lines(line, names_nano) == []
 
 
+def test_what_a_request_changes_begins_with_what_its_caller_may() -> None:
+    """`app.api.writing` opens the transactions of both, but for people about themselves, and for
+    those who are nobody yet."""
+    opened = re.compile(r"\.write\(\)|\.begin\(\)|\.commit\(\)")
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("app/api", "app/console")
+        for path in (ROOT / folder).rglob("*.py")
+        if opened.search(path.read_text())
+    }
+    assert found == {"app/api/writing.py", "app/console/account.py", "app/console/entry.py"}
+
+
 def test_nothing_unpickles_what_it_did_not_write() -> None:
     banned = re.compile(
         r"^\s*(import|from) (pickle|multiprocessing|marshal|shelve)\b", re.MULTILINE

@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.api.auth import allowed, authenticated, dependencies
 from app.api.bodies import body_deadline
-from app.api.key_limits import without_limit
+from app.api.writing import writing
 from app.billing.credits import open_lots
 from app.billing.ledger import lock_account
 from app.billing.payments import profile as profiles
@@ -148,7 +148,8 @@ async def create_top_up(
     cents = parse_cents(
         data.amount, "amount", top_ups.MIN_CENTS, top_ups.MAX_CENTS, settings.currency
     )
-    return _top_up(await payments.begin_top_up(principal.organization_id, cents))
+    transaction = writing(request, principal, "admin")
+    return _top_up(await payments.begin_top_up(transaction, principal.organization_id, cents))
 
 
 @get("/top-ups/{top_up_id:str}", guards=[allowed("admin")], summary="Show one top-up")
@@ -163,7 +164,8 @@ async def show_top_up(
 @post("/portal", guards=[allowed("admin")], summary="Open Stripe's page for cards and invoices")
 async def open_portal(request: AnyRequest, principal: NamedDependency[Principal]) -> Portal:
     """Send the person there at once: the address is good for one visit."""
-    return Portal(await _payments(request).open_portal(principal.organization_id))
+    transaction = writing(request, principal, "admin")
+    return Portal(await _payments(request).open_portal(transaction, principal.organization_id))
 
 
 @put("/recharge", guards=[allowed("admin")], summary="Recharge by the saved card")
@@ -178,8 +180,7 @@ async def set_recharge(
     amount = data.amount
     cents = None if amount is None else parse_cents(amount, "amount", lowest, highest, currency)
     _ = _payments(request).link
-    database: Database = request.app.state.database
-    async with database.write() as session:
+    async with writing(request, principal, "admin") as session:
         profile = await recharge.set_recharge(
             session,
             principal.organization_id,
@@ -196,14 +197,13 @@ async def set_contact(
 ) -> Contact:
     """The address that Stripe gets with your next first payment."""
     email = profiles.parse_email(data.email)
-    database: Database = request.app.state.database
-    async with database.write() as session:
+    async with writing(request, principal, "admin") as session:
         await lock_account(session, principal.organization_id, _settings(request).currency)
         await profiles.set_email(session, principal.organization_id, email)
     return Contact(email=email)
 
 
-@post("/refunds", guards=[allowed("admin"), without_limit], summary="Refund a top-up (operator)")
+@post("/refunds", guards=[allowed("admin")], summary="Refund a top-up (operator)")
 async def create_refund(
     request: AnyRequest, principal: NamedDependency[Principal], data: JSONBody[NewRefund]
 ) -> RefundState:
@@ -212,7 +212,8 @@ async def create_refund(
     principal.require_operator()
     currency = _settings(request).currency
     cents = parse_cents(data.amount, "amount", 1, top_ups.MAX_CENTS, currency)
-    operation = await _payments(request).refund(data.top_up_id, cents)
+    transaction = writing(request, principal, "admin", operator=True)
+    operation = await _payments(request).refund(transaction, data.top_up_id, cents)
     return RefundState(
         id=operation.id,
         top_up_id=operation.subject_id,

@@ -11,9 +11,9 @@ from sqlalchemy import or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.api.auth import allowed, authenticated, dependencies
+from app.api.writing import writing
 from app.billing import budgets
 from app.billing.budgets import BudgetView
-from app.billing.key_limits import require_no_limit
 from app.core.database import Database
 from app.core.errors import NotFound
 from app.deployments.tables import Endpoint
@@ -71,11 +71,9 @@ async def set_budget(
     """There is one for each scope, subject and period; setting it again changes its limit.
     Requests that could exceed a budget are refused with 402 before they run. A key that has a
     budget of its own changes none, and invitations that it made before end."""
-    database: Database = request.app.state.database
     settings: Settings = request.app.state.settings
     organization_id = principal.organization_id
-    async with database.write() as session:
-        await require_no_limit(session, principal)
+    async with writing(request, principal, "admin") as session:
         subject_name = await name_of(session, organization_id, data.scope, data.subject)
         budget_id = await budgets.set_budget(
             session,
@@ -96,9 +94,7 @@ async def delete_budget(
     request: AnyRequest, principal: NamedDependency[Principal], budget_id: FromPath[str]
 ) -> None:
     """Requests are no longer counted in it."""
-    database: Database = request.app.state.database
-    async with database.write() as session:
-        await require_no_limit(session, principal)
+    async with writing(request, principal, "admin") as session:
         await budgets.delete_budget(session, principal.organization_id, budget_id)
 
 

@@ -13,9 +13,8 @@ from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.api.auth import allowed, authenticated, dependencies
-from app.api.key_limits import without_limit
+from app.api.writing import writing
 from app.billing import credits
-from app.billing.key_limits import require_no_limit
 from app.billing.ledger import OTHER_CLEARING, PROMOTIONAL_COST, lock_account
 from app.billing.service import MAX_LIMIT_NANO, parse_spending_limit, set_spending_limit
 from app.billing.standings import Standing, read_standings
@@ -23,7 +22,6 @@ from app.billing.tables import CREDIT_KINDS, CreditLot
 from app.core import clock
 from app.core.database import Database
 from app.core.errors import InvalidRequest, NotFound
-from app.organizations.confirmation import reconfirm
 from app.organizations.keys import create_key_in
 from app.organizations.principal import SCOPES, Principal
 from app.organizations.service import (
@@ -107,7 +105,7 @@ async def list_organizations(
 
 @post(
     "/organizations",
-    guards=[allowed("admin"), without_limit],
+    guards=[allowed("admin")],
     summary="Make an organization (operator)",
 )
 async def add_organization(
@@ -117,10 +115,7 @@ async def add_organization(
     every scope, and expires with it."""
     principal.require_operator()
     limit_nano = _parsed_limit(data.spending_limit)
-    async with _database(request).write() as session:
-        principal = await reconfirm(session, principal)
-        principal.require_operator()
-        await require_no_limit(session, principal)
+    async with writing(request, principal, "admin", operator=True) as session:
         name = await checked_new_name(session, data.name)
         organization = await create_organization(session, name)
         await lock_account(session, organization.id, _currency(request))
@@ -132,7 +127,7 @@ async def add_organization(
 
 @patch(
     "/organizations/{organization_id:str}",
-    guards=[allowed("admin"), without_limit],
+    guards=[allowed("admin")],
     summary="Set how much an organization may owe (operator)",
 )
 async def change_organization(
@@ -144,7 +139,7 @@ async def change_organization(
     """A limit below what is owed already only stops further requests."""
     principal.require_operator()
     limit_nano = _parsed_limit(data.spending_limit)
-    async with _database(request).write() as session:
+    async with writing(request, principal, "admin", operator=True) as session:
         await get_organization(session, organization_id)
         await lock_account(session, organization_id, _currency(request))
         await set_spending_limit(session, organization_id, limit_nano, _currency(request))
@@ -153,7 +148,7 @@ async def change_organization(
 
 @post(
     "/organizations/{organization_id:str}/credits",
-    guards=[allowed("admin"), without_limit],
+    guards=[allowed("admin")],
     summary="Give an organization credit (operator)",
 )
 async def give_credit(
@@ -167,7 +162,7 @@ async def give_credit(
     principal.require_operator()
     _check_credit(data)
     source = f"grant:{organization_id}:{_idempotency_key(request)}"
-    async with _database(request).write() as session:
+    async with writing(request, principal, "admin", operator=True) as session:
         await get_organization(session, organization_id)
         await lock_account(session, organization_id, _currency(request))
         await credits.add_lot(

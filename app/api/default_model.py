@@ -9,7 +9,7 @@ from litestar.di import NamedDependency
 from litestar.params import JSONBody
 
 from app.api.auth import allowed, authenticated, dependencies
-from app.api.key_limits import without_limit
+from app.api.writing import writing
 from app.core.database import Database
 from app.core.errors import NotFound
 from app.deployments import default_model
@@ -57,7 +57,7 @@ async def show_default(
 
 @put(
     "/default-model",
-    guards=[allowed("admin"), without_limit],
+    guards=[allowed("admin")],
     summary="Recommend a model (operator)",
 )
 async def choose_default(
@@ -67,8 +67,7 @@ async def choose_default(
 ) -> Recommendation:
     """In force from the next request on."""
     principal.require_operator()
-    database: Database = request.app.state.database
-    async with database.write() as session:
+    async with writing(request, principal, "admin", operator=True) as session:
         chosen = await default_model.choose_default(
             session, principal.organization_id, data.model, data.note
         )
@@ -78,14 +77,13 @@ async def choose_default(
 
 @delete(
     "/default-model",
-    guards=[allowed("admin"), without_limit],
+    guards=[allowed("admin")],
     summary="Recommend nothing (operator)",
 )
 async def end_default(request: AnyRequest, principal: NamedDependency[Principal]) -> None:
     """Calls of `default` answer 404 from then on."""
     principal.require_operator()
-    database: Database = request.app.state.database
-    async with database.write() as session:
+    async with writing(request, principal, "admin", operator=True) as session:
         await default_model.end_default(session)
     request.app.state.broadcast.publish(CHANGED)
 

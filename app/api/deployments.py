@@ -11,7 +11,8 @@ from litestar.params import FromPath, FromQuery, JSONBody
 from msgspec import UNSET, UnsetType
 
 from app.api.auth import allowed, authenticated, dependencies
-from app.billing.key_limits import require_no_limit
+from app.api.writing import writing
+from app.billing.key_limits import confirm
 from app.core.database import Database
 from app.core.errors import InvalidRequest
 from app.core.storage import Storage
@@ -150,8 +151,7 @@ async def change_deployment(
     }
     if not given and data.num_replicas is UNSET:
         raise InvalidRequest("Give at least one setting to change.")
-    database: Database = request.app.state.database
-    async with database.write() as session:
+    async with writing(request, principal, "write") as session:
         await service.change_settings(
             session,
             principal.organization_id,
@@ -172,8 +172,7 @@ async def stop(
     request: AnyRequest, principal: NamedDependency[Principal], endpoint: FromPath[str]
 ) -> DeploymentState:
     """Lets running requests finish; calls answer 503 until a start."""
-    database: Database = request.app.state.database
-    async with database.write() as session:
+    async with writing(request, principal, "write") as session:
         await service.stop_deployment(session, principal.organization_id, endpoint)
     return await _changed(request, principal, endpoint)
 
@@ -188,8 +187,7 @@ async def start(
     request: AnyRequest, principal: NamedDependency[Principal], endpoint: FromPath[str]
 ) -> DeploymentState:
     """Starts what was stopped."""
-    database: Database = request.app.state.database
-    async with database.write() as session:
+    async with writing(request, principal, "write") as session:
         await service.start_deployment(session, principal.organization_id, endpoint)
     return await _changed(request, principal, endpoint)
 
@@ -207,9 +205,8 @@ async def roll_back(
     data: JSONBody[Rollback | None] = None,
 ) -> DeploymentState:
     """Goes back to an earlier revision; later ones stay."""
-    database: Database = request.app.state.database
     number = data.revision if data else None
-    async with database.write() as session:
+    async with writing(request, principal, "write") as session:
         await service.roll_back(session, principal.organization_id, endpoint, number)
     return await _changed(request, principal, endpoint)
 
@@ -251,12 +248,10 @@ async def change_endpoint(
     if data.is_public is UNSET and data.is_default is UNSET:
         raise InvalidRequest("Give is_public, is_default or both.")
     organization_id = principal.organization_id
-    database: Database = request.app.state.database
-    async with database.write() as session:
+    async with writing(request, principal, "write") as session:
         await service.find_endpoint(session, organization_id, endpoint)
         if data.is_default is not UNSET:
-            principal.require_operator()
-            await require_no_limit(session, principal)
+            await confirm(session, principal, "admin", operator=True)
             await service.set_endpoint_default(session, organization_id, endpoint, data.is_default)
         if data.is_public is not UNSET:
             await service.set_endpoint_public(session, organization_id, endpoint, data.is_public)

@@ -14,8 +14,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.api.auth import bearer_principal, principal_after_body
 from app.api.bodies import decode
-from app.api.key_limits import without_limit
 from app.api.relay import Relay
+from app.api.writing import writing
 from app.billing.costs import device_hour_nano, set_device_hour
 from app.billing.earnings import Earnings, Question, Target, earnings, read_uses
 from app.billing.prices import PriceTable
@@ -90,15 +90,14 @@ async def get_device_cost(request: AnyRequest) -> Response[DeviceHour]:
         return Response(await _device_hour(request, session))
 
 
-@put("/device-cost", guards=[without_limit], summary="Set what an hour of the device costs")
+@put("/device-cost", summary="Set what an hour of the device costs")
 async def put_device_cost(request: AnyRequest) -> Response[DeviceHour]:
     """Costs and margins of all periods are computed with it."""
     principal = await principal_after_body(request)
     principal.require_operator()
     hour_nano = decode(_decoder, await request.body()).hour_nano
     settings: Settings = request.app.state.settings
-    database: Database = request.app.state.database
-    async with database.write() as session:
+    async with writing(request, principal, "admin", operator=True) as session:
         await set_device_hour(session, settings.device, hour_nano)
         return Response(await _device_hour(request, session))
 

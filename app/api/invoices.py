@@ -14,7 +14,7 @@ from litestar.response import Stream
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.api.auth import allowed, authenticated, dependencies
-from app.api.key_limits import without_limit
+from app.api.writing import writing
 from app.billing.payments import invoice_ending, invoice_view, steady_clock
 from app.billing.payments.invoice_payments import standing
 from app.billing.payments.invoice_view import LineRequest
@@ -168,7 +168,7 @@ async def list_requests(
 
 @post(
     "/invoices/{invoice_id:str}/paid",
-    guards=[allowed("admin"), without_limit],
+    guards=[allowed("admin")],
     status_code=200,
     summary="Mark an invoice as paid (operator)",
 )
@@ -181,7 +181,7 @@ async def mark_paid(
 
 @post(
     "/invoices/{invoice_id:str}/end",
-    guards=[allowed("admin"), without_limit],
+    guards=[allowed("admin")],
     status_code=200,
     summary="Void an invoice, or give it up (operator)",
 )
@@ -204,7 +204,7 @@ async def end_invoice(
 
 @post(
     "/invoices/{invoice_id:str}/retry",
-    guards=[allowed("admin"), without_limit],
+    guards=[allowed("admin")],
     status_code=200,
     summary="Send an invoice that was held back (operator)",
 )
@@ -217,7 +217,7 @@ async def retry_invoice(
 
 @post(
     "/invoices/clock",
-    guards=[allowed("admin"), without_limit],
+    guards=[allowed("admin")],
     status_code=204,
     summary="Confirm the time after the box was off for long (operator)",
 )
@@ -227,7 +227,7 @@ async def confirm_clock(
     """Closing months waits for this once the box's clock is more than 35 days ahead of when the
     box last ran. Refused if that clock is more than an hour from `now`."""
     principal.require_operator()
-    async with _database(request).write() as session:
+    async with writing(request, principal, "admin", operator=True) as session:
         await steady_clock.confirm(session, data.now)
     request.app.state.clerk.wake("months")
 
@@ -239,7 +239,7 @@ async def _change(
     change: Callable[[AsyncSession, str], Awaitable[Invoice]],
 ) -> InvoiceDetail:
     principal.require_operator()
-    async with _database(request).write() as session:
+    async with writing(request, principal, "admin", operator=True) as session:
         invoice = await change(session, invoice_id)
         await session.flush()
         detail = await _detail(session, invoice)

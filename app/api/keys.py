@@ -11,8 +11,9 @@ from litestar.di import NamedDependency
 from litestar.params import FromPath, JSONBody
 
 from app.api.auth import allowed, authenticated, dependencies
+from app.api.writing import writing
 from app.billing.budgets import BudgetView
-from app.billing.key_limits import key_budgets, limit_key, require_no_limit
+from app.billing.key_limits import key_budgets, limit_key
 from app.core.database import Database
 from app.organizations import keys
 from app.organizations.principal import Principal
@@ -85,11 +86,9 @@ async def create_key(
     """The answer holds the secret, which is not shown again. A key cannot be given scopes that
     the caller lacks; one made by a key that expires does so no later, and a key with a limit makes
     none."""
-    database: Database = request.app.state.database
     settings: Settings = request.app.state.settings
     organization_id = principal.organization_id
-    async with database.write() as session:
-        await require_no_limit(session, principal)
+    async with writing(request, principal, "admin") as session:
         row, secret = await keys.create_key_by(
             session, principal, data.name, frozenset(data.scopes), data.expires_at
         )
@@ -106,8 +105,8 @@ async def revoke_key(
     request: AnyRequest, principal: NamedDependency[Principal], key_id: FromPath[str]
 ) -> None:
     """The key stops working within a second and stays in the list."""
-    database: Database = request.app.state.database
-    async with database.write() as session:
+    is_own = key_id == principal.api_key_id
+    async with writing(request, principal, "admin", may_be_limited=is_own) as session:
         await keys.revoke_key(session, principal.organization_id, key_id)
 
 

@@ -9,7 +9,7 @@ from litestar.di import NamedDependency
 from litestar.params import FromPath, JSONBody
 
 from app.api.auth import allowed, authenticated, dependencies
-from app.billing.key_limits import require_no_limit
+from app.api.writing import writing
 from app.core.database import Database
 from app.organizations import invitations, members
 from app.organizations.members import Member
@@ -74,8 +74,7 @@ async def change_role(
     data: JSONBody[RoleChange],
 ) -> Member:
     """In force from their next request on. Owners are made and unmade in the console, by owners."""
-    async with _database(request).write() as session:
-        await require_no_limit(session, principal)
+    async with writing(request, principal, "admin") as session:
         return await members.change_role(session, principal, user_id, data.role)
 
 
@@ -84,7 +83,7 @@ async def remove_member(
     request: AnyRequest, principal: NamedDependency[Principal], user_id: FromPath[str]
 ) -> None:
     """Their sessions in your organization end at once. Keys that they know do not: revoke them."""
-    async with _database(request).write() as session:
+    async with writing(request, principal, "admin") as session:
         await members.remove_member(session, principal, user_id)
 
 
@@ -104,8 +103,7 @@ async def invite(
 ) -> CreatedInvitation:
     """A link that lets one person in, once. The box sends nothing: pass it on yourself."""
     settings: Settings = request.app.state.settings
-    async with _database(request).write() as session:
-        await require_no_limit(session, principal)
+    async with writing(request, principal, "admin") as session:
         row, token = await invitations.invite(session, principal, data.role, data.note, data.hours)
     shown = msgspec.structs.asdict(_shown(row))
     return CreatedInvitation(**shown, url=f"{settings.url}{invitations.PATH}{token}")
@@ -120,7 +118,7 @@ async def revoke_invitation(
     request: AnyRequest, principal: NamedDependency[Principal], invitation_id: FromPath[str]
 ) -> None:
     """Its link leads nowhere from then on."""
-    async with _database(request).write() as session:
+    async with writing(request, principal, "admin") as session:
         await invitations.revoke_invitation(session, principal, invitation_id)
 
 

@@ -16,6 +16,7 @@ from litestar.params import FromPath, FromQuery
 from app.api.auth import allowed, authenticated, dependencies
 from app.api.bodies import TAKES_FILE, decode, receive_form
 from app.api.model_view import ModelList, ModelState, VersionState, read_models, read_version
+from app.api.writing import writing
 from app.core.database import Database
 from app.core.errors import InvalidRequest, Unprocessable
 from app.core.storage import Storage
@@ -159,8 +160,7 @@ async def delete_model(
 ) -> None:
     """With its versions, files and endpoint. Usage and receipts stay."""
     state = request.app.state
-    database: Database = state.database
-    async with database.write() as session:
+    async with writing(request, principal, "write") as session:
         removed = await registry.delete_model(session, principal.organization_id, name)
     state.broadcast.publish(deployments.CHANGED)
     await registry.remove_files(state.storage, state.uploads, removed)

@@ -11,6 +11,8 @@ from litestar.di import NamedDependency
 from litestar.params import FromPath, FromQuery, JSONBody
 
 from app.api.auth import allowed, authenticated, dependencies
+from app.api.writing import writing
+from app.billing.key_limits import require_no_limit
 from app.billing.ledger import lock_account
 from app.billing.payments import notices
 from app.billing.payments.notice_delivery import check_notify_url
@@ -90,7 +92,7 @@ async def dismiss_notice(
     request: AnyRequest, principal: NamedDependency[Principal], notice_id: FromPath[str]
 ) -> None:
     """It is no longer shown to anybody of your organization."""
-    async with _database(request).write() as session:
+    async with writing(request, principal, "admin") as session:
         await notices.dismiss(session, principal.organization_id, notice_id)
 
 
@@ -98,8 +100,10 @@ async def dismiss_notice(
 async def show_settings(
     request: AnyRequest, principal: NamedDependency[Principal]
 ) -> NoticeSettings:
-    """With the secret that the address checks signatures by."""
+    """With the secret that the address checks signatures by, which a key with a spending limit is
+    not told."""
     async with _database(request).read() as session:
+        await require_no_limit(session, principal)
         return _settings(await read_profile(session, principal.organization_id))
 
 
@@ -113,7 +117,7 @@ async def set_settings(
     url = check_notify_url(data.url, is_operator=principal.is_operator)
     low_balance_nano = _parsed(data.low_balance)
     settings: Settings = request.app.state.settings
-    async with _database(request).write() as session:
+    async with writing(request, principal, "admin") as session:
         await lock_account(session, principal.organization_id, settings.currency)
         profile = await open_profile(session, principal.organization_id)
         profile.notify_url, profile.low_balance_nano = url, low_balance_nano

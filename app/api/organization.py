@@ -8,7 +8,7 @@ from litestar.params import JSONBody
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.api.auth import allowed, authenticated, dependencies
-from app.api.key_limits import without_limit
+from app.api.writing import writing
 from app.billing.service import parse_spending_limit, read_account, set_spending_limit
 from app.core.database import Database
 from app.core.errors import Forbidden
@@ -51,7 +51,7 @@ async def show_organization(
 
 @patch(
     "/organization",
-    guards=[allowed("admin"), without_limit],
+    guards=[allowed("admin")],
     summary="Set your spending limit (operator)",
 )
 async def change_organization(
@@ -67,9 +67,8 @@ async def change_organization(
         )
     text = data.spending_limit
     limit_nano = None if text is None else parse_spending_limit(text)
-    database: Database = request.app.state.database
     settings: Settings = request.app.state.settings
-    async with database.write() as session:
+    async with writing(request, principal, "admin", operator=True) as session:
         await set_spending_limit(session, principal.organization_id, limit_nano, settings.currency)
         return await _state(session, principal, settings)
 

@@ -12,7 +12,7 @@ from litestar.params import FromPath, JSONBody
 from sqlalchemy import select
 
 from app.api.auth import allowed, authenticated, dependencies
-from app.api.key_limits import without_limit
+from app.api.writing import writing
 from app.billing.payments.inbox import revive
 from app.billing.payments.service import Payments
 from app.billing.payments.tables import StripeEvent, StripeOperation
@@ -91,7 +91,7 @@ async def list_unfinished(request: AnyRequest, principal: NamedDependency[Princi
 
 @post(
     "/operations/{operation_id:str}",
-    guards=[allowed("admin"), without_limit],
+    guards=[allowed("admin")],
     status_code=200,
     summary="Decide a payment in doubt (operator)",
 )
@@ -106,12 +106,13 @@ async def decide_operation(
     principal.require_operator()
     outbox = _payments(request).link.outbox
     decide = outbox.look_again if data.action == "look" else outbox.abandon
-    return _operation(await decide(operation_id))
+    transaction = writing(request, principal, "admin", operator=True)
+    return _operation(await decide(transaction, operation_id))
 
 
 @post(
     "/events/{event_id:str}",
-    guards=[allowed("admin"), without_limit],
+    guards=[allowed("admin")],
     status_code=200,
     summary="Follow up a dead webhook again (operator)",
 )
@@ -122,7 +123,7 @@ async def revive_event(
     principal.require_operator()
     inbox = _payments(request).link.inbox
     database: Database = request.app.state.database
-    async with database.write() as session:
+    async with writing(request, principal, "admin", operator=True) as session:
         if not await revive(session, event_id):
             raise NotFound(f"There is no dead event {event_id!r}.", code="event_not_found")
     await inbox.turn()

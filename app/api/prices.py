@@ -9,8 +9,8 @@ from litestar.params import FromPath
 
 from app.api.auth import bearer_principal, principal_after_body
 from app.api.bodies import decode
-from app.api.key_limits import without_limit
 from app.api.openai import visible_models
+from app.api.writing import writing
 from app.billing.policy import check_policy
 from app.billing.price_changes import cancel_prices, change_prices, check_items
 from app.billing.prices import ANY_ENDPOINT, Book, Item, PriceTable, draft_book
@@ -182,15 +182,14 @@ async def get_book(request: AnyRequest, book_id: FromPath[str]) -> Response[Book
     return Response(answer_of(book))
 
 
-@post("/", status_code=201, guards=[without_limit], summary="A new price book")
+@post("/", status_code=201, summary="A new price book")
 async def post_prices(request: AnyRequest) -> Response[BookAnswer]:
     """Replaces all prices from `effective_at` (now) on. Requests already admitted keep theirs."""
     principal = await principal_after_body(request)
     principal.require_operator()
     body = decode(_decoder, await request.body())
     prices: PriceTable = request.app.state.prices
-    database: Database = request.app.state.database
-    async with database.write() as session:
+    async with writing(request, principal, "admin", operator=True) as session:
         row = await change_prices(
             session,
             body.prices(),
@@ -243,19 +242,13 @@ async def preview_prices(request: AnyRequest) -> Response[Preview]:
     )
 
 
-@delete(
-    "/{book_id:str}",
-    status_code=204,
-    guards=[without_limit],
-    summary="Cancel a scheduled price book",
-)
+@delete("/{book_id:str}", status_code=204, summary="Cancel a scheduled price book")
 async def delete_prices(request: AnyRequest, book_id: FromPath[str]) -> None:
     """Only a book that is not in force yet, nor about to be, can be taken back."""
     principal = await bearer_principal(request)
     principal.require_operator()
     prices: PriceTable = request.app.state.prices
-    database: Database = request.app.state.database
-    async with database.write() as session:
+    async with writing(request, principal, "admin", operator=True) as session:
         await cancel_prices(session, book_id)
     await prices.refresh()
 

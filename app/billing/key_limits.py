@@ -7,8 +7,8 @@ from app.billing import budgets
 from app.billing.budgets import BudgetView
 from app.billing.tables import Budget
 from app.core.errors import Forbidden
-from app.organizations.confirmation import lock_people
-from app.organizations.principal import Principal
+from app.organizations.confirmation import reconfirm
+from app.organizations.principal import Principal, Scope
 from app.organizations.tables import ApiKey
 
 
@@ -37,11 +37,29 @@ async def key_budgets(session: AsyncSession, organization_id: str) -> dict[str, 
     return found
 
 
+async def confirm(
+    session: AsyncSession,
+    principal: Principal,
+    scope: Scope,
+    *,
+    operator: bool = False,
+    may_be_limited: bool = False,
+) -> None:
+    """That a caller may change what takes this scope, and is the operator's or not; nobody changes
+    that before the end of the transaction, in which this comes first. A key with a limit changes
+    nothing that takes the scope `admin`, but for what `may_be_limited`. Raises `Forbidden` or
+    `Unauthenticated`."""
+    principal = await reconfirm(session, principal)
+    principal.require(scope)
+    if operator:
+        principal.require_operator()
+    if scope == "admin" and not may_be_limited:
+        await require_no_limit(session, principal)
+
+
 async def require_no_limit(session: AsyncSession, principal: Principal) -> None:
-    """For what would let a key that has a limit spend beside it: making keys, changing budgets,
-    letting people in who may, and what is the operator's to change. Nobody limits the key before
-    the end of the transaction. Raises `Forbidden`."""
-    await lock_people(session, principal.organization_id)
+    """For what would let a key that has a limit spend beside it: with the saved card, with keys and
+    people that have none, with prices of its own. Raises `Forbidden`."""
     limits = select(Budget.id).where(
         Budget.organization_id == principal.organization_id,
         Budget.scope == "key",
@@ -49,8 +67,7 @@ async def require_no_limit(session: AsyncSession, principal: Principal) -> None:
     )
     if await session.scalar(limits.limit(1)) is not None:
         raise Forbidden(
-            "This API key has a spending limit: it makes no keys, changes no budgets, lets "
-            "nobody in and changes nothing that is the operator's. Use a key without one, or the "
-            "console.",
+            "This API key has a spending limit: of what takes the scope 'admin' it may look "
+            "at things, and revoke itself, no more. Use a key without a limit, or the console.",
             code="key_limited",
         )

@@ -5,6 +5,7 @@ from typing import Any
 from litestar import Response, Router, get, post
 from litestar.params import FromQuery
 
+from app.api.writing import writing
 from app.billing.ledger import lock_account
 from app.billing.payments import profile as profiles
 from app.billing.payments import recharge
@@ -39,10 +40,9 @@ async def change_limit(request: PageRequest) -> Response[Any]:
     principal.require_operator()
     text = (await form_field(request, "spending_limit")).strip()
     settings: Settings = request.app.state.settings
-    database: Database = request.app.state.database
     try:
         limit_nano = parse_spending_limit(text) if text else None
-        async with database.write() as session:
+        async with writing(request, principal, "admin", operator=True) as session:
             await set_spending_limit(
                 session, principal.organization_id, limit_nano, settings.currency
             )
@@ -59,7 +59,6 @@ async def change_recharge(request: PageRequest) -> Response[Any]:
     sent = {name: (await form_field(request, name)).strip() for name in ("below", "amount")}
     is_stop = await form_field(request, "stop") or not any(sent.values())
     settings: Settings = request.app.state.settings
-    database: Database = request.app.state.database
     try:
         if not payments_of(request).is_configured:
             raise StripeNotConfigured
@@ -69,7 +68,7 @@ async def change_recharge(request: PageRequest) -> Response[Any]:
             below = parse_cents(sent["below"], "below", 0, MAX_CENTS, currency)
             below_nano = below * NANO_PER_CENT
             cents = parse_cents(sent["amount"], "amount", MIN_CENTS, MAX_CENTS, currency)
-        async with database.write() as session:
+        async with writing(request, principal, "admin") as session:
             await recharge.set_recharge(
                 session, principal.organization_id, below_nano, cents, settings.currency
             )
@@ -85,12 +84,11 @@ async def change_contact(request: PageRequest) -> Response[Any]:
     principal.require("admin")
     text = await form_field(request, "email")
     settings: Settings = request.app.state.settings
-    database: Database = request.app.state.database
     try:
         email = profiles.parse_email(text)
     except AppError as error:
         return await billing_page(request, error=error, sent={"email": text})
-    async with database.write() as session:
+    async with writing(request, principal, "admin") as session:
         await lock_account(session, principal.organization_id, settings.currency)
         await profiles.set_email(session, principal.organization_id, email)
     return go(request, f"{HERE}?notice=saved")

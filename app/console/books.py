@@ -6,6 +6,7 @@ from typing import Any
 from litestar import Response, Router, get, post
 from litestar.params import FromQuery
 
+from app.api.writing import writing
 from app.billing.payments import steady_clock
 from app.billing.reconciliation.check import Check
 from app.billing.reconciliation.reconciler import SECONDS, Reconciler
@@ -64,13 +65,13 @@ async def compare_now(request: PageRequest) -> Response[Any]:
 @post("/books/clock", status_code=200)
 async def confirm_clock(request: PageRequest) -> Response[Any]:
     """The operator says that the time which the page showed is right."""
-    signed_in(request).principal.require_operator()
+    principal = signed_in(request).principal
+    principal.require_operator()
     try:
         told = datetime.fromisoformat(str((await request.form()).get("now", "")))
     except ValueError:
         raise InvalidRequest("now is an instant such as 2026-03-01T12:00Z.", param="now") from None
-    database: Database = request.app.state.database
-    async with database.write() as session:
+    async with writing(request, principal, "admin", operator=True) as session:
         await steady_clock.confirm(session, told)
     request.app.state.clerk.wake("months")
     return go(request, "/console/books?notice=clock-confirmed")

@@ -4,6 +4,7 @@ from typing import Any
 
 from litestar import Response, Router, get, post
 
+from app.api.writing import writing
 from app.billing.standings import read_standings
 from app.console.overview_view import read_running
 from app.console.sessions import form_field, go, signed_in
@@ -31,9 +32,8 @@ async def choose_default(request: PageRequest) -> Response[Any]:
     principal = signed_in(request).principal
     principal.require_operator()
     sent = {name: await form_field(request, name) for name in ("model", "note")}
-    database: Database = request.app.state.database
     try:
-        async with database.write() as session:
+        async with writing(request, principal, "admin", operator=True) as session:
             if sent["model"]:
                 await default_model.choose_default(
                     session, principal.organization_id, sent["model"], sent["note"]

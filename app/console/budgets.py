@@ -6,11 +6,11 @@ from litestar import Response, Router, post
 from litestar.params import FromPath
 
 from app.api.budgets import name_of
+from app.api.writing import writing
 from app.billing import budgets
 from app.console.billing import HERE, billing_page
 from app.console.sessions import form_field, go, signed_in
 from app.console.templating import PageRequest
-from app.core.database import Database
 from app.core.errors import AppError, InvalidRequest
 from app.core.money import parse_amount
 from app.settings import Settings
@@ -24,10 +24,9 @@ async def set_budget(request: PageRequest) -> Response[Any]:
     sent = {name: await form_field(request, name) for name in ("of", "period", "limit")}
     scope, _, subject = sent["of"].partition(":")
     settings: Settings = request.app.state.settings
-    database: Database = request.app.state.database
     try:
         limit_nano = _limit(sent["limit"])
-        async with database.write() as session:
+        async with writing(request, principal, "admin") as session:
             await budgets.set_budget(
                 session,
                 principal.organization_id,
@@ -48,8 +47,7 @@ async def delete_budget(request: PageRequest, budget_id: FromPath[str]) -> Respo
     """What runs goes on; nothing is counted in it any more."""
     principal = signed_in(request).principal
     principal.require("admin")
-    database: Database = request.app.state.database
-    async with database.write() as session:
+    async with writing(request, principal, "admin") as session:
         await budgets.delete_budget(session, principal.organization_id, budget_id)
     return go(request, f"{HERE}?notice=budget-gone#budgets")
 

@@ -10,6 +10,7 @@ from litestar.response import Stream
 from markupsafe import Markup
 
 from app.api.earnings import as_csv, make_target, read_earnings
+from app.api.writing import writing
 from app.billing.costs import parse_hour, set_device_hour
 from app.billing.earnings import Earnings, ModelEarnings, Target
 from app.billing.prices import Item, PriceTable, draft_book
@@ -19,7 +20,6 @@ from app.console.prices_view import DIMENSION_NAMES, UNITS
 from app.console.sessions import form_field, go, signed_in
 from app.console.templating import PageRequest, page
 from app.core import clock
-from app.core.database import Database
 from app.core.money import format_nano, price_of, write_amount
 from app.settings import Settings
 
@@ -64,11 +64,11 @@ async def download_earnings(request: PageRequest, days: FromQuery[int] = 30) -> 
 @post("/earnings/device-cost", status_code=200)
 async def change_device_cost(request: PageRequest) -> Response[Any]:
     """Sets what an hour of the device costs."""
-    signed_in(request).principal.require_operator()
+    principal = signed_in(request).principal
+    principal.require_operator()
     hour_nano = parse_hour(await form_field(request, "hour"))
     settings: Settings = request.app.state.settings
-    database: Database = request.app.state.database
-    async with database.write() as session:
+    async with writing(request, principal, "admin", operator=True) as session:
         await set_device_hour(session, settings.device, hour_nano)
     return go(request, "/console/earnings?notice=device-cost")
 

@@ -8,6 +8,7 @@ from litestar import Response, Router, get, post
 from litestar.params import FromPath
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from app.api.writing import writing
 from app.billing.budgets import BudgetView, delete_budget
 from app.billing.key_limits import key_budgets, limit_key
 from app.console.sessions import form_field, go, signed_in
@@ -69,12 +70,11 @@ async def make_key(request: PageRequest) -> Response[str]:
         period=await form_field(request, "period") or "month",
         **sent,
     )
-    database: Database = request.app.state.database
     settings: Settings = request.app.state.settings
     try:
         expires_at = _expiry(form)
         limit_nano = _limit(form.limit) if form.limit.strip() else None
-        async with database.write() as session:
+        async with writing(request, principal, "admin") as session:
             made, secret = await create_key_by(
                 session, principal, form.name, form.scopes, expires_at
             )
@@ -98,10 +98,9 @@ async def change_limit(request: PageRequest, key_id: FromPath[str]) -> Response[
     principal.require("admin")
     period = await form_field(request, "period")
     text = (await form_field(request, "limit")).strip()
-    database: Database = request.app.state.database
     settings: Settings = request.app.state.settings
     try:
-        async with database.write() as session:
+        async with writing(request, principal, "admin") as session:
             key = await get_key(session, principal.organization_id, key_id)
             if text:
                 await limit_key(session, key, period, _limit(text), currency=settings.currency)
@@ -129,8 +128,7 @@ async def revoke(request: PageRequest, key_id: FromPath[str]) -> Response[Any]:
     """Makes a key useless for good."""
     principal = signed_in(request).principal
     principal.require("admin")
-    database: Database = request.app.state.database
-    async with database.write() as session:
+    async with writing(request, principal, "admin") as session:
         await revoke_key(session, principal.organization_id, key_id)
     return go(request, f"{HERE}?notice=revoked")
 

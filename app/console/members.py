@@ -6,6 +6,7 @@ import msgspec
 from litestar import Response, Router, get, post
 from litestar.params import FromPath
 
+from app.api.writing import writing
 from app.console.sessions import form_field, go, signed_in
 from app.console.templating import PageRequest, base_url, page
 from app.core.database import Database
@@ -43,11 +44,10 @@ async def invite(request: PageRequest) -> Response[str]:
         note=await form_field(request, "note"),
         hours=await form_field(request, "hours"),
     )
-    database: Database = request.app.state.database
     try:
         if form.hours not in LASTING:
             raise InvalidRequest("Choose how long the link lasts from the list.", param="hours")
-        async with database.write() as session:
+        async with writing(request, principal, "admin") as session:
             made, token = await invitations.invite(
                 session, principal, form.role, form.note, int(form.hours)
             )
@@ -60,9 +60,9 @@ async def invite(request: PageRequest) -> Response[str]:
 @post("/members/invitations/{invitation_id:str}/revoke", status_code=200)
 async def revoke(request: PageRequest, invitation_id: FromPath[str]) -> Response[Any]:
     """The link leads nowhere from then on."""
-    database: Database = request.app.state.database
-    async with database.write() as session:
-        await invitations.revoke_invitation(session, signed_in(request).principal, invitation_id)
+    principal = signed_in(request).principal
+    async with writing(request, principal, "admin") as session:
+        await invitations.revoke_invitation(session, principal, invitation_id)
     return go(request, f"{HERE}?notice=invitation-revoked")
 
 
@@ -71,9 +71,8 @@ async def change_role(request: PageRequest, user_id: FromPath[str]) -> Response[
     """In force from the member's next click on."""
     principal = signed_in(request).principal
     role = await form_field(request, "role")
-    database: Database = request.app.state.database
     try:
-        async with database.write() as session:
+        async with writing(request, principal, "admin") as session:
             await members.change_role(session, principal, user_id, role)
     except NotFound:
         raise
@@ -98,9 +97,8 @@ async def ask_remove(request: PageRequest, user_id: FromPath[str]) -> Response[s
 async def remove(request: PageRequest, user_id: FromPath[str]) -> Response[Any]:
     """Ends the membership and its sessions."""
     principal = signed_in(request).principal
-    database: Database = request.app.state.database
     try:
-        async with database.write() as session:
+        async with writing(request, principal, "admin") as session:
             await members.remove_member(session, principal, user_id)
     except NotFound:
         raise

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from litestar import Response, Router, get, post
 from litestar.params import FromPath, FromQuery, QueryParameter
 
+from app.api.writing import writing
 from app.console.live import model_events, model_parts, seen_mark
 from app.console.model_view import read_model
 from app.console.models_view import read_models
@@ -110,8 +111,7 @@ async def change_endpoint(
     principal = signed_in(request).principal
     principal.require("write")
     organization_id = principal.organization_id
-    database: Database = request.app.state.database
-    async with database.write() as session:
+    async with writing(request, principal, "write") as session:
         match verb:
             case "stop":
                 await deployments.stop_deployment(session, organization_id, name)
@@ -161,8 +161,7 @@ async def delete_model(request: PageRequest, name: FromPath[str]) -> Response[An
     if (await form_field(request, "confirmation")).strip() != name:
         error = f"Type {name} exactly as it is written here, or keep the model."
         return page(request, "models/delete.html", status_code=400, name=name, error=error)
-    database: Database = request.app.state.database
-    async with database.write() as session:
+    async with writing(request, principal, "write") as session:
         removed = await registry.delete_model(session, principal.organization_id, name)
     broadcast: Broadcast = request.app.state.broadcast
     broadcast.publish(deployments.CHANGED)

@@ -9,6 +9,7 @@ from litestar.params import FromPath
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from app.api.writing import writing
 from app.billing.ledger import lock_account
 from app.billing.payments import notices
 from app.billing.payments.notice_delivery import check_notify_url
@@ -48,8 +49,7 @@ async def dismiss_notice(request: PageRequest, notice_id: FromPath[str]) -> Resp
     principal = signed_in(request).principal
     principal.require("admin")
     target = safe_next(await form_field(request, "next"))
-    database: Database = request.app.state.database
-    async with database.write() as session:
+    async with writing(request, principal, "admin") as session:
         await notices.dismiss(session, principal.organization_id, notice_id)
     return go(request, target)
 
@@ -65,12 +65,11 @@ async def change_settings(request: PageRequest) -> Response[Any]:
     }
     is_new = bool(await form_field(request, "new_secret"))
     settings: Settings = request.app.state.settings
-    database: Database = request.app.state.database
     secret = ""
     try:
         low_nano = _amount(sent["low_balance"])
         url = check_notify_url(sent["notify_url"], is_operator=principal.is_operator)
-        async with database.write() as session:
+        async with writing(request, principal, "admin") as session:
             await lock_account(session, principal.organization_id, settings.currency)
             profile = await open_profile(session, principal.organization_id)
             if url and (is_new or url != profile.notify_url or not profile.notify_secret):
@@ -90,8 +89,7 @@ async def send_test(request: PageRequest) -> Response[Any]:
     principal = signed_in(request).principal
     principal.require("admin")
     settings: Settings = request.app.state.settings
-    database: Database = request.app.state.database
-    async with database.write() as session:
+    async with writing(request, principal, "admin") as session:
         await lock_account(session, principal.organization_id, settings.currency)
         profile = await open_profile(session, principal.organization_id)
         if not profile.notify_url:

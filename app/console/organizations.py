@@ -7,6 +7,7 @@ from litestar import Response, Router, get, post
 from litestar.params import FromPath
 
 from app.api.credits import FROM_ACCOUNT, MAX_NOTE_CHARS
+from app.api.writing import writing
 from app.billing.credits import add_lot, open_lots, require_same_lot
 from app.billing.ledger import lock_account
 from app.billing.service import MAX_LIMIT_NANO, parse_spending_limit, set_spending_limit
@@ -72,13 +73,13 @@ async def show_organization(request: PageRequest, organization_id: FromPath[str]
 @post("/organizations/{organization_id:str}/limit", status_code=200)
 async def change_limit(request: PageRequest, organization_id: FromPath[str]) -> Response[Any]:
     """How it pays, in force from the next request on."""
-    signed_in(request).principal.require_operator()
+    principal = signed_in(request).principal
+    principal.require_operator()
     sent = {name: (await form_field(request, name)).strip() for name in ("mode", "limit")}
     settings: Settings = request.app.state.settings
-    database: Database = request.app.state.database
     try:
         limit_nano = _limit(sent)
-        async with database.write() as session:
+        async with writing(request, principal, "admin", operator=True) as session:
             await get_organization(session, organization_id)
             await lock_account(session, organization_id, settings.currency)
             await set_spending_limit(session, organization_id, limit_nano, settings.currency)
@@ -92,16 +93,16 @@ async def change_limit(request: PageRequest, organization_id: FromPath[str]) -> 
 @post("/organizations/{organization_id:str}/credits", status_code=200)
 async def give_credit(request: PageRequest, organization_id: FromPath[str]) -> Response[Any]:
     """Once for each form that was shown: sending it again gives nothing twice."""
-    signed_in(request).principal.require_operator()
+    principal = signed_in(request).principal
+    principal.require_operator()
     names = ("credit", "kind", "expires_on", "note", "grant_id")
     sent = {name: (await form_field(request, name)).strip() for name in names}
     settings: Settings = request.app.state.settings
-    database: Database = request.app.state.database
     try:
         amount_nano, expires_at = _credit(sent), _expiry(sent["expires_on"])
         _check(sent)
         source = f"grant:{organization_id}:{sent['grant_id']}"
-        async with database.write() as session:
+        async with writing(request, principal, "admin", operator=True) as session:
             await get_organization(session, organization_id)
             await add_lot(
                 session,

@@ -8,6 +8,7 @@ from sqlalchemy import select
 
 from app.api.bodies import receive_form
 from app.api.prices import standing
+from app.api.writing import writing
 from app.billing.policy import BILLED, WAIVED
 from app.billing.price_changes import SERVICE_CLASSES, cancel_prices, change_prices
 from app.billing.prices import ANY_ENDPOINT, Book, Item, PriceTable, draft_book
@@ -98,9 +99,8 @@ async def send_prices(request: PageRequest) -> Response[Any]:
 
 
 async def _confirm(request: PageRequest, form: PriceForm, draft: Draft) -> Response[Any]:
-    prices = _prices(request)
-    database: Database = request.app.state.database
-    async with database.write() as session:
+    prices, principal = _prices(request), signed_in(request).principal
+    async with writing(request, principal, "admin", operator=True) as session:
         await change_prices(
             session,
             draft.items,
@@ -179,9 +179,8 @@ async def ask_cancel(request: PageRequest, book_id: FromPath[str]) -> Response[s
 @post("/prices/books/{book_id:str}/cancel", status_code=200)
 async def cancel_book(request: PageRequest, book_id: FromPath[str]) -> Response[Any]:
     """Takes back a book that is not in force yet."""
-    prices = _prices(request)
-    database: Database = request.app.state.database
-    async with database.write() as session:
+    prices, principal = _prices(request), signed_in(request).principal
+    async with writing(request, principal, "admin", operator=True) as session:
         await cancel_prices(session, book_id)
     await prices.refresh()
     return go(request, "/console/prices?notice=prices-cancelled")

@@ -9,6 +9,7 @@ from typing import Any
 from litestar import Response, Router, get, post
 from litestar.params import FromPath, FromQuery
 
+from app.api.writing import writing
 from app.billing.payments.cents import parse_cents
 from app.billing.payments.tables import TopUp
 from app.billing.payments.top_ups import MAX_CENTS, MIN_CENTS
@@ -29,7 +30,10 @@ async def begin_top_up(request: PageRequest) -> Response[Any]:
     text = await form_field(request, "preset") or await form_field(request, "top_up")
     try:
         cents = parse_cents(text, "amount", MIN_CENTS, MAX_CENTS, settings.currency)
-        made = await payments_of(request).begin_top_up(principal.organization_id, cents)
+        transaction = writing(request, principal, "admin")
+        made = await payments_of(request).begin_top_up(
+            transaction, principal.organization_id, cents
+        )
     except AppError as error:
         return await billing_page(request, error=error, sent={"top_up": text})
     return go(request, f"{HERE}/top-ups/{made.id}?pay=1")
@@ -69,7 +73,8 @@ async def open_portal(request: PageRequest) -> Response[Any]:
     principal = signed_in(request).principal
     principal.require("admin")
     try:
-        url = await payments_of(request).open_portal(principal.organization_id)
+        transaction = writing(request, principal, "admin")
+        url = await payments_of(request).open_portal(transaction, principal.organization_id)
     except AppError as error:
         return await billing_page(request, error=error)
     shown = page(request, "billing/leaving.html", url=url)

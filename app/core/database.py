@@ -5,7 +5,7 @@ Owns how transactions begin and what is durable; the tables live in each area's 
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import UTC, datetime
 from sqlite3 import Connection as SqliteConnection
 from typing import Any
@@ -46,6 +46,9 @@ class UtcDateTime(TypeDecorator[datetime]):
             return None
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
+
+# One that begins where it is entered, such as `Database.write()`.
+Transaction = AbstractAsyncContextManager[AsyncSession]
 
 Json = JSON().with_variant(JSONB(), "postgresql")
 

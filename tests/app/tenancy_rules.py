@@ -56,6 +56,14 @@ CHAT = {"model": "{name}", "messages": [{"role": "user", "content": "hi"}]}
 V2_INPUTS = {"inputs": [{"name": "x", "shape": [1], "datatype": "FP32", "data": [1]}]}
 BUDGET = {"scope": "key", "subject": "{key_id}", "period": "day", "limit_nano": 5}
 PRICES = {"items": [{"dimension": "input", "price_nano": 1, "unit_scale": 1}]}
+PRICE_FORM = {
+    "action": "confirm",
+    "based_on": "{book_id}",
+    "dimension-0": "input",
+    "service_class-0": "standard",
+    "price-0": "1",
+    "per-0": "1,000,000",
+}
 GIFT = {"Idempotency-Key": "one"}
 PLAYGROUND = {"text": "hi", "temperature": "1", "max_tokens": "4"}
 
@@ -343,7 +351,7 @@ RULES |= {
         needs="operator", form={"credit": "5", "kind": "promotional", "grant_id": "one"}
     ),
     **_same("operator", "GET /console/prices", "GET /console/prices/edit"),
-    **_same("operator", "POST /console/prices/edit", form={}, is_let_in=False),
+    **_same("operator", "POST /console/prices/edit", form=PRICE_FORM, is_let_in=False),
     **_same("operator", "GET /console/prices/books/{book_id}"),
     **_same("operator", "GET /console/prices/books/{book_id}/cancel"),
     **_same("operator", "POST /console/prices/books/{book_id}/cancel", form={}),

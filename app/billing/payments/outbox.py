@@ -43,7 +43,7 @@ from app.billing.stripe_errors import (
     StripeUnknown,
 )
 from app.core import clock
-from app.core.database import Database
+from app.core.database import Database, Transaction
 from app.core.errors import Conflict, NotFound
 from app.core.failpoints import failpoint
 from app.organizations.service import default_organization_id
@@ -114,9 +114,9 @@ class Outbox:
             tried.update(*chains.values())
             await asyncio.gather(*(self._work_through(*chain) for chain in chains.items()))
 
-    async def look_again(self, operation_id: str) -> StripeOperation:
+    async def look_again(self, transaction: Transaction, operation_id: str) -> StripeOperation:
         """For one in doubt: whether Stripe lists it by now. Raises `NotFound`, `Conflict`."""
-        async with self._database.write() as session:
+        async with transaction as session:
             row = await self._doubted(session, operation_id)
             # Without an attempt on record it would be sent.
             row.first_sent_at = row.first_sent_at or row.created_at
@@ -125,10 +125,10 @@ class Outbox:
         async with self._database.read() as session:
             return await session.get_one(StripeOperation, operation_id)
 
-    async def abandon(self, operation_id: str) -> StripeOperation:
+    async def abandon(self, transaction: Transaction, operation_id: str) -> StripeOperation:
         """For one in doubt, when a person has seen that Stripe did not do it. Raises `NotFound`,
         `Conflict`."""
-        async with self._database.write() as session:
+        async with transaction as session:
             row = await self._doubted(session, operation_id)
             reason = "The operator saw that Stripe did not do it."
             row.state, row.error = "rejected", reason

@@ -14,14 +14,14 @@ from app.billing.payments.calls import Calls
 from app.billing.payments.inbox import FollowInvoice, Inbox
 from app.billing.payments.operations import Kind
 from app.billing.payments.outbox import Outbox
-from app.billing.payments.profile import CreateCustomer, UpdateCustomer, need_customer
+from app.billing.payments.profile import CreateCustomer, UpdateCustomer, need_customer, read_profile
 from app.billing.payments.recharge import ChargeCard, Recharging
 from app.billing.payments.refunds import MakeRefund
 from app.billing.payments.tables import StripeOperation, TopUp
 from app.billing.payments.top_ups import CreateCheckout
 from app.billing.stripe import Stripe
 from app.billing.stripe_errors import StripeBusy, StripeError, StripeUnknown
-from app.core.database import Database
+from app.core.database import Database, Transaction
 from app.core.errors import Conflict, Unavailable
 from app.settings import Settings
 
@@ -105,11 +105,15 @@ class Payments:
             await asyncio.wait(self._tasks)
         self._calls.close()
 
-    async def begin_top_up(self, organization_id: str, amount_cents: int) -> TopUp:
+    # What people ask for is planned in a transaction of theirs, which knows whether they may.
+
+    async def begin_top_up(
+        self, transaction: Transaction, organization_id: str, amount_cents: int
+    ) -> TopUp:
         """With the address of the page where it is paid, if Stripe gives one soon; else that comes
         later. Raises `StripeNotConfigured`, `Conflict`, `RateLimited`."""
         _ = self.link
-        async with self._database.write() as session:
+        async with transaction as session:
             top_up = await top_ups.begin(
                 session,
                 organization_id,
@@ -136,14 +140,18 @@ class Payments:
                 return top_up
         return await self._read_top_up(organization_id, top_up_id)
 
-    async def open_portal(self, organization_id: str) -> str:
+    async def open_portal(self, transaction: Transaction, organization_id: str) -> str:
         """The address of a page at Stripe where cards and invoices are looked after. Raises
         `StripeNotConfigured`, `Unavailable`."""
         stripe = self.link.stripe
-        customer_id = await self._customer_id(organization_id)
+        async with transaction as session:
+            await lock_account(session, organization_id, self._settings.currency)
+            customer_id = await need_customer(session, organization_id)
         if customer_id is None:
             await self.hurry(organization_id)
-            customer_id = await self._customer_id(organization_id)
+            async with self._database.read() as session:
+                profile = await read_profile(session, organization_id)
+            customer_id = profile.stripe_customer_id
         if customer_id is None:
             raise _away()
         try:
@@ -157,11 +165,13 @@ class Payments:
         except StripeError as error:
             raise Conflict(f"{error}", code="stripe_refused") from error
 
-    async def refund(self, top_up_id: str, amount_cents: int) -> StripeOperation:
+    async def refund(
+        self, transaction: Transaction, top_up_id: str, amount_cents: int
+    ) -> StripeOperation:
         """What became of it so far. Raises `StripeNotConfigured`, `NotFound`, `Conflict`,
         `InvalidRequest`."""
         _ = self.link
-        async with self._database.write() as session:
+        async with transaction as session:
             key = await refunds.ask_refund(session, top_up_id, amount_cents)
             top_up = await session.get_one(TopUp, top_up_id)
         await self.hurry(top_up.organization_id)
@@ -193,11 +203,6 @@ class Payments:
         found = await self._calls(following.look_up_checkout, stripe, checkout_id)
         async with self._database.write() as session:
             await following.apply_found(session, found)
-
-    async def _customer_id(self, organization_id: str) -> str | None:
-        async with self._database.write() as session:
-            await lock_account(session, organization_id, self._settings.currency)
-            return await need_customer(session, organization_id)
 
     async def _read_top_up(self, organization_id: str, top_up_id: str) -> TopUp:
         async with self._database.read() as session:

@@ -45,7 +45,10 @@ class Cashier:
         await self.payments.resume()
 
     async def begin(self, cents: int = CENTS) -> TopUp:
-        return await self.payments.begin_top_up(self.organization_id, cents)
+        return await self.payments.begin_top_up(self.database.write(), self.organization_id, cents)
+
+    async def refund(self, top_up_id: str, cents: int) -> StripeOperation:
+        return await self.payments.refund(self.database.write(), top_up_id, cents)
 
     async def pay(self, cents: int = CENTS) -> TopUp:
         """A top-up that was paid, and that we know of."""

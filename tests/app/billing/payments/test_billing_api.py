@@ -237,7 +237,7 @@ async def test_the_operator_decides_what_is_in_doubt(
 ) -> None:
     top_up = await cashier.pay()
     cashier.stripe.faults.add("lose_reply", "/v1/refunds$", times=3)
-    operation = await cashier.payments.refund(top_up.id, 100)
+    operation = await cashier.refund(top_up.id, 100)
     async with cashier.database.write() as session:
         (await session.merge(operation)).state = "quarantined"
         (event_id, *_) = [each.id for each in await cashier.events()]

@@ -42,7 +42,7 @@ async def want_recharging(cashier: Cashier) -> None:
 async def refund(cashier: Cashier) -> None:
     top_up = (await cashier.top_ups())[0]
     if top_up.paid_at is not None and not await cashier.operations("refund"):
-        await cashier.payments.refund(top_up.id, 1000)
+        await cashier.refund(top_up.id, 1000)
 
 
 async def stop_recharging(cashier: Cashier) -> None:

@@ -353,7 +353,8 @@ async def test_a_deleted_draft_can_be_made_again(post: Post) -> None:
 
 
 async def test_an_address_that_comes_after_the_customer_gets_to_stripe(post: Post) -> None:
-    await post.payments.open_portal(ORGANIZATION)  # makes the customer, without an address
+    # Makes the customer, without an address.
+    await post.payments.open_portal(post.months.database.write(), ORGANIZATION)
     await post.address("late@example.com")
     await post.close(500 * CENT)
     assert (await post.work()).state == "finalised"
@@ -370,7 +371,7 @@ async def test_an_address_that_changes_while_the_customer_is_made(post: Post) ->
         raise Reached(name)
 
     with observed(Countdown("outbox.after_call", change)), suppress(Reached):
-        await post.payments.open_portal(ORGANIZATION)
+        await post.payments.open_portal(post.months.database.write(), ORGANIZATION)
     await post.address("second@example.com")
     await post.close(500 * CENT)
     assert (await post.work()).state == "finalised"

@@ -56,7 +56,7 @@ async def ask(cashier: Cashier, case: Case) -> None:
         await cashier.payments.recharge()
     elif case.kind == "refund":
         (top_up,) = await cashier.top_ups()
-        await cashier.payments.refund(top_up.id, 1000)
+        await cashier.refund(top_up.id, 1000)
     else:
         await cashier.begin()
 
@@ -237,7 +237,7 @@ async def test_a_payment_that_turns_up_ends_the_doubt(cashier: Cashier) -> None:
 async def test_a_wrong_key_of_the_api_only_waits(cashier: Cashier) -> None:
     settings = msgspec.structs.replace(cashier.settings, stripe_api_key="sk_test_other")
     other = Payments(cashier.database, settings)
-    top_up = await other.begin_top_up(cashier.organization_id, CENTS)
+    top_up = await other.begin_top_up(cashier.database.write(), cashier.organization_id, CENTS)
     await other.close()
     assert top_up.state == "created"
     (notice,) = await cashier.notices("stripe_unauthorized")
@@ -310,9 +310,9 @@ async def in_doubt(cashier: Cashier, case: Case, fault: Kind) -> str:
 async def test_a_person_can_have_it_looked_for_again(cashier: Cashier, case: Case) -> None:
     operation_id = await in_doubt(cashier, case, "lose_reply")
     box = cashier.payments.link.outbox
-    assert (await box.look_again(operation_id)).state == "confirmed"
+    assert (await box.look_again(cashier.database.write(), operation_id)).state == "confirmed"
     with pytest.raises(Conflict, match="is confirmed"):
-        await box.look_again(operation_id)
+        await box.look_again(cashier.database.write(), operation_id)
     await finish(cashier, case)
 
 
@@ -320,16 +320,16 @@ async def test_a_person_can_have_it_looked_for_again(cashier: Cashier, case: Cas
 async def test_a_person_can_give_it_up(cashier: Cashier, case: Case) -> None:
     operation_id = await in_doubt(cashier, case, "lose_request")
     box = cashier.payments.link.outbox
-    assert (await box.look_again(operation_id)).state == "quarantined"
+    assert (await box.look_again(cashier.database.write(), operation_id)).state == "quarantined"
     (notice,) = await cashier.notices("payment_in_doubt")
     assert notice.ended_at is None
-    assert (await box.abandon(operation_id)).state == "rejected"
+    assert (await box.abandon(cashier.database.write(), operation_id)).state == "rejected"
     (notice,) = await cashier.notices("payment_in_doubt")
     assert notice.ended_at is not None
     with pytest.raises(Conflict, match="is rejected"):
-        await box.abandon(operation_id)
+        await box.abandon(cashier.database.write(), operation_id)
     with pytest.raises(NotFound):
-        await box.abandon("unknown")
+        await box.abandon(cashier.database.write(), "unknown")
     if case.kind == "charge_card":
         await cashier.recharge_below(CENTS + 1)
         await cashier.payments.recharge()

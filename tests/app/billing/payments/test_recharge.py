@@ -99,7 +99,7 @@ async def test_what_is_taken_back_is_not_charged_again(cashier: Cashier, how: st
     await cashier.save_card(below_cents=1000)
     (top_up,) = await cashier.top_ups()
     if how == "refund":
-        await cashier.payments.refund(top_up.id, CENTS)
+        await cashier.refund(top_up.id, CENTS)
     elif how == "dispute":
         cashier.stripe.open_dispute(top_up.payment_intent_id or "")
     else:

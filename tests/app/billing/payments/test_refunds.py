@@ -30,13 +30,13 @@ async def spend(cashier: Cashier, cents: int) -> None:
 
 async def test_a_refund_takes_the_credit_once_stripe_made_it(cashier: Cashier) -> None:
     top_up = await cashier.pay()
-    operation = await cashier.payments.refund(top_up.id, 1000)
+    operation = await cashier.refund(top_up.id, 1000)
     assert operation.state == "confirmed"
     assert await cashier.balance_cents() == CENTS - 1000
     await cashier.hear()
     top_up = await cashier.top_up(top_up.id)
     assert (top_up.state, top_up.refunded_cents) == ("paid", 1000)
-    await cashier.payments.refund(top_up.id, CENTS - 1000)
+    await cashier.refund(top_up.id, CENTS - 1000)
     await cashier.hear()
     top_up = await cashier.top_up(top_up.id)
     assert (top_up.state, top_up.refunded_cents) == ("refunded", CENTS)
@@ -47,7 +47,7 @@ async def test_a_refund_takes_the_credit_once_stripe_made_it(cashier: Cashier) -
 async def test_what_was_used_up_already_is_owed(cashier: Cashier) -> None:
     top_up = await cashier.pay()
     await spend(cashier, 2000)
-    await cashier.payments.refund(top_up.id, CENTS)
+    await cashier.refund(top_up.id, CENTS)
     await cashier.hear()
     assert await cashier.balance_cents() == -2000
     accounts = await cashier.accounts()
@@ -59,15 +59,15 @@ async def test_what_was_used_up_already_is_owed(cashier: Cashier) -> None:
 async def test_no_more_than_was_paid_is_refunded(cashier: Cashier, cents: int) -> None:
     top_up = await cashier.pay()
     with pytest.raises(InvalidRequest, match=r"\$25.00 of this top-up can be refunded"):
-        await cashier.payments.refund(top_up.id, cents)
+        await cashier.refund(top_up.id, cents)
 
 
 async def test_what_is_asked_for_counts_before_stripe_answers(cashier: Cashier) -> None:
     top_up = await cashier.pay()
     cashier.stripe.go_away()
-    assert (await cashier.payments.refund(top_up.id, 2000)).state == "planned"
+    assert (await cashier.refund(top_up.id, 2000)).state == "planned"
     with pytest.raises(InvalidRequest, match=r"\$5.00 of this top-up can be refunded"):
-        await cashier.payments.refund(top_up.id, 2000)
+        await cashier.refund(top_up.id, 2000)
     cashier.stripe.start()
     await cashier.work_until_idle()
     assert await cashier.balance_cents() == 500
@@ -77,15 +77,15 @@ async def test_what_is_asked_for_counts_before_stripe_answers(cashier: Cashier) 
 async def test_only_what_was_paid_is_refunded(cashier: Cashier) -> None:
     top_up = await cashier.begin()
     with pytest.raises(Conflict, match="only what was paid"):
-        await cashier.payments.refund(top_up.id, 100)
+        await cashier.refund(top_up.id, 100)
     with pytest.raises(NotFound):
-        await cashier.payments.refund("top_unknown", 100)
+        await cashier.refund("top_unknown", 100)
 
 
 async def test_a_refund_that_stripe_refuses_is_told_to_the_operator(cashier: Cashier) -> None:
     top_up = await cashier.pay()
     cashier.stripe.faults.add("reject", "/v1/refunds$")
-    operation = await cashier.payments.refund(top_up.id, 1000)
+    operation = await cashier.refund(top_up.id, 1000)
     assert operation.state == "rejected"
     (notice,) = await cashier.notices("refund_refused")
     assert notice.organization_id != cashier.organization_id
@@ -108,7 +108,7 @@ async def test_a_pending_refund_takes_nothing_until_it_is_sent(
 ) -> None:
     top_up = await cashier.pay()
     cashier.stripe.refund_late()
-    operation = await cashier.payments.refund(top_up.id, 1000)
+    operation = await cashier.refund(top_up.id, 1000)
     await cashier.hear()
     assert operation.state == "confirmed"
     assert await cashier.balance_cents() == CENTS
@@ -128,7 +128,7 @@ async def test_a_refund_that_fails_later_is_given_back(cashier: Cashier, spent_c
     if spent_cents:
         await spend(cashier, spent_cents)
     before = await cashier.accounts()
-    operation = await cashier.payments.refund(top_up.id, CENTS)
+    operation = await cashier.refund(top_up.id, CENTS)
     await cashier.hear()
     cashier.stripe.fail_refund(operation.stripe_id or "")
     await cashier.hear()
@@ -178,7 +178,7 @@ async def test_what_stripe_settles_in_another_currency_is_taken_back_as_it_was_p
     cashier.stripe.settle_in("eur", percent=92)
     top_up = await cashier.pay()
     assert await cashier.balance_cents() == CENTS
-    await cashier.payments.refund(top_up.id, 1000)
+    await cashier.refund(top_up.id, 1000)
     dispute = cashier.stripe.open_dispute(top_up.payment_intent_id or "")
     await cashier.hear()
     assert await cashier.balance_cents() == 0
@@ -205,7 +205,7 @@ async def test_an_inquiry_moves_no_money(cashier: Cashier) -> None:
 
 async def test_a_refund_and_a_dispute_of_the_rest(cashier: Cashier) -> None:
     top_up = await cashier.pay()
-    await cashier.payments.refund(top_up.id, 1000)
+    await cashier.refund(top_up.id, 1000)
     dispute = cashier.stripe.open_dispute(top_up.payment_intent_id or "")
     await cashier.hear()
     top_up = await cashier.top_up(top_up.id)

@@ -60,7 +60,7 @@ def named(checks: dict[str, Check]) -> dict[str, list[str]]:
 async def test_payments_refunds_and_fees_agree(cashier: Cashier, compare: Compare) -> None:
     top_up = await cashier.pay()
     await cashier.pay(4000)
-    await cashier.payments.refund(top_up.id, 1000)
+    await cashier.refund(top_up.id, 1000)
     await cashier.hear()
     for _ in range(2):
         checks = await compare()
