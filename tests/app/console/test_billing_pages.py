@@ -97,8 +97,8 @@ async def test_without_stripe_it_teaches_and_the_rest_works(desk: Desk) -> None:
 
 
 async def test_invoices_are_paged_from_the_newest(desk: Desk) -> None:
+    stranger = await add_tenant(desk.application, "stranger")
     async with desk.database.write() as session:
-        stranger = await add_tenant(desk.application, "stranger")
         for number in range(1, 28):
             session.add(invoice(number, desk.tenant))
         session.add(invoice(28, stranger))
