@@ -208,9 +208,12 @@ def read_header(file: BinaryIO) -> Header:
 
 
 def read_random(file: BinaryIO) -> bytes:
-    """The random bytes of all ids, which come first of the columns."""
+    """The random bytes of all ids, which come first of the columns. Raises `DamagedArchive`."""
     header = read_header(file)
-    return file.read(header.columns["random"])
+    column = file.read(header.columns.get("random", 0))
+    if len(column) != header.num_events * RANDOM_BYTES:
+        raise DamagedArchive("the ids are not as many as the header says")
+    return column
 
 
 def read_transactions(file: BinaryIO) -> Iterator[ArchivedTransaction]:
@@ -246,10 +249,16 @@ class _Columns:
         for name, length in header.columns.items():
             columns[name] = body[start : start + length]
             start += length
+        self._event = 0
+        try:
+            self._open(columns)
+        except (KeyError, lzma.LZMAError, msgspec.MsgspecError) as error:
+            raise DamagedArchive(f"the columns are not as the header says: {error!r}") from error
+
+    def _open(self, columns: dict[str, bytes]) -> None:
         self._random = columns["random"]
         self._tables = msgspec.msgpack.decode(lzma.decompress(columns["tables"]), type=_Tables)
         self._made_ms = accumulate(signed_numbers_in(lzma.decompress(columns["made_at"])))
-        self._event = 0
         self._numbers = {
             name: (numbers_in if name in UNSIGNED else signed_numbers_in)(
                 lzma.decompress(columns[name])

@@ -4,14 +4,15 @@ Owns names and the search; the files' bytes are `archive_file.py`'s, what is put
 `archiving.py`'s. Every method blocks.
 """
 
-import io
+import logging
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from app.billing.archive_file import (
     ArchivedTransaction,
@@ -24,6 +25,7 @@ from app.billing.archive_file import (
 )
 from app.billing.columns import RANDOM_BYTES
 from app.core import clock
+from app.core.errors import Unavailable
 from app.core.failpoints import failpoint
 from app.core.ids import id_parts
 from app.core.storage import fsync_directory
@@ -34,6 +36,8 @@ ABOUT_TO_GO = timedelta(hours=1)
 INSTANT = timedelta(microseconds=1)  # what times are told to
 NOTHING_ARCHIVED = datetime(1970, 1, 1, tzinfo=UTC)
 _NAME = re.compile(r"(\d{12})-(\d{12})\.usage")
+
+log = logging.getLogger(__name__)
 
 
 class Span(NamedTuple):
@@ -108,38 +112,48 @@ class UsageArchive:
 
     def transactions(self, span: Span) -> Iterator[ArchivedTransaction]:
         """Everything in one file. Raises `DamagedArchive`, naming the file."""
-        path = self.path(span)
-        try:
-            yield from read_transactions(io.BytesIO(path.read_bytes()))
-        except DamagedArchive as error:
-            raise DamagedArchive(f"{path}: {error}") from error
+        with self._opened(span) as file:
+            yield from read_transactions(file)
 
     def span_of(self, seal_number: int) -> Span | None:
         """The file that has the requests of this seal."""
         return next((s for s in self.spans() if s.first_seal <= seal_number <= s.last_seal), None)
 
     def find(self, request_id: str) -> ArchivedTransaction | None:
-        """The transaction that settled a request last."""
+        """The transaction that settled a request last. Files that cannot be read take nothing away
+        from the others. Raises `Unavailable` where one of them may have it."""
         found = self._found.get(request_id)
         if found is not None:
             return found
+        damaged: Span | None = None
         for span in self.spans():
-            for event in self._places(span, request_id):
-                transaction = self._at(span, event)
-                events = (receipt.event_id for receipt in transaction.receipts)
-                if any(each.rpartition(":")[0] == request_id for each in events):
-                    found = transaction
-        if found is not None:
-            self._remember(request_id, found)
+            try:
+                found = self._found_in(span, request_id) or found
+            except DamagedArchive as error:
+                log.warning("a file of archived usage cannot be read: %s", error)
+                damaged = damaged or span
+        if damaged is None:
+            if found is not None:
+                self._remember(request_id, found)
+        elif found is None:
+            raise Unavailable(
+                f"The archive file {self.path(damaged).name} is damaged, so it cannot be said "
+                f"whether there is a receipt for {request_id!r}. The operator can bring the file "
+                "back from a backup.",
+                code="archive_damaged",
+            )
         return found
 
-    def _at(self, span: Span, event: int) -> ArchivedTransaction:
-        path = self.path(span)
-        try:
-            with path.open("rb") as file:
-                return read_transaction_at(file, event)
-        except DamagedArchive as error:
-            raise DamagedArchive(f"{path}: {error}") from error
+    def _found_in(self, span: Span, request_id: str) -> ArchivedTransaction | None:
+        """The last of one file. Raises `DamagedArchive`."""
+        found: ArchivedTransaction | None = None
+        for event in self._places(span, request_id):
+            with self._opened(span) as file:
+                transaction = read_transaction_at(file, event)
+            events = (receipt.event_id for receipt in transaction.receipts)
+            if any(each.rpartition(":")[0] == request_id for each in events):
+                found = transaction
+        return found
 
     def _remember(self, request_id: str, found: ArchivedTransaction) -> None:
         """Whoever asks for a receipt asks for its proof next, and reading a file takes long."""
@@ -158,7 +172,7 @@ class UsageArchive:
         made_ms, random = parts
         if not header.from_ms <= made_ms <= header.until_ms:
             return
-        with self.path(span).open("rb") as file:
+        with self._opened(span) as file:
             column = read_random(file)
         start = column.find(random)
         while start >= 0:
@@ -169,6 +183,18 @@ class UsageArchive:
     def _header(self, span: Span) -> Header:
         header = self._headers.get(span)
         if header is None:
-            with self.path(span).open("rb") as file:
+            with self._opened(span) as file:
                 header = self._headers[span] = read_header(file)
         return header
+
+    @contextmanager
+    def _opened(self, span: Span) -> Generator[BinaryIO]:
+        """Raises `DamagedArchive`, naming the file, for all that keeps it from being read."""
+        path = self.path(span)
+        try:
+            with path.open("rb") as file:
+                yield file
+        except DamagedArchive as error:
+            raise DamagedArchive(f"{path}: {error}") from error
+        except OSError as error:
+            raise DamagedArchive(f"{path} cannot be read: {error.strerror}") from error

@@ -8,6 +8,7 @@ from pathlib import Path
 import openai
 
 from app.billing.proofs import read_proof, verify_proof
+from app.billing.usage_archive import Span
 from tests.app.api.conftest import ORGANIZATION, OTHER, Box
 
 
@@ -43,6 +44,21 @@ async def test_a_receipt_has_its_proof_once_sealed(box: Box, client: openai.Asyn
     verified = verify_proof(read_proof(answer.content), key)
     assert verified.receipt.event_id == f"{request_id}:1"
     assert verified.receipt.amount_nano == answer.json()["amount_nano"]
+
+
+async def test_a_damaged_archive_is_an_error_that_says_so(
+    box: Box, client: openai.AsyncOpenAI
+) -> None:
+    request_id = await asked(client)
+    path = box.records.archive.path(Span(1, 3))
+    await asyncio.to_thread(path.write_bytes, b"damaged")
+    async with box.http() as http:
+        assert (await http.get(f"/v1/receipts/{request_id}")).status_code == 200
+        answer = await http.get("/v1/receipts/req_unknown")
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (503, "archive_damaged")
+    assert path.name in error["message"]
+    assert str(path.parent) not in answer.text
 
 
 async def test_seals_are_public_to_callers_and_tell_nothing_of_them(

@@ -35,6 +35,7 @@ from app.billing.digests import ReceiptRecord, instant_text, merkle_root
 from app.billing.prices import first_items
 from app.billing.proofs import verify_proof
 from app.billing.rating import Settlement
+from app.billing.reconciliation.seals import SealWalk
 from app.billing.repricing import reprice
 from app.billing.usage_archive import (
     ABOUT_TO_GO,
@@ -45,7 +46,7 @@ from app.billing.usage_archive import (
 )
 from app.core import clock
 from app.core.database import Database
-from app.core.errors import NotFound
+from app.core.errors import NotFound, Unavailable
 from app.core.failpoints import Countdown, Reached, observed
 from app.core.ids import id_parts, id_with, new_id
 from app.metering.service import usage_by
@@ -347,6 +348,56 @@ async def test_a_damaged_file_is_named_and_deletes_nothing(books: Books) -> None
         list(books.archive.transactions(Span(1, 3)))
 
 
+def change_header(content: bytes) -> bytes:
+    return content[:60] + bytes([content[60] ^ 1]) + content[61:]
+
+
+@pytest.mark.parametrize("damage", [change_header, lambda content: content[:1_000]])
+async def test_a_damaged_file_takes_away_its_own_receipts_alone(
+    books: Books, database: Database, damage: Callable[[bytes], bytes]
+) -> None:
+    books.archive_before(NOW)
+    first, *_ = books.archive.spans()
+    path = books.archive.path(first)
+    path.write_bytes(damage(path.read_bytes()))
+    books.archive = UsageArchive(books.archive.directory)
+    books.records.archive = books.archive
+    requests = requests_of(books)
+    async with database.read() as session:
+        for n, name in enumerate(requests[9:], 9):
+            assert await books.records.receipt(session, owner(n), name)
+            assert await books.records.proof(owner(n), name)
+        for asked in (
+            books.records.receipt(session, "org_1", requests[0]),
+            books.records.proof("org_1", requests[0]),
+        ):
+            with pytest.raises(Unavailable, match=rf"archive file {path.name} is damaged") as said:
+                await asked
+            assert said.value.code == "archive_damaged"
+            assert str(path.parent) not in said.value.message
+    problem = books.check().problem
+    assert problem is not None
+    assert str(path) in problem
+    check = SealWalk(books.engine, books.archive, books.key.public_hex).check()
+    assert not check.is_clean
+    assert str(path) in check.differences[0].note
+
+
+async def test_a_file_that_cannot_be_read_is_as_a_damaged_one(books: Books) -> None:
+    books.archive_before(NOW)
+    path = books.archive.path(books.archive.spans()[0])
+    path.unlink()
+    path.mkdir()
+    archive = UsageArchive(books.archive.directory)
+    requests = requests_of(books)
+    assert archive.find(requests[-1])
+    with pytest.raises(Unavailable, match=path.name):
+        archive.find(requests[0])
+    problem = books.check().problem
+    assert problem is not None
+    assert f"{path} cannot be read: Is a directory" in problem
+
+
 quantities = st.integers(0, 2**62)
 lines = st.lists(
     st.tuples(
@@ -463,11 +514,21 @@ def test_both_forms_of_the_first_format_are_read(kept: str) -> None:
     assert receipt.lines == [("input", 100, 1000, 1000, 100, "billed")]
 
 
-def test_a_damaged_header_of_the_first_format_is_named() -> None:
-    content = bytearray(zlib.decompress(base64.b85decode(WITH_HASH)))
-    content[60] ^= 1
-    with pytest.raises(DamagedArchive, match="the header is damaged"):
-        read_header(io.BytesIO(bytes(content)))
+@pytest.mark.parametrize(
+    ("kept", "part", "changed", "words"),
+    [
+        (WITH_HASH, b'"first_seal":3', b'"first_seal":2', "the header is damaged"),
+        (WITHOUT_HASH, b'"who":', b'"whn":', "the columns are not as the header says"),
+        (WITHOUT_HASH, b'"random":10', b'"random":11', "the columns are not as the header says"),
+    ],
+)
+def test_a_damaged_header_of_the_first_format_is_told_as_such(
+    kept: str, part: bytes, changed: bytes, words: str
+) -> None:
+    content = zlib.decompress(base64.b85decode(kept))
+    assert content.count(part) == 1
+    with pytest.raises(DamagedArchive, match=words):
+        list(read_transactions(io.BytesIO(content.replace(part, changed))))
 
 
 def test_what_is_archived_until_when_is_kept_while_nothing_changes(
