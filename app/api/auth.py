@@ -10,11 +10,20 @@ from litestar.connection import ASGIConnection
 from litestar.di import Provide
 from litestar.handlers import BaseRouteHandler
 
-from app.api.bodies import body_deadline, is_streamed, may_hold_file, receive_form
+from app.api.bodies import (
+    body_deadline,
+    is_streamed,
+    length_of_file,
+    may_hold_file,
+    receive_fields,
+    receive_form,
+    takes_file,
+)
 from app.core.errors import Unauthenticated
 from app.organizations.keys import KeyRing
 from app.organizations.principal import Principal, Scope
 from app.organizations.signins import COOKIE, SignIns, host_cookie
+from app.registry.uploads import UploadStore
 from app.settings import Settings
 
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -47,18 +56,24 @@ async def principal_after_body(request: Connection) -> Principal:
     """Who holds the request's API key still, once all of the body is there: what the request may
     do is decided by nothing older. Raises `Unauthenticated` and `TookTooLong`."""
     principal = await bearer_principal(request)
-    if not await _receive_body(request):
+    if not await _receive_body(request, principal):
         return principal
     return await bearer_principal(request)
 
 
-async def _receive_body(request: Connection) -> bool:
-    """Whether there was one, as far as its handler does not receive it as it comes."""
+async def _receive_body(request: Connection, principal: Principal) -> bool:
+    """Whether there was one, as far as its handler does not receive it as it comes. A file's needs
+    room, which is looked for first."""
     assert isinstance(request, Request), "only requests have a body"
     if request.method in SAFE_METHODS or is_streamed(request):
         return False
     if may_hold_file(request):
-        await receive_form(request)  # which takes its time
+        uploads: UploadStore = request.app.state.uploads
+        num_bytes = length_of_file(request, uploads.max_bytes)
+        async with uploads.receiving_form(principal, num_bytes) as arriving:
+            await receive_form(request, arriving.came)  # which takes its time
+    elif takes_file(request):
+        await receive_fields(request)
     else:
         async with body_deadline():
             await request.body()
@@ -108,7 +123,7 @@ def allowed(scope: Scope) -> Callable[[Connection, BaseRouteHandler], Awaitable[
 
     async def guard(connection: Connection, _: BaseRouteHandler) -> None:
         connection.auth.require(scope)
-        if await _receive_body(connection):
+        if await _receive_body(connection, connection.auth):
             connection.scope["auth"] = principal = await bearer_principal(connection)
             principal.require(scope)
 

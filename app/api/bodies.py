@@ -20,6 +20,8 @@ from app.registry.upload_limits import form_does_not_fit
 
 BODY_SECONDS = 30.0  # for all of a body that is neither an upload nor for a model
 
+FIELDS_BYTES = 64 * 1024  # at most so much of a body for a file is not the file
+
 # What a route says in its `opt` of a body that may take longer. Of the first only a form may.
 TAKES_FILE = {"body": "a form with a file in it"}
 TAKES_STREAM = {"body": "received by the handler, as it comes"}
@@ -63,10 +65,25 @@ async def body_deadline() -> AsyncGenerator[None]:
         ) from None
 
 
+def takes_file(request: AnyRequest) -> bool:
+    """Whether the route takes a form with a file in it."""
+    return request.route_handler.opt.get("body") == TAKES_FILE["body"]
+
+
 def may_hold_file(request: AnyRequest) -> bool:
     """Whether the body is a form with a file in it, on a route that takes one."""
-    is_form = request.content_type[0] == RequestEncodingType.MULTI_PART
-    return is_form and request.route_handler.opt.get("body") == TAKES_FILE["body"]
+    return takes_file(request) and request.content_type[0] == RequestEncodingType.MULTI_PART
+
+
+def length_of_file(request: AnyRequest, max_bytes: int) -> int:
+    """Of a form that nothing was read of: what its length leaves for the file or, where it has
+    none, the largest that may be in it."""
+    length_bytes = request.content_length
+    most_bytes = request.route_handler.resolve_request_max_body_size()
+    assert most_bytes is not None, "only streams have no limit"
+    if length_bytes is None:
+        return min(most_bytes, max_bytes)
+    return max(min(length_bytes, most_bytes) - FIELDS_BYTES, 1)
 
 
 def is_streamed(request: AnyRequest) -> bool:
@@ -83,6 +100,25 @@ async def receive_body(request: AnyRequest) -> bytes:
     comes for a while."""
     with _watched(request, _ignored):
         return await request.body()
+
+
+async def receive_fields(request: AnyRequest) -> None:
+    """What comes without a file to a route that takes one: large bodies are for files. Raises
+    `TooLarge` and `TookTooLong`."""
+    num_bytes = 0
+
+    def came(num_more: int) -> None:
+        nonlocal num_bytes
+        num_bytes += num_more
+        if max(num_bytes, request.content_length or 0) > FIELDS_BYTES:
+            raise TooLarge(
+                f"A body that is no multipart/form-data may have {FIELDS_BYTES:,} bytes here; "
+                "a file is sent in such a form, or through /api/uploads."
+            )
+
+    async with body_deadline():
+        with _watched(request, came):
+            await request.body()
 
 
 async def receive_form(request: AnyRequest, came: Came = _ignored) -> FormMultiDict:

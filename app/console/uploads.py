@@ -13,7 +13,14 @@ from litestar.datastructures import UploadFile
 from litestar.params import FromPath, FromQuery
 
 from app.api import tus
-from app.api.bodies import TAKES_FILE, TAKES_STREAM, may_hold_file, receive_form
+from app.api.bodies import (
+    FIELDS_BYTES,
+    TAKES_FILE,
+    TAKES_STREAM,
+    length_of_file,
+    may_hold_file,
+    receive_form,
+)
 from app.console.sessions import (
     authenticate,
     check_origin,
@@ -33,7 +40,6 @@ from app.settings import Settings
 from runtime.protocol import BuildHints
 
 PLAIN_FORM_BYTES = 512 * 1024**2  # the form without a script holds the file in a temporary one
-FIELDS_BYTES = 64 * 1024  # at most so much of it is not the file
 CHUNK_BYTES = 1024**2
 
 
@@ -52,7 +58,7 @@ async def admit_plain_form(request: PageRequest) -> None:
     num_bytes = tus.byte_count(request, "Content-Length")
     if may_hold_file(request):
         uploads: UploadStore = request.app.state.uploads
-        num_bytes = max(num_bytes - FIELDS_BYTES, 1)
+        num_bytes = length_of_file(request, uploads.max_bytes)
         async with uploads.receiving_form(person.principal, num_bytes) as arriving:
             await receive_form(request, arriving.came)
     elif num_bytes > FIELDS_BYTES:

@@ -1,6 +1,7 @@
 """From an upload to a version over HTTP, and what is shown of it."""
 
 import pickle
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
@@ -65,6 +66,73 @@ async def test_a_large_form_is_sent_to_resumable_uploads(
     response = await client.post("/api/models/digits/versions", headers=caller.headers, files=files)
     assert response.status_code == 413
     assert "/api/uploads" in response.json()["error"]["message"]
+
+
+FORM = {"Content-Type": "multipart/form-data; boundary=B"}
+BEGINNING = b'--B\r\nContent-Disposition: form-data; name="file"; filename="m.pt2"\r\n\r\n'
+URL = "/api/models/digits/versions"
+
+
+async def test_a_form_without_room_is_not_read(
+    client: httpx.AsyncClient, app: Litestar, caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body() -> AsyncIterator[bytes]:
+        raise AssertionError("the form was read")
+        yield b""
+
+    async def status(**length: str) -> int:
+        headers = caller.headers | FORM | length
+        return (await client.post(URL, headers=headers, content=body())).status_code
+
+    limits, length = app.state.uploads._limits, {"Content-Length": "40000000"}
+    monkeypatch.setattr(app.state.storage, "free_bytes", lambda: 300_000_000)
+    assert (await status(**length), await status()) == (507, 507)
+    monkeypatch.undo()
+    monkeypatch.setattr(limits, "quota_bytes", 30_000_000)
+    assert (await status(**length), await status()) == (413, 413)
+    monkeypatch.setattr(limits, "max_open", 0)
+    assert (await status(**length), await status()) == (409, 409)
+
+
+async def test_forms_count_as_uploads_while_they_arrive(
+    client: httpx.AsyncClient, app: Litestar, caller: Caller, program: bytes
+) -> None:
+    limits = app.state.uploads._limits
+    counted: list[int] = []
+
+    async def whole() -> AsyncIterator[bytes]:
+        yield BEGINNING
+        counted.extend(form.num_bytes for form in limits._forms)
+        yield program
+        counted.extend(form.brought_bytes for form in limits._forms)
+        yield b"\r\n--B--\r\n"
+
+    sent = await client.post(URL, headers=caller.headers | FORM, content=whole())
+    assert sent.status_code == 202, sent.text
+    assert counted == [models.MAX_FORM_BYTES, len(BEGINNING) + len(program)]
+    assert limits._forms == set()
+    app.state.uploads.max_bytes = limits.max_bytes = 1_000_000  # less than a form may have
+    counted.clear()
+    assert (await client.post(URL, headers=caller.headers | FORM, content=whole())).is_success
+    assert counted[0] == 1_000_000
+
+
+@pytest.mark.parametrize("has_length", [False, True])
+async def test_only_forms_may_be_large(
+    client: httpx.AsyncClient, caller: Caller, has_length: bool
+) -> None:
+    num_read = 0
+
+    async def body() -> AsyncIterator[bytes]:
+        nonlocal num_read
+        for _ in range(100):
+            num_read += 1
+            yield bytes(10_000)
+
+    headers = caller.headers | ({"Content-Length": "1000000"} if has_length else {})
+    answer = await client.post(URL, headers=headers, content=body())
+    assert (answer.status_code, num_read) == (413, 1 if has_length else 7)
+    assert "multipart/form-data" in answer.json()["error"]["message"]
 
 
 async def test_a_refused_file_says_what_to_do_and_frees_its_space(
