@@ -48,6 +48,7 @@ from app.api import (
     uploads,
     usage,
 )
+from app.api.arriving import ArrivingBodies
 from app.api.relay import Relay
 from app.billing.accounts import AccountWriter
 from app.billing.archiving import Archivist
@@ -166,6 +167,7 @@ async def start(
     stack.push_async_callback(state.key_ring.close)
     state.sign_ins = SignIns(database, settings.session_days)
     state.uploads = UploadStore(database, storage, settings)
+    state.arriving = ArrivingBodies(settings.max_request_bytes)
     await start_money(state, settings, stack)
     await start_records(state, settings, stack)
     await start_serving(state, settings, stack)

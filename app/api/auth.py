@@ -15,8 +15,10 @@ from app.api.bodies import (
     is_streamed,
     length_of_file,
     may_hold_file,
+    receive_body,
     receive_fields,
     receive_form,
+    remember_sender,
     takes_file,
 )
 from app.core.errors import Unauthenticated
@@ -49,7 +51,9 @@ def bearer_secret(connection: Connection) -> str:
 async def bearer_principal(request: Connection) -> Principal:
     """Who holds the request's API key. Raises `Unauthenticated`."""
     key_ring: KeyRing = request.app.state.key_ring
-    return await key_ring.authenticate(bearer_secret(request))
+    principal = await key_ring.authenticate(bearer_secret(request))
+    remember_sender(request, principal.organization_id)
+    return principal
 
 
 async def principal_after_body(request: Connection) -> Principal:
@@ -76,7 +80,7 @@ async def _receive_body(request: Connection, principal: Principal) -> bool:
         await receive_fields(request)
     else:
         async with body_deadline():
-            await request.body()
+            await receive_body(request)
     return True
 
 

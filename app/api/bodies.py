@@ -2,17 +2,19 @@
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 import msgspec
 from litestar import Request
+from litestar.connection import ASGIConnection
 from litestar.datastructures import FormMultiDict
 from litestar.enums import RequestEncodingType
 from litestar.exceptions import ClientException
 from litestar.types import HTTPReceiveMessage, WebSocketReceiveMessage
 
+from app.api.arriving import ArrivingBodies, Came
 from app.core.errors import AppError, InvalidRequest, TookTooLong, TooLarge
 from app.core.storage import is_full
 from app.registry.transfers import LEAST_BYTES, STALL_SECONDS, Pace
@@ -27,8 +29,9 @@ TAKES_FILE = {"body": "a form with a file in it"}
 TAKES_STREAM = {"body": "received by the handler, as it comes"}
 
 AnyRequest = Request[Any, Any, Any]
-Came = Callable[[int], object]  # is told of bytes as they come; raises `AppError` to end the body
+Connection = ASGIConnection[Any, Any, Any, Any]
 T = TypeVar("T")
+_SENDER = "sender"
 _AT = re.compile(r"^(?P<problem>.*) - at `\$\.?(?P<path>.*)`$", re.DOTALL)
 _MISSING = re.compile(r"^Object missing required field `(?P<field>.*)`$")
 
@@ -91,14 +94,27 @@ def is_streamed(request: AnyRequest) -> bool:
     return request.route_handler.opt.get("body") == TAKES_STREAM["body"]
 
 
-def _ignored(num_bytes: int) -> None:
-    """Of a body that nobody counts."""
+def remember_sender(connection: Connection, organization_id: str) -> None:
+    """Whose body it is that is received from here on."""
+    connection.scope["state"][_SENDER] = organization_id
+
+
+@contextmanager
+def _counted(request: AnyRequest) -> Generator[Came]:
+    """What is told of the body's bytes, on the account of whoever sends it."""
+    sender: str | None = request.scope["state"].get(_SENDER)
+    if sender is None:  # somebody who is not signed in, and has the deadline of small bodies
+        yield lambda num_bytes: None
+        return
+    arriving: ArrivingBodies = request.app.state.arriving
+    with arriving.counting(sender) as came:
+        yield came
 
 
 async def receive_body(request: AnyRequest) -> bytes:
-    """What a model is asked, however long it is. Raises `TookTooLong` where next to nothing of it
-    comes for a while."""
-    with _watched(request, _ignored):
+    """What a model is asked, however long it is. Raises `RateLimited` where too much comes at once
+    and `TookTooLong` where next to nothing of it comes for a while."""
+    with _counted(request) as came, _watched(request, came):
         return await request.body()
 
 
@@ -121,11 +137,11 @@ async def receive_fields(request: AnyRequest) -> None:
             await request.body()
 
 
-async def receive_form(request: AnyRequest, came: Came = _ignored) -> FormMultiDict:
-    """The form, whoever made it. Raises `InvalidRequest`, `TooLarge`, what `came` does or, where
-    next to nothing of it comes for a while, `TookTooLong`."""
+async def receive_form(request: AnyRequest, came: Came | None = None) -> FormMultiDict:
+    """The form, whoever made it; `came` counts one that is no request to a model. Raises
+    `InvalidRequest`, `TooLarge`, what `came` or `receive_body` does."""
     try:
-        with _watched(request, came):
+        with _counted(request) as counted, _watched(request, came or counted):
             return await request.form()
     except (LookupError, ValueError):  # of a charset that there is not, or of bytes not in it
         raise InvalidRequest(

@@ -13,7 +13,13 @@ from litestar import Response
 from litestar.datastructures import Cookie
 
 from app.api.auth import SAFE_METHODS
-from app.api.bodies import body_deadline, is_streamed, may_hold_file, receive_form
+from app.api.bodies import (
+    body_deadline,
+    is_streamed,
+    may_hold_file,
+    receive_form,
+    remember_sender,
+)
 from app.console.templating import PageRequest
 from app.core.errors import AppError, Forbidden, Unauthenticated
 from app.core.security import new_token
@@ -50,9 +56,11 @@ async def authenticate(request: PageRequest) -> SignedIn:
     """Who has the request's session, now. Raises `SignInRequired`."""
     sign_ins: SignIns = request.app.state.sign_ins
     try:
-        return await sign_ins.authenticate(session_token(request))
+        person = await sign_ins.authenticate(session_token(request))
     except Unauthenticated:
         raise SignInRequired("Sign in to go on.") from None
+    remember_sender(request, person.principal.organization_id)
+    return person
 
 
 async def _receive_small_form(request: PageRequest) -> None:

@@ -29,6 +29,7 @@ from app.api import (
     usage,
 )
 from app.api import openai as openai_routes
+from app.api.arriving import ArrivingBodies
 from app.api.errors import EXCEPTION_HANDLERS
 from app.api.relay import Relay
 from app.billing.accounts import AccountWriter
@@ -180,7 +181,7 @@ class Box:
         self.fleet.targets[name] = FakeTarget(name, manifest, link)
 
     async def _serve(self) -> None:
-        app = Litestar(
+        self.app = app = Litestar(
             [
                 health.router,
                 openai_routes.router,
@@ -198,6 +199,7 @@ class Box:
                     "settings": self.settings,
                     "database": self.database,
                     "key_ring": self.key_ring,
+                    "arriving": ArrivingBodies(self.settings.max_request_bytes),
                     "fleet": self.fleet,
                     "journal": self.journal,
                     "prices": self.prices,

@@ -20,6 +20,7 @@ from litestar.testing import AsyncTestClient
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from app import console as console_pages
+from app.api.arriving import ArrivingBodies
 from app.billing.records import Records
 from app.billing.signing import open_key
 from app.billing.usage_archive import UsageArchive
@@ -123,6 +124,7 @@ async def console(database: Database, settings: Settings) -> AsyncIterator[Conso
             "database": database,
             "storage": storage,
             "broadcast": Broadcast(),
+            "arriving": ArrivingBodies(settings.max_request_bytes),
             "uploads": UploadStore(database, storage, settings),
             "builder": builder,
             "optimiser": optimiser,

@@ -22,6 +22,7 @@ from app.api import (
     organization,
     uploads,
 )
+from app.api.arriving import ArrivingBodies
 from app.api.errors import EXCEPTION_HANDLERS
 from app.core.broadcast import Broadcast
 from app.core.database import Database
@@ -98,6 +99,7 @@ async def app(database: Database, settings: Settings) -> AsyncIterator[Litestar]
         "storage": storage,
         "broadcast": Broadcast(),
         "key_ring": key_ring,
+        "arriving": ArrivingBodies(settings.max_request_bytes),
         "uploads": UploadStore(database, storage, settings),
         "fleet": FakeFleet(),
         "builder": FakeBuilder(database),

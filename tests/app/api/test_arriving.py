@@ -1,0 +1,72 @@
+"""The memory of bodies that are on their way, of one organization and of another."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+
+from app.api.arriving import ArrivingBodies
+from app.core.errors import RateLimited
+from tests.app.api.conftest import ORGANIZATION, OTHER, Box
+
+FORM = "multipart/form-data; boundary=B"
+BEGINNING = b'--B\r\nContent-Disposition: form-data; name="x"\r\n\r\n'
+
+
+def test_what_has_arrived_or_was_refused_is_no_longer_held() -> None:
+    arriving = ArrivingBodies(1)
+    arriving.max_bytes = 10
+    with arriving.counting("a") as first:
+        first(6)
+        with arriving.counting("a") as second:
+            second(4)
+            with pytest.raises(RateLimited) as caught:
+                second(1)
+        assert caught.value.retry_after_seconds == 1
+        assert arriving.held_bytes("a") == 6
+        with arriving.counting("b") as others:
+            others(10)
+        first(4)
+    assert arriving._held_bytes == {}
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/v1/completions", "application/json"),
+        ("/v1/embeddings", "application/json"),
+        ("/v1/messages", "application/json"),
+        ("/v2/models/doubler/infer", "application/json"),
+        ("/models/doubler/predict", "application/json"),
+        ("/models/doubler/predict", FORM),
+    ],
+)
+async def test_an_organization_sends_so_much_at_once(box: Box, path: str, kind: str) -> None:
+    arriving: ArrivingBodies = box.app.state.arriving
+    arriving.max_bytes = 100_000
+    may_end = asyncio.Event()
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield BEGINNING + b" " * 60_000
+        await may_end.wait()
+        yield b" "
+
+    def headers(key: str) -> dict[str, str]:
+        return {"Authorization": f"Bearer {box.keys[key]}", "Content-Type": kind}
+
+    async with httpx.AsyncClient(base_url=box.url, timeout=30) as http:
+        held = asyncio.create_task(http.post(path, headers=headers(ORGANIZATION), content=slow()))
+        while arriving.held_bytes(ORGANIZATION) < 60_000:
+            assert not held.done(), held.result().text
+            await asyncio.sleep(0.01)
+        large = BEGINNING + b" " * 60_000
+        refused = await http.post(path, headers=headers(ORGANIZATION), content=large)
+        others = await http.post(path, headers=headers(OTHER), content=large)
+        may_end.set()
+        assert (await held).status_code == 400
+        again = await http.post(path, headers=headers(ORGANIZATION), content=large)
+    assert (refused.status_code, others.status_code, again.status_code) == (429, 400, 400)
+    assert refused.headers["retry-after"] == "1"
+    assert "100,000 bytes" in refused.text
+    assert arriving._held_bytes == {}
