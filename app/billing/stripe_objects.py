@@ -165,6 +165,8 @@ class Event(msgspec.Struct, frozen=True):
     payment_id: str = ""  # of the payment that a charge, refund or dispute belongs to
     account_id: str = ""  # of the connected account that it happened to; ours is ""
     is_live: bool | None = None  # None where that is not known
+    top_up_id: str = ""  # ours, as the object's metadata tells it
+    invoice_id: str = ""  # likewise
 
 
 def read_customer(data: Data) -> Customer:
@@ -302,6 +304,8 @@ def read_event(data: Data) -> Event:
         payment_id=_id(subject.get("payment_intent")),
         account_id=data.get("account") or "",
         is_live=data.get("livemode"),
+        top_up_id=_ours(subject, "top_up_id"),
+        invoice_id=_ours(subject, "invoice_id"),
     )
 
 

@@ -1,6 +1,6 @@
 """How SQLite would find what a statement asks for, which a test's few rows do not show."""
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ Plans = Callable[[str], Awaitable[list[str]]]
 
 
 @contextmanager
-def sqlite_plans(database: Database) -> Iterator[Plans]:
+def sqlite_plans(database: Database) -> Generator[Plans]:
     """Gives the plans of the statements within that name a table, in their order. Skips the test
     on PostgreSQL, which plans by what is in the tables."""
     engine = database.engine

@@ -5,6 +5,7 @@ Whatever the order and number of events, the books end the same.
 """
 
 import msgspec
+from sqlalchemy import or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.billing.ledger import lock_account
@@ -15,7 +16,7 @@ from app.billing.payments.profile import (
     organization_of_customer,
 )
 from app.billing.payments.settling import Seen, look_up, settle
-from app.billing.payments.tables import TopUp
+from app.billing.payments.tables import Invoice, StripeMirror, TopUp
 from app.billing.payments.top_ups import follow_checkout
 from app.billing.stripe import Stripe
 from app.billing.stripe_errors import StripeRejected
@@ -84,6 +85,26 @@ def read(stripe: Stripe, event: Event) -> Found:
         if error.code == "resource_missing":
             raise NotThere(f"{error}") from error
         raise
+
+
+async def names_ours(session: AsyncSession, event: Event) -> bool:
+    """Whether an event's own words name a top-up, payment or invoice of ours."""
+    payment_ids = {event.payment_id, event.object_id} - {""}
+    ours = (
+        select(TopUp.id).where(
+            or_(TopUp.id == event.top_up_id, TopUp.payment_intent_id.in_(payment_ids))
+        ),
+        select(StripeMirror.id).where(
+            StripeMirror.kind == "payment", StripeMirror.id.in_(payment_ids)
+        ),
+        select(Invoice.id).where(
+            or_(Invoice.id == event.invoice_id, Invoice.stripe_invoice_id == event.object_id)
+        ),
+    )
+    for query in ours:
+        if await session.scalar(query.limit(1)) is not None:
+            return True
+    return False
 
 
 def _read(stripe: Stripe, event: Event) -> Found:

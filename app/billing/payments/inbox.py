@@ -169,16 +169,22 @@ class Inbox:
             return _event_of(row)
 
     async def _wait_for(self, event_id: str, reason: str) -> None:
-        """What Stripe does not know may be there once the API key is the right one; after some
-        days it is none of ours."""
+        """What Stripe does not know may be there once the API key is the right one. After some
+        days it is none of ours, unless the event itself says so: then a person is told."""
         async with self._database.write() as session:
             row = await _locked(session, event_id)
             if row.state not in WAITING_STATES:
                 return
             row.error = reason[:MAX_ERROR_CHARS]
-            is_over = clock.now() - row.received_at > WAITED_FOR
-            row.state = "done" if is_over else "parked"
+            row.state = "parked"
             row.next_at = after_seconds(backoff_seconds(row.num_attempts, LONGEST_WAIT_SECONDS))
+            if clock.now() - row.received_at <= WAITED_FOR:
+                return
+            if await following.names_ours(session, _event_of(row)):
+                row.state = "dead"
+                await _raise_alarm(session, row)
+            else:
+                row.state = "done"
 
     async def _park(self, event_id: str, reason: str, *, is_away: bool) -> None:
         async with self._database.write() as session:

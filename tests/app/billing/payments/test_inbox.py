@@ -8,10 +8,13 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 from stripe import WebhookSignature
 
 from app.billing.payments import following, inbox
 from app.billing.stripe_errors import BadSignature
+from app.billing.stripe_objects import Event
+from app.core import clock
 from tests.app.billing.payments.cashier import CENTS, Cashier
 from tests.stripe_stand_in.errors import missing
 from tests.stripe_stand_in.webhooks import Delivery
@@ -276,6 +279,38 @@ async def test_what_another_key_does_not_see_waits_for_the_right_one(
     await cashier.payments.link.inbox.turn()
     assert await cashier.balance_cents() == CENTS
     await cashier.check()
+
+
+async def test_what_names_ours_and_is_never_seen_ends_with_an_alarm(
+    cashier: Cashier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, session_id = await begin(cashier)
+    payment_id = pay(cashier, session_id)
+    await cashier.receive()
+    with monkeypatch.context() as patch:
+        patch.setattr(cashier.stripe.account, "get", _see_nothing)
+        for _ in range(9):
+            await cashier.payments.link.inbox.turn()
+            cashier.time.passes(hours=24)
+    dead = await cashier.events("dead")
+    assert {"checkout.session.completed", "payment_intent.succeeded"} <= {e.type for e in dead}
+    assert len(await cashier.notices("webhook_dead")) == len(dead)
+    assert await cashier.payments.link.inbox.backfill() == 0
+    async with cashier.database.write() as session:
+        for event in dead:
+            assert await inbox.revive(session, event.id)
+    await cashier.payments.link.inbox.turn()
+    assert await cashier.balance_cents() == CENTS
+    assert {each.state for each in await cashier.events()} == {"done"}
+    await cashier.check()
+
+    refunded = Event("evt", "charge.refunded", clock.now(), "ch_1", "charge", payment_id=payment_id)
+    others = replace(refunded, payment_id="pi_others")
+    billed = Event("evt", "invoice.paid", clock.now(), "in_1", "invoice", invoice_id="inv_none")
+    async with cashier.database.read() as session:
+        assert await following.names_ours(session, refunded)
+        assert not await following.names_ours(session, others)
+        assert not await following.names_ours(session, billed)
 
 
 def _see_nothing(kind: str, id: str, param: str = "id") -> None:
