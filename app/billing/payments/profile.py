@@ -4,6 +4,7 @@ Owns their rows and the making of the customer. Charging the card is `recharge.p
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import select, update
@@ -23,7 +24,7 @@ from app.billing.payments.operations import (
 )
 from app.billing.payments.tables import BillingProfile, StripeOperation, TopUp
 from app.billing.stripe import Stripe
-from app.billing.stripe_objects import Customer
+from app.billing.stripe_objects import Customer, Dispute
 from app.core import clock
 from app.core.errors import InvalidRequest
 from app.core.ids import new_id
@@ -112,13 +113,18 @@ async def forget_card(session: AsyncSession, payment_method_id: str) -> None:
 
 
 async def mark_card(
-    session: AsyncSession, payment_method_id: str, payment_id: str, *, is_disputed: bool
+    session: AsyncSession, payment_method_id: str, payment_id: str, disputes: Sequence[Dispute]
 ) -> None:
-    """The owner of the card disputes a payment by it, or does so no longer."""
+    """What became of the disputes of a payment by this card. One that ended in our favour stays
+    so: an older reading of it may be applied after a newer one."""
     id = f"card:{payment_method_id}"
     card = await mirror.read(session, id)
-    disputes = {} if card is None else card.data
-    await mirror.put(session, id, "card", {**disputes, payment_id: is_disputed})
+    known: dict[str, bool] = {} if card is None else dict(card.data)
+    known.pop(payment_id, None)  # as was noted before disputes had their own
+    for dispute in disputes:
+        is_open = not dispute.is_in_our_favour
+        known[dispute.id] = is_open and known.get(dispute.id, True)
+    await mirror.put(session, id, "card", known)
 
 
 async def is_card_disputed(session: AsyncSession, payment_method_id: str) -> bool:

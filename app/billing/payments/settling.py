@@ -86,8 +86,7 @@ async def settle(session: AsyncSession, seen: Seen) -> bool:
     if disputed_cents < 0 or is_decided:
         await end(session, organization_id, "payment_disputed", payment.id)
     if seen.disputes and payment.payment_method_id:
-        is_disputed = any(not dispute.is_in_our_favour for dispute in seen.disputes)
-        await mark_card(session, payment.payment_method_id, payment.id, is_disputed=is_disputed)
+        await mark_card(session, payment.payment_method_id, payment.id, seen.disputes)
     if refunded_cents > 0 or disputed_cents > 0:
         await _stop_recharging(session, organization_id, payment.id)
     await session.flush()

@@ -1,10 +1,15 @@
 """Refunds and disputes: what is taken back, what is given back, and what is owed then."""
 
+import asyncio
+
 import pytest
 
 from app.billing.credits import open_lots
 from app.billing.ledger import REVENUE, STRIPE_FEES, credit_account, on_account, post
+from app.billing.payments import mirror
 from app.billing.payments.cents import NANO_PER_CENT
+from app.billing.payments.profile import is_card_disputed
+from app.billing.payments.settling import look_up, settle
 from app.billing.tables import CreditLot
 from app.core.errors import Conflict, InvalidRequest, NotFound
 from tests.app.billing.payments.cashier import CENTS, Cashier
@@ -201,6 +206,39 @@ async def test_an_inquiry_moves_no_money(cashier: Cashier) -> None:
     assert (await cashier.top_up(top_up.id)).state == "paid"
     assert await cashier.balance_cents() == CENTS
     await cashier.check()
+
+
+async def test_an_older_reading_does_not_undo_that_a_dispute_was_won(cashier: Cashier) -> None:
+    """Of two events that are followed up at once, the older reading may be applied last."""
+    payment_id = (await cashier.pay()).payment_intent_id or ""
+    stripe = cashier.payments.link.stripe
+    dispute = cashier.stripe.open_dispute(payment_id)
+    older = await asyncio.to_thread(look_up, stripe, payment_id)
+    cashier.stripe.win_dispute(dispute["id"])
+    newer = await asyncio.to_thread(look_up, stripe, payment_id)
+    card_id = newer.payment.payment_method_id
+    for seen, is_disputed in ((older, True), (newer, False), (older, False)):
+        async with cashier.database.write() as session:
+            await settle(session, seen)
+            assert await is_card_disputed(session, card_id) is is_disputed
+    await cashier.hear()
+    assert await cashier.balance_cents() == CENTS
+    await cashier.check()
+
+
+async def test_what_was_noted_of_a_payment_gives_way_to_its_disputes(cashier: Cashier) -> None:
+    payment_id = (await cashier.pay()).payment_intent_id or ""
+    dispute = cashier.stripe.open_dispute(payment_id)
+    await cashier.hear()
+    stripe = cashier.payments.link.stripe
+    card_id = (await asyncio.to_thread(look_up, stripe, payment_id)).payment.payment_method_id
+    async with cashier.database.write() as session:
+        await mirror.put(session, f"card:{card_id}", "card", {payment_id: True})
+        assert await is_card_disputed(session, card_id)
+    cashier.stripe.win_dispute(dispute["id"])
+    await cashier.hear()
+    async with cashier.database.read() as session:
+        assert not await is_card_disputed(session, card_id)
 
 
 async def test_a_refund_and_a_dispute_of_the_rest(cashier: Cashier) -> None:
