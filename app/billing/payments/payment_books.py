@@ -5,6 +5,7 @@ again, late, twice or in any order posts nothing twice. What is not a top-up's i
 of an invoice, whose own payment `invoice_payments.py` posts.
 """
 
+from collections.abc import Sequence
 from datetime import datetime
 
 from sqlalchemy import select
@@ -81,13 +82,15 @@ class PaymentBooks:
             )
         # Money that could not be sent is ours again, and so the customer's.
         if refund.status in ("failed", "canceled") and await is_posted(self._session, key):
-            undone = await self._give(key, f"refund_failed:{refund.id}", refund.amount_cents)
+            undone = await self._give([key], [], f"refund_failed:{refund.id}", refund.amount_cents)
             return -refund.amount_cents if undone else 0
         return 0
 
     async def dispute(self, dispute: Dispute) -> int:
         """Returns by how many cents more than before is disputed or lost."""
-        change_cents, taken_key = 0, ""
+        change_cents = 0
+        taken: list[str] = []
+        given: list[str] = []
         for movement in sorted(dispute.balance_transactions, key=_when):
             key = f"dispute:{movement.id}"
             cents = -movement.amount_cents
@@ -95,10 +98,11 @@ class PaymentBooks:
                 # What was paid, not what Stripe made of it in the currency of its balance.
                 cents = dispute.amount_cents if cents > 0 else -dispute.amount_cents
             if cents > 0:
-                taken_key = taken_key or key
+                taken.append(key)
                 change_cents += cents if await self._take(key, "dispute", cents) else 0
-            elif cents < 0 and taken_key:
-                change_cents += cents if await self._give(taken_key, key, -cents) else 0
+            elif cents < 0 and taken:
+                change_cents += cents if await self._give(taken, given, key, -cents) else 0
+                given.append(key)
             await self.pay_fee(movement)
         return change_cents
 
@@ -125,10 +129,13 @@ class PaymentBooks:
             )
         return posted is not None
 
-    async def _give(self, taken_key: str, key: str, cents: int) -> bool:
+    async def _give(
+        self, taken_keys: Sequence[str], given_keys: Sequence[str], key: str, cents: int
+    ) -> bool:
         posted = await give_back(
             self._session,
-            taken_key=taken_key,
+            taken_keys=taken_keys,
+            given_keys=given_keys,
             amount_nano=cents * NANO_PER_CENT,
             key=key,
             kind=key.partition(":")[0],

@@ -462,7 +462,7 @@ async def test_what_is_given_back_to_a_lot_that_ended_ends_too(
         await lock_account(session, ORGANIZATION, "usd")
         await give_back(
             session,
-            taken_key="dispute:1",
+            taken_keys=["dispute:1"],
             amount_nano=5,
             key="won:1",
             kind="dispute",
@@ -475,6 +475,43 @@ async def test_what_is_given_back_to_a_lot_that_ended_ends_too(
         lot = await session.get_one(CreditLot, lot_id)
         assert lot.remaining_nano == 0
         assert await credits.due_lots(session, ends) == []
+
+
+async def test_what_is_given_back_in_parts_returns_to_where_it_was(books: Database) -> None:
+    lot_id = await add(books, 100, "stripe:pi_1")
+    assert lot_id is not None
+    async with books.write() as session:
+        lot = await session.get_one(CreditLot, lot_id)
+        await post(
+            session,
+            key="usage:1",
+            kind="usage",
+            organization_id=ORGANIZATION,
+            currency="usd",
+            entries={PAID: -50, REVENUE: 50},
+        )
+        lot.remaining_nano -= 50
+    await take_back(books, 70, "dispute:1")
+    await take_back(books, 30, "dispute:2")
+    given: list[str] = []
+    for nano, owed, left in ((30, 20, 0), (45, 0, 25), (25, 0, 50)):
+        async with books.write() as session:
+            await lock_account(session, ORGANIZATION, "usd")
+            key = f"won:{len(given)}"
+            await give_back(
+                session,
+                taken_keys=["dispute:1", "dispute:2"],
+                given_keys=given,
+                amount_nano=nano,
+                key=key,
+                kind="dispute",
+                from_account=STRIPE_CLEARING,
+            )
+            given.append(key)
+        entries = await balances(books)
+        assert (entries.get(OWED, 0), entries[PAID]) == (-owed, left)
+        async with books.read() as session:
+            assert (await session.get_one(CreditLot, lot_id)).remaining_nano == left
 
 
 async def test_two_who_take_back_at_once_take_no_more_than_there_is(books: Database) -> None:
