@@ -36,6 +36,7 @@ from app.console import (
     usage,
 )
 from app.console.errors import exception_handlers
+from app.console.forms import MAX_FORM_BYTES, FormRequest
 from app.console.sessions import HOME
 from app.console.templating import HEADERS, STATIC_DIR, STATIC_PATH, PageRequest
 from app.core.errors import NotFound
@@ -91,6 +92,7 @@ behind_session = Router(
         earnings.router,
     ],
     before_request=notices.enter,
+    request_max_body_size=MAX_FORM_BYTES,
 )
 before_session = Router("/console", route_handlers=[entry.router])
 static_files = create_static_files_router(
@@ -104,6 +106,7 @@ router = Router(
     "/",
     route_handlers=[home, guide.router, behind_session, before_session, static_files],
     exception_handlers=exception_handlers,  # type: ignore[arg-type]
+    request_class=FormRequest,
     after_request=secure,
     include_in_schema=False,
 )
