@@ -3,6 +3,7 @@ alike; what an upload is and where its bytes go is `app.registry.uploads`'s."""
 
 import base64
 import binascii
+from collections.abc import AsyncIterator, Awaitable, Callable
 from email.utils import format_datetime
 from typing import Any
 
@@ -10,6 +11,7 @@ from litestar import Request
 from litestar.datastructures import MutableScopeHeaders
 from litestar.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.core import clock
 from app.core.errors import AppError, InvalidRequest, UnsupportedMediaType
 from app.registry.received_file import CHECKSUMS, Checksum
 from app.registry.tables import Upload
@@ -18,6 +20,7 @@ VERSION = "1.0.0"
 EXTENSIONS = "creation,creation-with-upload,expiration,checksum,termination"
 CONTENT_TYPE = "application/offset+octet-stream"
 MAX_METADATA_CHARS = 8192
+CHECK_NS = 1_000_000_000  # as long as keys are believed, too
 
 AnyRequest = Request[Any, Any, Any]
 
@@ -67,6 +70,20 @@ def progress(upload: Upload, metadata: str = "") -> dict[str, str]:
     if upload.status == "receiving":
         headers["Upload-Expires"] = format_datetime(upload.expires_at, usegmt=True)
     return headers
+
+
+async def while_allowed(
+    request: AnyRequest, check: Callable[[], Awaitable[object]]
+) -> AsyncIterator[bytes]:
+    """The body as it comes, for as long as its sender may send it: `check` raises once they may
+    not, and is asked again each second before anything more is taken."""
+    checked_at_ns = clock.monotonic_ns()
+    async for chunk in request.stream():
+        now_ns = clock.monotonic_ns()
+        if now_ns - checked_at_ns >= CHECK_NS:
+            await check()
+            checked_at_ns = now_ns
+        yield chunk
 
 
 # --- what requests say ------------------------------------------------------------------

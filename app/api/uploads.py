@@ -2,6 +2,7 @@
 and termination. Any tus client works. Where the bytes go: `app.registry.uploads`."""
 
 import asyncio
+from collections.abc import AsyncIterator
 from datetime import datetime
 from typing import Any
 
@@ -13,7 +14,7 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.params import FromPath
 
 from app.api import tus
-from app.api.auth import allowed, authenticated, dependencies
+from app.api.auth import allowed, authenticated, bearer_principal, dependencies
 from app.api.bodies import TAKES_STREAM
 from app.core.errors import InvalidRequest
 from app.organizations.principal import Principal
@@ -145,7 +146,7 @@ async def _first_piece(
     """With the creation. Where it fails, nobody is told where the upload is: it goes."""
     organization_id = upload.organization_id
     try:
-        await store.append(upload.id, organization_id, 0, request.stream(), checksum)
+        await store.append(upload.id, organization_id, 0, _chunks(request), checksum)
         return await store.get(upload.id, organization_id)
     except BaseException:
         await asyncio.shield(store.delete(upload.id, organization_id))
@@ -158,9 +159,18 @@ async def _append(request: AnyRequest, principal: Principal, upload_id: str) -> 
     store: UploadStore = request.app.state.uploads
     offset = tus.byte_count(request, "Upload-Offset")
     checksum = tus.read_checksum(request)
-    await store.append(upload_id, principal.organization_id, offset, request.stream(), checksum)
+    await store.append(upload_id, principal.organization_id, offset, _chunks(request), checksum)
     upload = await store.get(upload_id, principal.organization_id)
     return Response(None, status_code=204, headers=tus.progress(upload))
+
+
+def _chunks(request: AnyRequest) -> AsyncIterator[bytes]:
+    """Until the key is revoked, at the latest."""
+
+    async def check() -> None:
+        (await bearer_principal(request)).require("write")
+
+    return tus.while_allowed(request, check)
 
 
 async def _discard(request: AnyRequest, principal: Principal, upload_id: str) -> Response[None]:

@@ -240,9 +240,19 @@ async def append_to_upload(request: PageRequest, upload_id: FromPath[str]) -> Re
     offset = tus.byte_count(request, "Upload-Offset")
     checksum = tus.read_checksum(request)
     organization_id = principal.organization_id
-    await uploads.append(upload_id, organization_id, offset, request.stream(), checksum)
+    chunks = tus.while_allowed(request, lambda: _require_sender(request, organization_id))
+    await uploads.append(upload_id, organization_id, offset, chunks, checksum)
     upload = await uploads.get(upload_id, organization_id)
     return Response(None, status_code=204, headers=tus.progress(upload))
+
+
+async def _require_sender(request: PageRequest, organization_id: str) -> None:
+    """Raises for who was removed, or may no longer upload; and for who went to another
+    organization, where this upload is not: of what they may here nothing is known any more."""
+    principal = (await authenticate(request)).principal
+    principal.require("write")
+    if principal.organization_id != organization_id:
+        raise NotFound("There is no such upload in your organization.", code="upload_not_found")
 
 
 @delete("/uploads/{upload_id:str}", status_code=204)

@@ -14,10 +14,11 @@ from sqlalchemy import update
 
 from app.core import clock
 from app.core.database import Database
+from app.organizations.keys import revoke_key
 from app.registry.tables import Upload
 from app.registry.uploads import UploadStore
 from app.settings import Settings
-from tests.app.api.management.callers import Caller
+from tests.app.api.management.callers import Caller, make_caller
 
 TUS = {"Tus-Resumable": "1.0.0"}
 BYTES = {"Content-Type": "application/offset+octet-stream"}
@@ -285,6 +286,62 @@ async def test_a_full_box(
 
 
 # --- under a real server ----------------------------------------------------------------
+
+
+async def test_a_key_that_is_revoked_sends_no_more(
+    client: httpx.AsyncClient,
+    app: Litestar,
+    database: Database,
+    caller: Caller,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    thief = await make_caller(database, caller.organization_id)
+    key_id = (await app.state.key_ring.authenticate(thief.secret)).api_key_id
+    location = await begin(client, thief)
+    now_ns = clock.monotonic_ns
+    num_taken = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal num_taken
+        for at in range(0, len(DATA), 100_000):
+            num_taken += 1
+            yield DATA[at : at + 100_000]
+            if at == 400_000:
+                async with database.write() as session:
+                    await revoke_key(session, caller.organization_id, key_id)
+                monkeypatch.setattr(clock, "monotonic_ns", lambda: now_ns() + 1_500_000_000)
+
+    headers = thief.headers | TUS | BYTES | {"Upload-Offset": "0"}
+    answer = await client.patch(location, headers=headers, content=endless())
+    assert (answer.status_code, num_taken) == (401, 6)
+    assert answer.json()["error"]["code"] == "invalid_api_key"
+    assert await offset_of(client, caller, location) == 500_000
+    assert (await append(client, caller, location, 500_000, DATA[500_000:])).status_code == 204
+
+
+async def test_a_creation_by_a_key_that_is_revoked_leaves_nothing(
+    client: httpx.AsyncClient,
+    app: Litestar,
+    database: Database,
+    caller: Caller,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    thief = await make_caller(database, caller.organization_id)
+    key_id = (await app.state.key_ring.authenticate(thief.secret)).api_key_id
+    now_ns = clock.monotonic_ns
+
+    async def endless() -> AsyncIterator[bytes]:
+        yield DATA[:1000]
+        async with database.write() as session:
+            await revoke_key(session, caller.organization_id, key_id)
+        monkeypatch.setattr(clock, "monotonic_ns", lambda: now_ns() + 1_500_000_000)
+        yield DATA[1000:]
+
+    headers = thief.headers | TUS | BYTES | {"Upload-Length": str(len(DATA))}
+    assert (
+        await client.post("/api/uploads", headers=headers, content=endless())
+    ).status_code == 401
+    assert (await client.get("/api/uploads", headers=caller.headers)).json() == {"data": []}
 
 
 async def test_a_cut_connection_is_resumed(server: str, app: Litestar, caller: Caller) -> None:
