@@ -92,9 +92,11 @@ async def get_usage_csv(
     within = await _period(request, start, end)
     database: Database = request.app.state.database
     settings: Settings = request.app.state.settings
+    organization_id = principal.organization_id
     async with database.read() as session:
-        cells = await read_usage(session, principal.organization_id, within, group_by)
-    return _csv(within, cells, group_by, settings.currency)
+        account = await read_account(session, organization_id, settings.currency)
+        cells = await read_usage(session, organization_id, within, group_by)
+    return _csv(within, cells, group_by, account.currency)
 
 
 def _csv(within: Period, cells: UsageCells, group_by: GroupBy, currency: str) -> Stream:

@@ -10,6 +10,7 @@ import pytest
 
 from app.api import usage
 from app.billing.archiving import archive_before
+from app.billing.tables import AccountBalance
 from app.core.database import create_writer_engine
 from app.metering.hours import Period
 from app.metering.service import UsageCells
@@ -88,6 +89,21 @@ async def test_usage_for_spreadsheets(box: Box, client: openai.AsyncOpenAI) -> N
     assert refused.json()["error"]["param"] == "format"
     async with box.http(OTHER) as http:
         assert len((await http.get("/api/usage.csv")).text.splitlines()) == 1
+
+
+async def test_amounts_are_in_the_currency_of_the_account(
+    box: Box, client: openai.AsyncOpenAI
+) -> None:
+    await client.completions.create(model="tiny", prompt="a b c")
+    await box.relay.settled()
+    async with box.database.write() as session:
+        account = await session.get_one(AccountBalance, ORGANIZATION)
+        account.currency = "eur"  # of before the box's own was changed
+    async with box.http() as http:
+        answer = (await http.get("/api/usage")).json()
+        rows = list(csv.DictReader(io.StringIO((await http.get("/api/usage.csv")).text)))
+    assert answer["currency"] == "eur"
+    assert [row["currency"] for row in rows] == ["eur"]
 
 
 async def test_the_range_of_usage(box: Box, client: openai.AsyncOpenAI) -> None:
