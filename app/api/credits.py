@@ -158,13 +158,17 @@ async def give_credit(
     data: JSONBody[NewCredit],
 ) -> Lot:
     """Once for each value of the header `Idempotency-Key`, which must be sent: repeating a request
-    that was not answered gives nothing twice."""
+    that was not answered gives nothing twice, also after `expires_at`, and one that asks for other
+    credit is refused."""
     principal.require_operator()
     _check_credit(data)
+    expires_at = _parsed_end(data.expires_at)
     source = f"grant:{organization_id}:{_idempotency_key(request)}"
     async with writing(request, principal, "admin", operator=True) as session:
         await get_organization(session, organization_id)
         await lock_account(session, organization_id, _currency(request))
+        if expires_at and expires_at <= clock.now() and not await credits.is_given(session, source):
+            raise InvalidRequest("expires_at lies in the past.", param="expires_at")
         await credits.add_lot(
             session,
             organization_id,
@@ -174,10 +178,18 @@ async def give_credit(
             currency=_currency(request),
             from_account=FROM_ACCOUNT[data.kind],
             priority=data.priority,
-            expires_at=data.expires_at and clock.in_utc(data.expires_at),
+            expires_at=expires_at,
             note=data.note,
         )
-        lot = await credits.require_same_lot(session, source, data.kind, data.amount_nano)
+        lot = await credits.require_same_lot(
+            session,
+            source,
+            data.kind,
+            data.amount_nano,
+            priority=data.priority,
+            expires_at=expires_at,
+            note=data.note,
+        )
         return _shown(lot)
 
 
@@ -209,14 +221,15 @@ def _check_credit(data: NewCredit) -> None:
         raise InvalidRequest(
             f"A note has at most {MAX_NOTE_CHARS} printable characters.", param="note"
         )
-    if data.expires_at is None:
-        return
+
+
+def _parsed_end(expires_at: datetime | None) -> datetime | None:
+    if expires_at is None:
+        return None
     try:
-        expires_at = clock.in_utc(data.expires_at)
+        return clock.in_utc(expires_at)
     except ValueError as error:
         raise InvalidRequest(f"expires_at {error}.", param="expires_at") from None
-    if expires_at <= clock.now():
-        raise InvalidRequest("expires_at lies in the past.", param="expires_at")
 
 
 def _idempotency_key(request: AnyRequest) -> str:

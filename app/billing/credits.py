@@ -144,15 +144,30 @@ async def add_lot(
     return lot_id
 
 
+async def is_given(session: AsyncSession, source: str) -> bool:
+    """Whether this source has given its credit. Certain where the account is locked."""
+    return await session.scalar(select(CreditLot.id).where(CreditLot.source == source)) is not None
+
+
 async def require_same_lot(
-    session: AsyncSession, source: str, kind: str, amount_nano: int
+    session: AsyncSession,
+    source: str,
+    kind: str,
+    amount_nano: int,
+    *,
+    priority: int = 50,
+    expires_at: datetime | None = None,
+    note: str = "",
 ) -> CreditLot:
     """The lot of this source. Raises `Conflict` if it is other credit than was asked for now."""
     lot = (await session.scalars(select(CreditLot).where(CreditLot.source == source))).one()
-    if (lot.kind, lot.amount_nano) != (kind, amount_nano):
+    given = (lot.kind, lot.amount_nano, lot.priority, lot.expires_at, lot.note)
+    if given != (kind, amount_nano, priority, expires_at, note):
+        ends = "no end" if lot.expires_at is None else f"until {lot.expires_at:%Y-%m-%d %H:%M} UTC"
         raise Conflict(
             f"Other credit was given under this key: {write_amount(lot.amount_nano)} "
-            f"({lot.kind}). To give more, use a new one.",
+            f"({lot.kind}, priority {lot.priority}, {ends}, note {lot.note!r}). To give more, use "
+            "a new one.",
             code="idempotency_key_reused",
         )
     return lot

@@ -8,7 +8,7 @@ from litestar.params import FromPath
 
 from app.api.credits import FROM_ACCOUNT, MAX_NOTE_CHARS
 from app.api.writing import writing
-from app.billing.credits import add_lot, open_lots, require_same_lot
+from app.billing.credits import add_lot, is_given, open_lots, require_same_lot
 from app.billing.ledger import lock_account
 from app.billing.service import MAX_LIMIT_NANO, parse_spending_limit, set_spending_limit
 from app.billing.standings import read_standings
@@ -104,6 +104,10 @@ async def give_credit(request: PageRequest, organization_id: FromPath[str]) -> R
         source = f"grant:{organization_id}:{sent['grant_id']}"
         async with writing(request, principal, "admin", operator=True) as session:
             await get_organization(session, organization_id)
+            await lock_account(session, organization_id, settings.currency)
+            is_past = expires_at is not None and expires_at <= clock.now()
+            if is_past and not await is_given(session, source):
+                raise InvalidRequest("That day is past.", param="expires_on")
             await add_lot(
                 session,
                 organization_id,
@@ -115,7 +119,14 @@ async def give_credit(request: PageRequest, organization_id: FromPath[str]) -> R
                 expires_at=expires_at,
                 note=sent["note"],
             )
-            await require_same_lot(session, source, sent["kind"], amount_nano)
+            await require_same_lot(
+                session,
+                source,
+                sent["kind"],
+                amount_nano,
+                expires_at=expires_at,
+                note=sent["note"],
+            )
     except Conflict as error:
         # This form's key is spent: the one in the answer has another.
         return await _page(
@@ -198,14 +209,11 @@ def _expiry(text: str) -> datetime | None:
     if not text:
         return None
     try:
-        expires_at = datetime.fromisoformat(text).replace(tzinfo=UTC)
+        return datetime.fromisoformat(text).replace(tzinfo=UTC)
     except ValueError:
         raise InvalidRequest(
             "Give the day it ends, such as 2027-01-31, or none.", param="expires_on"
         ) from None
-    if expires_at <= clock.now():
-        raise InvalidRequest("That day is past.", param="expires_on")
-    return expires_at
 
 
 def _check(sent: dict[str, str]) -> None:

@@ -1,6 +1,7 @@
 """Credit at its edges: the last nano-unit of a lot, and the instant at which one ends."""
 
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 
@@ -157,6 +158,12 @@ async def test_a_source_gives_the_same_credit_again_and_no_other(database: Datab
     assert await add(database, "one", 5) is None
     async with database.read() as session:
         assert (await credits.require_same_lot(session, "one", "paid", 5)).id == lot_id
+        assert await credits.is_given(session, "one")
+        assert not await credits.is_given(session, "two")
         for kind, amount_nano in (("paid", 7), ("promotional", 5)):
             with pytest.raises(Conflict):
                 await credits.require_same_lot(session, "one", kind, amount_nano)
+        others: list[dict[str, Any]] = [{"priority": 49}, {"expires_at": NOW}, {"note": "other"}]
+        for other in others:
+            with pytest.raises(Conflict, match="priority 50, no end, note ''"):
+                await credits.require_same_lot(session, "one", "paid", 5, **other)

@@ -119,6 +119,10 @@ async def test_credit_is_given_once_for_each_key(box: Box) -> None:
     assert (await box.send(path, body, key)).json() == first.json()
     other = await box.send(path, body | {"amount_nano": 1}, key)
     assert (other.status_code, other.json()["error"]["code"]) == (409, "idempotency_key_reused")
+    for change in ({"priority": 49}, {"expires_at": "2026-06-02T00:00:00Z"}, {"note": "Hi"}):
+        other = await box.send(path, body | change, key)
+        assert (other.status_code, other.json()["error"]["code"]) == (409, "idempotency_key_reused")
+    assert "until 2026-06-01 00:00 UTC, note 'Welcome'" in other.json()["error"]["message"]
     paid = await box.send(
         path, {"amount_nano": 7, "kind": "paid"}, OPERATOR | {"Idempotency-Key": "2"}
     )
@@ -142,9 +146,24 @@ async def test_credit_is_given_once_for_each_key(box: Box) -> None:
         {"amount_nano": 1, "expires_at": "2026-01-01T00:00:00Z"},
         {"amount_nano": 1, "expires_at": "2027-01-01T00:00:00"},
     ):
-        assert (await box.send(path, wrong, key)).status_code == 400, wrong
+        another = OPERATOR | {"Idempotency-Key": "3"}
+        assert (await box.send(path, wrong, another)).status_code == 400, wrong
     assert (await box.send(path, body)).status_code == 400  # no key
     assert (await box.send("organizations/org_x/credits", body, key)).status_code == 404
+
+
+async def test_credit_that_has_ended_is_answered_as_it_was_given(box: Box) -> None:
+    acme, _ = await box.make("acme")
+    body = {"amount_nano": 500 * CENT, "expires_at": "2026-06-01T00:00:00Z"}
+    key = OPERATOR | {"Idempotency-Key": "gift 1"}
+    first = await box.send(f"organizations/{acme}/credits", body, key)
+    box.months.clock.set("2026-06-01T00:00:00")
+    again = await box.send(f"organizations/{acme}/credits", body, key)
+    assert (again.status_code, again.json()) == (201, first.json())
+    late = await box.send(
+        f"organizations/{acme}/credits", body, OPERATOR | {"Idempotency-Key": "gift 2"}
+    )
+    assert (late.status_code, late.json()["error"]["param"]) == (400, "expires_at")
 
 
 async def test_an_invoice_is_read_down_to_its_requests(box: Box) -> None:

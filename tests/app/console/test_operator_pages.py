@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import AsyncIterator
+from datetime import timedelta
 
 import pytest
 from sqlalchemy import select
@@ -9,6 +10,7 @@ from sqlalchemy import select
 from app.billing.credits import open_lots
 from app.billing.payments.tables import BillingProfile, Notice
 from app.billing.tables import AccountBalance
+from app.core import clock
 from app.organizations.tables import Organization
 from app.settings import Settings
 from tests.app.console.test_billing_pages import HERE, Desk
@@ -127,7 +129,24 @@ async def test_credit_is_given_once_for_each_form(operator: Desk) -> None:
         ({"note": "x" * 201}, "A note has at most 200"),
         ({"grant_id": ""}, "This form is out of date"),
     ):
-        assert complaint in await operator.refused(f"{here}/credits", **(gift | wrong)), wrong
+        fields = gift | {"grant_id": "another"} | wrong
+        assert complaint in await operator.refused(f"{here}/credits", **fields), wrong
+
+
+async def test_credit_that_has_ended_is_not_refused_when_its_form_comes_again(
+    operator: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    customer = await add_tenant(operator.application, "acme")
+    path = f"{PLACES}/{customer.id}/credits"
+    tomorrow = clock.now() + timedelta(days=1)
+    gift = {"credit": "5", "kind": "promotional", "expires_on": f"{tomorrow:%Y-%m-%d}"}
+    await operator.done(path, **gift, grant_id="one")
+    monkeypatch.setattr(clock, "now", lambda: tomorrow)
+    await operator.done(path, **gift, grant_id="one")
+    assert "That day is past" in await operator.refused(path, **gift, grant_id="two")
+    later = gift | {"expires_on": "2999-01-31"}
+    refused = await operator.refused(path, **later, grant_id="one")
+    assert "Other credit was given under this key" in refused
 
 
 async def test_a_form_sent_again_with_other_credit_is_refused(operator: Desk) -> None:
