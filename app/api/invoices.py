@@ -77,12 +77,15 @@ class InvoiceDetail(InvoiceState, frozen=True, kw_only=True):
     open_nano: int
 
 
-class InvoiceList(msgspec.Struct, frozen=True):
+class InvoiceList(msgspec.Struct, frozen=True, kw_only=True):
+    """The newest first. `next` is the `after` of the next page."""
+
     invoices: list[InvoiceState]
+    next: str | None
 
 
 class LineRequests(msgspec.Struct, frozen=True, kw_only=True):
-    """Requests of a line, the oldest first. `next` is the `after` of the next page. Not
+    """Requests of a line, the newest first. `next` is the `after` of the next page. Not
     `is_complete`: some are old enough to be kept in archives only."""
 
     requests: list[LineRequest]
@@ -107,15 +110,18 @@ async def list_invoices(
     request: AnyRequest,
     principal: NamedDependency[Principal],
     of_all: Annotated[bool, QueryParameter(name="all", required=False)] = False,
+    after: FromQuery[str] = "",
+    limit: FromQuery[int] = DEFAULT_PAGE,
 ) -> InvoiceList:
-    """The newest first. With `all=true`, for the operator, of every organization."""
+    """At most 1,000 at once. With `all=true`, for the operator, of every organization."""
     if of_all:
         principal.require_operator()
     async with _database(request).read() as session:
-        rows = await invoice_view.list_invoices(
-            session, None if of_all else principal.organization_id
+        page = await invoice_view.read_invoices(
+            session, None if of_all else principal.organization_id, after, limit
         )
-    return InvoiceList([InvoiceState(**_fields(row, InvoiceState)) for row in rows])
+    invoices = [InvoiceState(**_fields(row, InvoiceState)) for row in page.invoices]
+    return InvoiceList(invoices=invoices, next=page.next)
 
 
 @get("/invoices/{invoice_id:str}", guards=[allowed("read")], summary="Show an invoice")

@@ -25,9 +25,8 @@ from app.metering.hours import EPOCH
 from app.metering.requests import Place
 from app.metering.tables import UsageEvent, UsageLine
 
-MAX_LISTED = 500
 MAX_PAGE = 1000
-_PERIOD = re.compile(r"\d{4}-\d{2}", re.ASCII)
+_NUMBER = re.compile(r"\d{1,9}", re.ASCII)
 CSV_HEADER = (
     "position",
     "model",
@@ -64,29 +63,24 @@ class RequestPage(msgspec.Struct, frozen=True):
     next: str | None
 
 
-async def list_invoices(session: AsyncSession, organization_id: str | None) -> Sequence[Invoice]:
-    """The newest first; of all organizations for None."""
-    query = select(Invoice).order_by(Invoice.number.desc()).limit(MAX_LISTED)
+async def read_invoices(
+    session: AsyncSession, organization_id: str | None, after: str, limit: int
+) -> InvoicePage:
+    """The newest first; of all organizations for None. `after` is the `next` of the page before.
+    Raises `InvalidRequest`."""
+    limit = max(1, min(limit, MAX_PAGE))
+    query = select(Invoice).order_by(Invoice.number.desc()).limit(limit + 1)
     if organization_id is not None:
         query = query.where(Invoice.organization_id == organization_id)
-    return (await session.scalars(query)).all()
-
-
-async def read_invoices(
-    session: AsyncSession, organization_id: str, after: str, limit: int
-) -> InvoicePage:
-    """One organization's, the newest first. `after` is the `next` of the page before. Raises
-    `InvalidRequest`."""
-    query = select(Invoice).where(Invoice.organization_id == organization_id)
     if after:
-        if not _PERIOD.fullmatch(after):
+        if not _NUMBER.fullmatch(after):
             raise InvalidRequest(
                 "This page of invoices does not exist: after is the next of the page before.",
                 param="after",
             )
-        query = query.where(Invoice.period < after)
-    found = (await session.scalars(query.order_by(Invoice.period.desc()).limit(limit + 1))).all()
-    return InvoicePage(found[:limit], found[limit - 1].period if len(found) > limit else None)
+        query = query.where(Invoice.number < int(after))
+    found = (await session.scalars(query)).all()
+    return InvoicePage(found[:limit], str(found[limit - 1].number) if len(found) > limit else None)
 
 
 async def read_invoice(
