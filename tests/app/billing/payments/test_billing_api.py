@@ -10,6 +10,7 @@ from litestar import Litestar
 from litestar.datastructures import State
 
 from app.api import billing, payments
+from app.api.arriving import ArrivingBodies
 from app.api.errors import EXCEPTION_HANDLERS
 from app.billing.clerk import Clerk
 from app.billing.payments.service import Payments
@@ -47,6 +48,7 @@ def served(database: Database, settings: Settings, service: Payments) -> httpx.A
         "key_ring": KeyRing(database),
         "payments": service,
         "clerk": Clerk(),
+        "arriving": ArrivingBodies(settings.max_request_bytes),
     }
     app = Litestar(
         route_handlers=[billing.router, billing.webhook_router, payments.router],
