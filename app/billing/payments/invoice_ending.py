@@ -12,7 +12,13 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.billing.ledger import OTHER_CLEARING, lock_account
 from app.billing.payments.invoice_books import apply, finish, is_draft
 from app.billing.payments.invoice_payments import post_payments, standing, write_off
-from app.billing.payments.invoice_push import AddLines, CreateInvoice, FinaliseInvoice, retry
+from app.billing.payments.invoice_push import (
+    AddLines,
+    CreateInvoice,
+    DeleteDraft,
+    FinaliseInvoice,
+    retry,
+)
 from app.billing.payments.invoices import hold_back, is_held_back
 from app.billing.payments.operations import Answer, Kind, Operation, Refusal, plan
 from app.billing.payments.tables import Invoice
@@ -164,4 +170,4 @@ def _is_over(seen: StripeInvoice, to: str) -> bool:
 
 def kinds() -> tuple[Kind, ...]:
     """What is done with invoices at Stripe, for the outbox."""
-    return CreateInvoice(), AddLines(), FinaliseInvoice(), EndInvoice()
+    return CreateInvoice(), DeleteDraft(), AddLines(), FinaliseInvoice(), EndInvoice()

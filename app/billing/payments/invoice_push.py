@@ -156,6 +156,12 @@ class CreateInvoice(Kind):
         self, session: AsyncSession, operation: Operation, answer: StripeInvoice
     ) -> None:
         invoice = await _locked(session, operation.subject_id)
+        if invoice.stripe_invoice_id not in (
+            None,
+            answer.id,
+        ):  # an operation that was long in doubt
+            await _plan_deletion(session, invoice, answer.id)
+            return
         if invoice.state != "frozen":
             return  # ended otherwise meanwhile; the empty draft at Stripe asks for nothing
         invoice.stripe_invoice_id = answer.id
@@ -173,6 +179,34 @@ class CreateInvoice(Kind):
 
     async def doubted(self, session: AsyncSession, operation: Operation, reason: str) -> None:
         await _set_aside(session, operation, Refusal(reason))
+
+
+async def _plan_deletion(session: AsyncSession, invoice: Invoice, stripe_invoice_id: str) -> None:
+    await plan(
+        session,
+        DeleteDraft.name,
+        f"delete_draft:{stripe_invoice_id}",
+        invoice.organization_id,
+        invoice.id,
+        {"stripe_invoice_id": stripe_invoice_id},
+    )
+
+
+class DeleteDraft(Kind):
+    """Takes away a draft that was made beside the invoice's own, and that nothing was put on."""
+
+    name = "delete_draft"
+    is_harmless_twice = True
+
+    def send(self, stripe: Stripe, operation: Operation) -> Answer:
+        seen = stripe.get_invoice(operation.params["stripe_invoice_id"])
+        if seen.status == "draft":
+            stripe.delete_draft(seen.id)
+        return seen
+
+    def find(self, stripe: Stripe, operation: Operation) -> Answer | None:
+        """Not looked for: what is gone is refused when it is asked for again."""
+        return None
 
 
 class AddLines(Kind):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from sqlalchemy import select
 
 from app.billing.ledger import BAD_DEBT, OTHER_CLEARING, STRIPE_CLEARING, lock_account, on_account
@@ -16,10 +17,12 @@ from app.billing.payments import invoice_ending
 from app.billing.payments.calls import Calls
 from app.billing.payments.invoice_books import refresh_invoice
 from app.billing.payments.invoice_lines import MAX_USAGE_LINES, whole_cents
-from app.billing.payments.invoice_push import push_invoices
+from app.billing.payments.invoice_push import CreateInvoice, push_invoices
+from app.billing.payments.operations import operation_of
 from app.billing.payments.profile import set_email
 from app.billing.payments.service import Payments
 from app.billing.payments.tables import Invoice, Notice, StripeOperation
+from app.billing.stripe_objects import Invoice as StripeInvoice
 from app.billing.stripe_objects import InvoiceLine
 from app.core import clock
 from app.core.database import Database
@@ -350,6 +353,29 @@ async def test_a_deleted_draft_can_be_made_again(post: Post) -> None:
         await invoice_ending.try_again(session, invoice.id)
     assert (await post.work()).state == "finalised"
     assert len(post.at_stripe()) == 1
+
+
+async def test_a_draft_made_beside_the_invoice_s_own_is_deleted(post: Post) -> None:
+    """By an operation that was long in doubt, whose answer comes after the next one's."""
+    await post.address()
+    await post.close(100 * CENT)
+    while (invoice := await post.work(rounds=1)).stripe_invoice_id is None:
+        pass
+    async with post.months.database.read() as session:
+        query = select(StripeOperation).where(StripeOperation.kind == CreateInvoice.name)
+        operation = operation_of((await session.scalars(query)).one())
+    stray = CreateInvoice().send(
+        post.payments.link.stripe, replace(operation, id=f"{operation.id}~2")
+    )
+    assert isinstance(stray, StripeInvoice)
+    assert stray.id != invoice.stripe_invoice_id
+    async with post.months.database.write() as session:
+        await lock_account(session, ORGANIZATION, "usd")
+        await CreateInvoice().confirmed(session, operation, stray)
+    sent = await post.work()
+    assert (sent.state, sent.stripe_invoice_id) == ("finalised", invoice.stripe_invoice_id)
+    assert post.drafts() == []
+    assert [each["id"] for each in post.at_stripe()] == [invoice.stripe_invoice_id]
 
 
 async def test_an_address_that_comes_after_the_customer_gets_to_stripe(post: Post) -> None:
