@@ -3,7 +3,8 @@
 Owns the client, retries and what errors mean. When something is done, and how often, is decided
 in `payments/`. The calls block: run them in threads, with no database transaction open.
 
-Every `key` is an idempotency key: the same call with the same key happens once within 24 hours.
+Every `key` is an idempotency key: the same call with the same key happens once within 24 hours. The
+SDK repeats only what reads; what has a key is repeated by the outbox, which looks for it first.
 Raises the errors of `stripe_errors.py`, and only those.
 """
 
@@ -28,7 +29,7 @@ from app.billing.stripe_errors import (
     StripeUnreachable,
 )
 from app.billing.stripe_invoices import StripeInvoices, whole_cents
-from app.billing.stripe_lists import PAGE, StripeLists, created_from
+from app.billing.stripe_lists import PAGE, StripeLists, created_from, once
 from app.billing.stripe_objects import Checkout, Customer, Dispute, Payment, Refund
 
 API_VERSION = stripe.api_version
@@ -38,7 +39,8 @@ _PAYMENT_PARTS = ["latest_charge", "payment_method"]
 
 
 class Stripe(StripeInvoices, StripeLists):
-    """One account at Stripe. Safe to use from several threads."""
+    """One account at Stripe. Safe to use from several threads. `max_retries` is of calls without
+    a key."""
 
     def __init__(
         self,
@@ -70,15 +72,13 @@ class Stripe(StripeInvoices, StripeLists):
         if email:
             params["email"] = email
         with self._call():
-            customer = self._v1.customers.create(params, {"idempotency_key": key})
+            customer = self._v1.customers.create(params, once(key))
         return objects.read_customer(_data(customer))
 
     def update_customer(self, key: str, *, customer_id: str, email: str) -> Customer:
         """`email` "" takes the address away."""
         with self._call():
-            customer = self._v1.customers.update(
-                customer_id, {"email": email}, {"idempotency_key": key}
-            )
+            customer = self._v1.customers.update(customer_id, {"email": email}, once(key))
         return objects.read_customer(_data(customer))
 
     def get_customer(self, customer_id: str) -> Customer:
@@ -141,7 +141,7 @@ class Stripe(StripeInvoices, StripeLists):
             "cancel_url": cancel_url,
         }
         with self._call():
-            session = self._v1.checkout.sessions.create(params, {"idempotency_key": key})
+            session = self._v1.checkout.sessions.create(params, once(key))
         return objects.read_checkout(_data(session))
 
     def get_checkout(self, checkout_id: str) -> Checkout:
@@ -191,7 +191,7 @@ class Stripe(StripeInvoices, StripeLists):
             "expand": _PAYMENT_PARTS,
         }
         with self._call():
-            payment = self._v1.payment_intents.create(params, {"idempotency_key": key})
+            payment = self._v1.payment_intents.create(params, once(key))
         return objects.read_payment(_data(payment))
 
     def get_payment(self, payment_id: str) -> Payment:
@@ -229,7 +229,7 @@ class Stripe(StripeInvoices, StripeLists):
             "metadata": {"top_up_id": top_up_id, "operation_key": key},
         }
         with self._call():
-            refund = self._v1.refunds.create(params, {"idempotency_key": key})
+            refund = self._v1.refunds.create(params, once(key))
         return objects.read_refund(_data(refund))
 
     def get_refund(self, refund_id: str) -> Refund:

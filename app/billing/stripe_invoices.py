@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from app.billing.stripe_errors import StripeRejected
-from app.billing.stripe_lists import PAGE, created_from
+from app.billing.stripe_lists import PAGE, created_from, once
 from app.billing.stripe_objects import (
     Invoice,
     InvoiceLine,
@@ -67,7 +67,7 @@ class StripeInvoices:
         elif payment_method_id:
             params["default_payment_method"] = payment_method_id
         with self._call():
-            invoice = self._client.v1.invoices.create(params, {"idempotency_key": key})
+            invoice = self._client.v1.invoices.create(params, once(key))
         return read_invoice(invoice.to_dict(for_json=True))
 
     def add_invoice_lines(
@@ -91,7 +91,7 @@ class StripeInvoices:
                 invoice = self._client.v1.invoices.add_lines(
                     stripe_invoice_id,
                     {"lines": added, "expand": _PARTS},
-                    {"idempotency_key": f"{key}:{start}"},
+                    once(f"{key}:{start}"),
                 )
         assert invoice is not None
         return read_invoice(invoice.to_dict(for_json=True))
@@ -104,7 +104,7 @@ class StripeInvoices:
         }
         with self._call():
             invoice = self._client.v1.invoices.finalize_invoice(
-                stripe_invoice_id, params, {"idempotency_key": key}
+                stripe_invoice_id, params, once(key)
             )
         return read_invoice(invoice.to_dict(for_json=True))
 
@@ -112,7 +112,7 @@ class StripeInvoices:
         """Ends an open invoice as if it had never been."""
         with self._call():
             invoice = self._client.v1.invoices.void_invoice(
-                stripe_invoice_id, {"expand": _PARTS}, {"idempotency_key": key}
+                stripe_invoice_id, {"expand": _PARTS}, once(key)
             )
         return read_invoice(invoice.to_dict(for_json=True))
 
@@ -120,7 +120,7 @@ class StripeInvoices:
         """Gives up on an open invoice. It can still be paid."""
         with self._call():
             invoice = self._client.v1.invoices.mark_uncollectible(
-                stripe_invoice_id, {"expand": _PARTS}, {"idempotency_key": key}
+                stripe_invoice_id, {"expand": _PARTS}, once(key)
             )
         return read_invoice(invoice.to_dict(for_json=True))
 

@@ -25,6 +25,12 @@ EVENT_LIFETIME = timedelta(days=30)  # for which Stripe lists events
 _CLOCK_SKEW = timedelta(minutes=10)  # between Stripe's clock and ours
 
 
+def once(key: str) -> "stripe.RequestOptions":
+    """How something is asked for that must happen once: the SDK does not repeat it. It tells no
+    time by the wall, and after a machine's sleep it would repeat what Stripe has forgotten."""
+    return {"idempotency_key": key, "max_network_retries": 0}
+
+
 def created_from(since: datetime) -> int:
     """A bound, in seconds, for objects created after a time of our clock."""
     return int((since - _CLOCK_SKEW).timestamp())

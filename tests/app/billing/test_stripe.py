@@ -8,7 +8,7 @@ import pytest
 
 from app.billing import stripe_objects as objects
 from app.billing.stripe import API_VERSION, Stripe
-from app.billing.stripe_errors import StripeRejected
+from app.billing.stripe_errors import StripeRejected, StripeUnknown
 from app.billing.stripe_invoices import MAX_INVOICE_LINES
 from app.billing.stripe_objects import LineParams
 from tests.stripe_stand_in import payments
@@ -474,15 +474,17 @@ def test_many_lines_go_in_several_calls_each_with_its_key(
 ) -> None:
     draft = new_invoice(stripe_client, customer.id)
     lines = [LineParams(f"Line {n}", n) for n in range(MAX_INVOICE_LINES)]
-    # The second call's answer is lost: the same key completes what is missing, and no more.
+    # The second call's answer is lost: the same keys complete what is missing, and no more.
     stripe_stand_in.faults.add("lose_reply", "add_lines", skip=1)
+    with pytest.raises(StripeUnknown):
+        stripe_client.add_invoice_lines("l", stripe_invoice_id=draft.id, lines=lines)
     added = stripe_client.add_invoice_lines("l", stripe_invoice_id=draft.id, lines=lines)
     assert added.total_cents == sum(range(MAX_INVOICE_LINES))
     assert added.num_lines is None  # Stripe shows only some of them with the invoice
     listed = stripe_client.list_invoice_lines(draft.id)
     assert [line.description for line in listed] == [line.description for line in lines]
     keys = [r.key for r in stripe_stand_in.requests_to(f"/v1/invoices/{draft.id}/add_lines")]
-    assert keys == ["l:0", "l:100", "l:100", "l:200"]
+    assert keys == ["l:0", "l:100", "l:0", "l:100", "l:200"]
     with pytest.raises(StripeRejected, match="at most 250"):
         stripe_client.add_invoice_lines("m", stripe_invoice_id=draft.id, lines=lines[:1])
 

@@ -238,7 +238,7 @@ async def test_the_operator_decides_what_is_in_doubt(
     cashier: Cashier, client: httpx.AsyncClient, caller: Caller
 ) -> None:
     top_up = await cashier.pay()
-    cashier.stripe.faults.add("lose_reply", "/v1/refunds$", times=3)
+    cashier.stripe.faults.add("lose_reply", "/v1/refunds$")
     operation = await cashier.refund(top_up.id, 100)
     async with cashier.database.write() as session:
         (await session.merge(operation)).state = "quarantined"

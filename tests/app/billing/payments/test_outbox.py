@@ -37,7 +37,6 @@ CASES = [
 # After these it may have happened for all that we know.
 UNKNOWN: list[Kind] = ["lose_request", "lose_reply", "fail_before", "fail_after", "bad_gateway"]
 REFUSED: list[Kind] = ["busy", "locked"]
-SDK_ATTEMPTS = 3
 cases = pytest.mark.parametrize("case", CASES, ids=[case.kind for case in CASES])
 
 
@@ -84,7 +83,7 @@ async def test_a_fault_passes_and_it_happened_once(
 ) -> None:
     await prepare(cashier, case)
     before = num_made(cashier, case)
-    cashier.stripe.faults.add(fault, case.path, times=SDK_ATTEMPTS + 1)
+    cashier.stripe.faults.add(fault, case.path, times=2)
     await ask(cashier, case)
     await cashier.work_until_idle(rounds=5)
     assert num_made(cashier, case) == before + 1
@@ -121,7 +120,7 @@ async def test_days_later_what_happened_is_found(cashier: Cashier, case: Case, f
     """The reply is lost, then Stripe is away for three days and forgets the key."""
     await prepare(cashier, case)
     before = num_made(cashier, case)
-    cashier.stripe.faults.add(fault, case.path, times=SDK_ATTEMPTS)
+    cashier.stripe.faults.add(fault, case.path)
     await ask(cashier, case)
     await away_for_three_days(cashier)
     assert num_made(cashier, case) == before + 1
@@ -134,7 +133,7 @@ async def test_days_later_what_did_not_happen_is_done_only_if_harmless(
 ) -> None:
     await prepare(cashier, case)
     before = num_made(cashier, case)
-    cashier.stripe.faults.add("lose_request", case.path, times=SDK_ATTEMPTS)
+    cashier.stripe.faults.add("lose_request", case.path)
     await ask(cashier, case)
     await away_for_three_days(cashier)
     is_harmless = case.kind.startswith("create")
@@ -175,7 +174,7 @@ async def test_a_clock_that_was_ahead_repeats_nothing(
     await prepare(cashier, case)
     before = num_made(cashier, case)
     cashier.time.passed += timedelta(days=3)
-    cashier.stripe.faults.add(fault, case.path, times=SDK_ATTEMPTS)
+    cashier.stripe.faults.add(fault, case.path)
     await ask(cashier, case)
     await cashier.payments.link.inbox.backfill()
     cashier.stripe.webhooks.take()
@@ -223,7 +222,7 @@ async def test_a_payment_that_turns_up_ends_the_doubt(cashier: Cashier) -> None:
     """Stripe's lists did not have it when we looked, and its event comes after all."""
     case = CASES[2]
     await prepare(cashier, case)
-    cashier.stripe.faults.add("lose_reply", case.path, times=SDK_ATTEMPTS)
+    cashier.stripe.faults.add("lose_reply", case.path)
     await ask(cashier, case)
     operation = await cashier.operation(case.kind)
     async with cashier.database.write() as session:
@@ -297,7 +296,7 @@ async def test_a_key_is_planned_once(cashier: Cashier) -> None:
 async def in_doubt(cashier: Cashier, case: Case, fault: Kind) -> str:
     """Asked for a day ago, and not found when it was looked for."""
     await prepare(cashier, case)
-    cashier.stripe.faults.add(fault, case.path, times=SDK_ATTEMPTS)
+    cashier.stripe.faults.add(fault, case.path)
     await ask(cashier, case)
     (operation,) = await cashier.operations(case.kind)
     async with cashier.database.write() as session:
