@@ -17,10 +17,11 @@ from app.api.dialect import Dialect, usage_of
 from app.api.large_bodies import decode_and
 from app.api.relay import Relay
 from app.api.request_ids import id_headers, new_request_id
-from app.api.streaming import CancelledOnDisconnect, EventStream
+from app.api.streaming import CancelledOnDisconnect, EventStream, StreamedAnswer
 from app.core.errors import AppError, InvalidRequest
 from app.core.security import derive_key
-from runtime.protocol import DecoderInfo, Generate
+from app.metering.records import Tally
+from runtime.protocol import DecoderInfo, Generate, SequenceOutput
 
 if TYPE_CHECKING:
     from app.deployments.replica import Target
@@ -30,7 +31,7 @@ _encoder = msgspec.json.Encoder()
 
 
 async def respond(request: AnyRequest, dialect_class: type[Dialect[Any]]) -> ASGIResponse:
-    """Authenticates, decodes, runs and answers. A stream begins with its first output, so that
+    """Authenticates, decodes, runs and answers. A stream begins with its first event, so that
     whatever goes wrong before still has an HTTP status."""
     dialect, target, generate = await read(request, dialect_class)
     relay: Relay = request.app.state.relay
@@ -42,17 +43,32 @@ async def respond(request: AnyRequest, dialect_class: type[Dialect[Any]]) -> ASG
         is_stream=dialect.is_stream,
         request_id=dialect.request_id,
     )
-    execution = relay.generate(call, generate)
+    answer = StreamedAnswer(dialect) if dialect.is_stream else WholeAnswer(dialect)
+    execution = relay.generate(call, generate, answer)
     try:
         with CancelledOnDisconnect(request.receive, execution):
             await execution.started
-            if dialect.is_stream:
-                return EventStream(execution, dialect, await execution.next_outputs())
-            outputs = await execution.all_outputs()
+            body = await execution.next_body()
     except AppError as error:
         raise dialect.renamed(error) from None
-    answer = dialect.answer(outputs, usage_of(execution.tally))
-    return json_answer(answer, dialect.request_id)
+    if dialect.is_stream:
+        return EventStream(execution, dialect, body)
+    return ASGIResponse(body=body, headers=id_headers(dialect.request_id))
+
+
+class WholeAnswer:
+    """All of a dialect's answer at its end."""
+
+    def __init__(self, dialect: Dialect[Any]) -> None:
+        self._dialect = dialect
+        self._outputs: list[SequenceOutput] = []
+
+    def add(self, outputs: list[SequenceOutput], tally: Tally) -> bytes:
+        self._outputs += outputs
+        return b""
+
+    def finish(self, tally: Tally) -> bytes:
+        return _encoder.encode(self._dialect.answer(self._outputs, usage_of(tally)))
 
 
 async def read(

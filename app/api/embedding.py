@@ -1,7 +1,7 @@
 """One request for embeddings between the relay that owns it and the handler that waits for it."""
 
 import asyncio
-from collections.abc import Generator
+from collections.abc import Awaitable, Callable, Generator
 from typing import TYPE_CHECKING, Any
 
 from app.metering.records import Usage
@@ -10,22 +10,22 @@ from runtime.protocol import Embedded
 if TYPE_CHECKING:
     from app.deployments.link import ReplicaLink
 
-Answer = tuple[Embedded, Usage]
+Answer = Callable[[Embedded, Usage], Awaitable[bytes]]  # makes what the caller is told
 
 
 class Embedding:
     """The relay sets `answer`; the handler awaits it and may `cancel`."""
 
-    answer: "asyncio.Task[Answer]"
+    answer: "asyncio.Task[bytes]"
 
     def __init__(self, request_id: str, link: "ReplicaLink") -> None:
         self.request_id = request_id
         self.link = link
         self.is_cancelled = False
 
-    def __await__(self) -> Generator[Any, None, Answer]:
-        """The vectors and what they cost, durably recorded. Whoever waits may be cancelled: the
-        request itself goes on to its settlement."""
+    def __await__(self) -> Generator[Any, None, bytes]:
+        """The answer, durably recorded. Whoever waits may be cancelled: the request itself goes on
+        to its settlement."""
         return asyncio.shield(self.answer).__await__()
 
     def cancel(self) -> None:

@@ -19,6 +19,7 @@ from app.api.relay import Relay
 from app.api.request_ids import new_request_id
 from app.api.streaming import CancelledOnDisconnect
 from app.core.errors import InvalidRequest
+from app.metering.records import Usage
 from runtime.protocol import Embed, Embedded, EmbedderInfo
 
 MAX_TEXTS = 2048  # OpenAI's
@@ -86,15 +87,17 @@ async def create_embeddings(request: AnyRequest) -> ASGIResponse:
     )
     relay: Relay = request.app.state.relay
     call = Call(principal=principal, target=target, route=ROUTE, request_id=request_id)
-    embedding = relay.embed(call, embed)
+
+    async def answer(embedded: Embedded, usage: Usage) -> bytes:
+        num_tokens = usage.input_tokens + usage.cached_tokens
+        if len(embedded.data) > LARGE_ANSWER_BYTES:
+            return await asyncio.to_thread(_answer, body, embedded, dimensions, num_tokens)
+        return _answer(body, embedded, dimensions, num_tokens)
+
+    embedding = relay.embed(call, embed, answer)
     with CancelledOnDisconnect(request.receive, embedding):
-        embedded, usage = await embedding
-    num_tokens = usage.input_tokens + usage.cached_tokens
-    if len(embedded.data) > LARGE_ANSWER_BYTES:
-        answer = await asyncio.to_thread(_answer, body, embedded, dimensions, num_tokens)
-    else:
-        answer = _answer(body, embedded, dimensions, num_tokens)
-    return ASGIResponse(body=answer, headers={"x-request-id": request_id})
+        content = await embedding
+    return ASGIResponse(body=content, headers={"x-request-id": request_id})
 
 
 def inputs_of(body: EmbeddingsRequest) -> tuple[list[str] | None, list[list[int]] | None]:

@@ -36,7 +36,9 @@ from app.api.request_ids import exception_handlers, new_request_id
 from app.api.threads import convert
 from app.core.errors import Forbidden, NotImplementedHere, Unavailable
 from app.deployments.fleet import EndpointView, Fleet, Target
+from app.metering.records import Usage
 from app.organizations.principal import Principal
+from runtime.protocol import Predicted
 
 AnyRequest = Request[Any, Any, Any]
 VERSION = "1"
@@ -156,19 +158,10 @@ async def infer(
         len(body), lambda: read_infer(body, header_length, target.manifest, schema)
     )
     check_answer_values(asked.outputs, least_shapes(schema, asked.given), schema)
-    predicted, _ = await run_prediction(
-        request,
-        principal,
-        target,
-        asked.given,
-        name=wanted,
-        route="/v2/models/infer",
-        request_id=request_id,
-    )
     encoding = accepted_encoding(request.headers.get("accept-encoding", ""))
     headers = {"x-request-id": request_id}
 
-    def answer() -> bytes:
+    def write(predicted: Predicted) -> bytes:
         content, json_length = infer_answer(
             asked, predicted, target.manifest, target.endpoint_name, target.version_number
         )
@@ -179,7 +172,20 @@ async def infer(
         headers["content-encoding"] = encoding
         return packed(content, encoding)
 
-    content = await written(sum(len(tensor.data) for tensor in predicted.outputs) * 4, answer)
+    async def answer(predicted: Predicted, usage: Usage) -> bytes:
+        num_bytes = sum(len(tensor.data) for tensor in predicted.outputs)
+        return await written(num_bytes * 4, lambda: write(predicted))
+
+    content = await run_prediction(
+        request,
+        principal,
+        target,
+        asked.given,
+        answer,
+        name=wanted,
+        route="/v2/models/infer",
+        request_id=request_id,
+    )
     media_type = "application/octet-stream" if HEADER_LENGTH in headers else "application/json"
     return PlainResponse(content, media_type, headers)
 

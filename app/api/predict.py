@@ -16,6 +16,7 @@ from app.api.json_answers import check_json_shapes, least_shapes, written
 from app.api.plain_response import PlainResponse
 from app.api.predict_answers import JSON, PredictAnswer, answer_bytes, answer_size, chosen_form
 from app.api.predict_bodies import Given, PredictRequest, read_body, receive
+from app.api.prediction import Answer
 from app.api.relay import Relay
 from app.api.request_ids import exception_handlers, new_request_id
 from app.api.streaming import CancelledOnDisconnect
@@ -51,18 +52,22 @@ async def predict(request: AnyRequest, name: FromPath[str]) -> ASGIResponse:
     given = await read_body(received, target.manifest, schema)
     if form == JSON:
         check_json_shapes(least_shapes(schema, given))
-    predicted, usage = await run_prediction(
+
+    async def answer(predicted: Predicted, usage: Usage) -> bytes:
+        return await written(
+            answer_size(form, predicted),
+            lambda: answer_bytes(form, predicted, usage, target.manifest),
+        )
+
+    body = await run_prediction(
         request,
         principal,
         target,
         given,
+        answer,
         name=name,
         route="/models/predict",
         request_id=request_id,
-    )
-    body = await written(
-        answer_size(form, predicted),
-        lambda: answer_bytes(form, predicted, usage, target.manifest),
     )
     return PlainResponse(body, form, {"x-request-id": request_id})
 
@@ -103,13 +108,14 @@ async def run_prediction(
     principal: Principal,
     target: Target,
     given: Given,
+    answer: Answer[T],
     *,
     name: str,
     route: str,
     request_id: str,
-) -> tuple[Predicted, Usage]:
-    """Holds, runs, meters and settles, on another replica of `name` where the target is replaced
-    before it gets the request. A client that leaves drops what has not begun."""
+) -> T:
+    """Holds, runs, makes the answer, meters and settles, on another replica of `name` where the
+    target is replaced before it gets the request. A client that leaves drops what has not begun."""
     fleet: Fleet = request.app.state.fleet
     relay: Relay = request.app.state.relay
     sent = Predict(
@@ -126,7 +132,7 @@ async def run_prediction(
         request_id=request_id,
         resolve=lambda: fleet.resolve(principal, name),
     )
-    prediction = relay.predict(call, sent)
+    prediction = relay.predict(call, sent, answer)
     with CancelledOnDisconnect(request.receive, prediction):
         return await prediction
 

@@ -1,27 +1,30 @@
 """Takes a request through hold, replica and settlement, for every kind of program.
 
 Owns each request from its admission to its settlement, in tasks of its own: a client that goes
-away ends the waiting, never the accounting. HTTP is `openai.py`'s and `predict.py`'s; what is
-charged when is in `metering/records.py` and `billing/rating.py`.
+away ends the waiting, never the accounting. What the caller is told is made here as well, by the
+handler's `answer`, before the request is settled: nobody pays for an answer that could not be made.
+HTTP is `openai.py`'s and `predict.py`'s; how a request ends without an answer is in `endings.py`,
+what is charged when in `metering/records.py` and `billing/rating.py`.
 """
 
 import asyncio
 import logging
 import time
 from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from app.api.call import Call
 from app.api.embedding import Answer as EmbeddingAnswer
 from app.api.embedding import Embedding
-from app.api.endings import aborted, client_left, grammar_refused, timed_out
-from app.api.execution import Execution
+from app.api.endings import Ending, client_left, given_up, overdue, timed_out, unanswered
+from app.api.execution import Answer, Execution
 from app.api.held_time import max_device_ms
-from app.api.prediction import Answer, Prediction
+from app.api.prediction import Answer as PredictionAnswer
+from app.api.prediction import Prediction
+from app.api.settling import Settling
 from app.billing.accounts import AccountWriter
 from app.billing.prices import PriceTable, Rates
 from app.billing.rating import (
-    Settlement,
     decoder_worst_case,
     embedder_worst_case,
     rate,
@@ -32,11 +35,8 @@ from app.core.failpoints import failpoint
 from app.deployments.failed_runs import device_ns_of
 from app.metering.journal import Journal
 from app.metering.meters import Meters
-from app.metering.records import FinishRecord, Outcome, Tally, Usage, use_of
+from app.metering.records import Tally, Usage, use_of
 from runtime.protocol import Embed, Embedded, Generate, Predict, Predicted
-
-if TYPE_CHECKING:
-    pass
 
 LATE_SECONDS = 60.0  # for the end of a run whose caller has been told that it took too long
 HOLD_SECONDS = 30.0  # a database that does not answer for so long is down
@@ -58,6 +58,7 @@ class Relay:
         meters: Meters | None = None,
     ) -> None:
         self._meters = meters or Meters()
+        self._settling = Settling(journal, accounts, self._meters)
         self._journal = journal
         self._prices = prices
         self._accounts = accounts
@@ -95,18 +96,17 @@ class Relay:
 
     # --- decoders -------------------------------------------------------------------------
 
-    def generate(self, call: Call, request: Generate) -> Execution:
+    def generate(self, call: Call, request: Generate, answer: Answer) -> Execution:
         """`started` of what is returned tells once the request runs, or raises what its replica
         or its account has against it."""
-        execution = Execution(call.request_id, call.target.link, is_stream=call.is_stream)
+        execution = Execution(call.request_id, call.target.link, answer, is_stream=call.is_stream)
         self._own(self._generate(execution, call, request))
         return execution
 
     async def _generate(self, execution: Execution, call: Call, request: Generate) -> None:
         """From admission to settlement. Never raises: its execution tells what happened."""
         loop = asyncio.get_running_loop()
-        seconds = self._timeout_seconds
-        expiry = loop.call_later(seconds, execution.expire, timed_out(seconds))
+        expiry = loop.call_later(self._timeout_seconds, self._expire, execution)
         try:
             tally, rates = await self._admit(execution, call, request)
             await self._follow(execution, tally, rates)
@@ -177,60 +177,80 @@ class Relay:
             ) from None
 
     async def _follow(self, execution: Execution, tally: Tally, rates: Rates) -> None:
-        """Counts and hands on what the replica sends. The settlement is queued before the last
-        output is handed on, so that whoever acts on it finds the money freed."""
+        """Counts what the replica sends and hands on what its answer makes of it."""
         try:
             async for outputs in execution.link.outputs(execution.request_id):
                 at_ns = time.time_ns()
                 for output in outputs:
                     tally.add(use_of(output), at_ns)
+                try:
+                    body = execution.made_of(outputs)
+                except Exception as error:  # noqa: BLE001 - it is logged, and what the caller gets
+                    body = b""
+                    await self._give_up(execution, unanswered(execution.request_id, error))
                 if tally.is_finished:
-                    error = self._settle_generation(execution, tally, rates)
-                    failpoint("relay.before_last_output")
-                    execution.push(outputs)
-                    execution.end(error)
+                    await self._conclude(execution, tally, rates, body)
                     return
-                execution.push(outputs)
+                execution.push(body)
         except AppError as error:
-            self._settle(tally, rates, "failed", error.code)
+            self._settling.settle(tally, rates, "failed", error.code)
             raise
         except Exception:
-            self._settle(tally, rates, "failed", "internal_error")
+            self._settling.settle(tally, rates, "failed", "internal_error")
             raise
         raise AssertionError("the replica's outputs ended before the request did")
 
-    def _settle_generation(
-        self, execution: Execution, tally: Tally, rates: Rates
-    ) -> AppError | None:
-        """Settles by how the sequences ended and who wanted that. Returns what to tell the
-        caller where the end is not theirs to see as an answer."""
+    async def _conclude(
+        self, execution: Execution, tally: Tally, rates: Rates, body: bytes
+    ) -> None:
+        """Settles as was decided, else by how the sequences ended. The settlement is queued before
+        the last of the answer is handed on, so that whoever acts on it finds the money freed."""
         outcome, reason = tally.outcome()
-        if outcome == "completed":
-            self._settle(tally, rates, outcome, reason)
-            return None
-        # What a stream delivered was had; an answer that never came was not.
-        was_had = execution.is_stream and tally.num_output_tokens > 0
-        if reason == "refused" and not execution.is_expired and not execution.is_cancelled:
-            self._settle(tally, rates, "cancelled" if was_had else "failed", "grammar_too_complex")
-            return grammar_refused()
-        if outcome == "cancelled" and execution.is_expired:
-            self._settle(tally, rates, "cancelled" if was_had else "failed", "timeout")
-            return timed_out(self._timeout_seconds)
-        if outcome == "cancelled" and execution.is_cancelled:
-            self._settle(tally, rates, outcome, reason)
-            return client_left()
-        self._settle(tally, rates, "failed", reason)
-        return aborted()
+        has_left = outcome == "cancelled" and execution.is_cancelled
+        if execution.ending is None and outcome != "completed" and not has_left:
+            execution.push(body)
+            await self._give_up(execution, given_up(tally, is_stream=execution.is_stream))
+        if execution.ending is not None:
+            self._settling.settle(tally, rates, execution.ending.outcome, execution.ending.reason)
+            return
+        self._settling.settle(tally, rates, outcome, reason)
+        failpoint("relay.before_last_output")
+        execution.push(body)
+        if has_left:
+            execution.fail(client_left())
+        else:
+            execution.end()
+
+    def _expire(self, execution: Execution) -> None:
+        """At the deadline. What the replica completes nevertheless is no answer any more."""
+        seconds = self._timeout_seconds
+        if not execution.is_started:
+            execution.cancel()
+            execution.fail(timed_out(seconds))
+        elif execution.ending is None:
+            ending = overdue(execution.tally, seconds, is_stream=execution.is_stream)
+            execution.give_up(ending)
+            self._own(self._settling.tell(execution, ending))
+
+    async def _give_up(self, execution: Execution, ending: Ending) -> None:
+        execution.give_up(ending)
+        await self._settling.tell(execution, ending)
 
     # --- tensor programs ------------------------------------------------------------------
 
-    def predict(self, call: Call, request: Predict) -> Prediction:
-        """What is returned, awaited, gives the outputs and what they cost in device time."""
-        prediction = Prediction(call.request_id, call.target.link)
-        prediction.answer = self._own(self._predict(prediction, call, request))
+    def predict(self, call: Call, request: Predict, answer: PredictionAnswer[T]) -> Prediction[T]:
+        """What is returned, awaited, gives what `answer` makes of the outputs and their usage."""
+        prediction = Prediction[T](call.request_id, call.target.link)
+        prediction.answer = self._own(self._predict(prediction, call, request, answer))
         return prediction
 
-    async def _predict(self, prediction: Prediction, call: Call, request: Predict) -> Answer:
+    async def _predict(
+        self,
+        prediction: Prediction[T],
+        call: Call,
+        request: Predict,
+        answer: PredictionAnswer[T],
+    ) -> T:
         rates = self._rates(call)
         held_ms = max_device_ms(call.target, request, self._timeout_seconds)
         await self._hold(call, tensor_worst_case(rates, held_ms))
@@ -252,32 +272,26 @@ class Relay:
             raise timed_out(self._timeout_seconds)
         try:
             predicted = running.result()
-            tally.device_ns = predicted.device_ns
-            record = FinishRecord(
-                call.request_id, time.time_ns(), "completed", "stop", predicted.device_ns
-            )
-            failpoint("relay.before_finish")
-            await self._journal.finish(record)
-            failpoint("relay.after_finish")
+            told, usage = await self._settling.answered(answer, predicted, tally)
         except AppError as error:
-            tally.device_ns = 0
             if prediction.is_cancelled and error.code == "cancelled":
-                self._settle(tally, rates, "cancelled", "abort")
+                self._settling.settle(tally, rates, "cancelled", "abort")
             else:
                 self._settle_run(tally, rates, error.code, device_ns_of(error))
             raise
         except Exception:
-            self._settle(tally, rates, "failed", "internal_error")
+            self._settling.settle(tally, rates, "failed", "internal_error")
             raise
-        usage = tally.usage("completed", "stop", record.at_ns)
         if usage.excess_device_ms:
             log.warning(
                 "%s: %s took %d ms of device time, of which the hold of %d ms does not cover %d",
                 *(call.request_id, call.target.endpoint_name, -(-tally.device_ns // 1_000_000)),
                 *(held_ms, usage.excess_device_ms),
             )
-        self._post(rate(usage, rates))
-        return predicted, usage
+        self._settling.post(rate(usage, rates))
+        if isinstance(told, Ending):
+            raise told.error
+        return told
 
     async def _settle_late(
         self, running: asyncio.Task[Predicted], tally: Tally, rates: Rates
@@ -297,17 +311,21 @@ class Relay:
 
     def _settle_run(self, tally: Tally, rates: Rates, reason: str, device_ns: int) -> None:
         """Of a prediction without an answer: its run is paid for where that is not our fault."""
-        self._settle(tally, rates, "cancelled" if device_ns else "failed", reason, device_ns)
+        self._settling.settle(
+            tally, rates, "cancelled" if device_ns else "failed", reason, device_ns
+        )
 
     # --- embedders ------------------------------------------------------------------------
 
-    def embed(self, call: Call, request: Embed) -> Embedding:
-        """What is returned, awaited, gives the vectors and what they cost."""
+    def embed(self, call: Call, request: Embed, answer: EmbeddingAnswer) -> Embedding:
+        """What is returned, awaited, gives what `answer` makes of the vectors and their usage."""
         embedding = Embedding(call.request_id, call.target.link)
-        embedding.answer = self._own(self._embed(embedding, call, request))
+        embedding.answer = self._own(self._embed(embedding, call, request, answer))
         return embedding
 
-    async def _embed(self, embedding: Embedding, call: Call, request: Embed) -> EmbeddingAnswer:
+    async def _embed(
+        self, embedding: Embedding, call: Call, request: Embed, answer: EmbeddingAnswer
+    ) -> bytes:
         num_tokens = (await embedding.link.prepare(request)).num_prompt_tokens
         rates = self._rates(call, num_tokens)
         try:
@@ -323,31 +341,25 @@ class Relay:
         embedding.link.start(call.request_id)
         try:
             embedded = await self._embedded_in_time(embedding)
-            is_whole = bool(embedded.data)
-            record = FinishRecord(
-                call.request_id,
-                time.time_ns(),
-                "completed" if is_whole else "cancelled",
-                "stop" if is_whole else "abort",
-                embedded.device_ns,
-                None if is_whole else sum(embedded.num_tokens),
-            )
-            await self._journal.finish(record)
+            if embedded.data:
+                told, usage = await self._settling.answered(answer, embedded, tally)
+            else:
+                told = Ending("cancelled", "abort", client_left())
+                num_ran = sum(embedded.num_tokens)
+                usage = await self._settling.ended(tally, embedded.device_ns, told, num_ran)
         except AppError as error:
             if embedding.is_cancelled and error.code == "cancelled":
-                self._settle(tally, rates, "cancelled", "abort")
+                self._settling.settle(tally, rates, "cancelled", "abort")
             else:
-                self._settle(tally, rates, "failed", error.code)
+                self._settling.settle(tally, rates, "failed", error.code)
             raise
         except Exception:
-            self._settle(tally, rates, "failed", "internal_error")
+            self._settling.settle(tally, rates, "failed", "internal_error")
             raise
-        tally.close(record)
-        usage = tally.usage(record.outcome, record.finish_reason, record.at_ns)
-        self._post(rate(usage, rates))
-        if not is_whole:
-            raise client_left()
-        return embedded, usage
+        self._settling.post(rate(usage, rates))
+        if isinstance(told, Ending):
+            raise told.error
+        return told
 
     async def _embedded_in_time(self, embedding: Embedding) -> Embedded:
         try:
@@ -369,20 +381,3 @@ class Relay:
         self._running.discard(task)
         if not task.cancelled():
             task.exception()  # whoever asked has it, or has gone
-
-    def _settle(
-        self, tally: Tally, rates: Rates, outcome: Outcome, reason: str, device_ns: int = 0
-    ) -> None:
-        """Queues the settlement; an end that the steps do not show is put on record first, with
-        the device time that they do not."""
-        at_ns = time.time_ns()
-        if (outcome, reason) != tally.outcome():
-            request_id = tally.admitted.request_id
-            record = FinishRecord(request_id, at_ns, outcome, reason, device_ns)
-            self._journal.note_finish(record)
-            tally.close(record)
-        self._post(rate(tally.usage(outcome, reason, at_ns), rates))
-
-    def _post(self, settlement: Settlement) -> None:
-        self._meters.observe(settlement.usage)
-        self._accounts.settle(settlement)

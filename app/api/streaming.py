@@ -15,6 +15,7 @@ from app.api.execution import Execution
 from app.api.request_ids import id_headers
 from app.core.errors import AppError
 from app.core.ids import new_id
+from app.metering.records import Tally
 from runtime.protocol import SequenceOutput
 
 if TYPE_CHECKING:
@@ -63,14 +64,28 @@ class CancelledOnDisconnect:
         self._work.cancel()
 
 
+class StreamedAnswer:
+    """A dialect's server-sent events, ended by its last word."""
+
+    def __init__(self, dialect: Dialect[Any]) -> None:
+        self._dialect = dialect
+        self._has_begun = False
+
+    def add(self, outputs: list[SequenceOutput], tally: Tally) -> bytes:
+        opening = () if self._has_begun else self._dialect.opening(usage_of(tally))
+        self._has_begun = True
+        return _event_bytes([*opening, *self._dialect.events(outputs)])
+
+    def finish(self, tally: Tally) -> bytes:
+        return _event_bytes(self._dialect.closing(usage_of(tally))) + self._dialect.end
+
+
 class EventStream(ASGIResponse):
-    """Server-sent events of one execution, in its dialect, ended by its last word or an error."""
+    """Sends what is streamed of one execution; where it fails, an error as the last event."""
 
     _should_set_content_length = False
 
-    def __init__(
-        self, execution: Execution, dialect: Dialect[Any], first: list[SequenceOutput]
-    ) -> None:
+    def __init__(self, execution: Execution, dialect: Dialect[Any], first: bytes) -> None:
         super().__init__(
             media_type="text/event-stream",
             headers={
@@ -91,22 +106,17 @@ class EventStream(ASGIResponse):
             except AppError as error:
                 await self._fail(send, error)
             except Exception:
-                self._execution.abandon()
+                self._execution.cancel()
                 error_id = new_id("err")
                 log.exception("%s in a stream of %s", error_id, self._dialect.route)
                 await self._fail(send, internal_error(error_id))
 
     async def _send_events(self, send: "Send") -> None:
-        outputs = self._first
-        if opening := self._dialect.opening(usage_of(self._execution.tally)):
-            await _send(send, opening)
-        while outputs:
-            events = self._dialect.events(outputs)
-            if events:
-                await _send(send, events)
-            outputs = await self._execution.next_outputs()
-        last = _event_bytes(self._dialect.closing(usage_of(self._execution.tally)))
-        await _send_bytes(send, last + self._dialect.end, more=False)
+        body = self._first
+        while not self._execution.is_sent:
+            await _send_bytes(send, body, more=True)
+            body = await self._execution.next_body()
+        await _send_bytes(send, body, more=False)
 
     async def _fail(self, send: "Send", error: AppError) -> None:
         await _send_bytes(send, _event_bytes([self._dialect.failure(error)]), more=False)
@@ -121,10 +131,6 @@ def _event_line(event: msgspec.Struct) -> bytes:
     data = b"data: %b\n\n" % _encoder.encode(event)
     name = event.__struct_config__.tag
     return b"event: %b\n%b" % (name.encode(), data) if isinstance(name, str) else data
-
-
-async def _send(send: "Send", events: Sequence[msgspec.Struct]) -> None:
-    await _send_bytes(send, _event_bytes(events), more=True)
 
 
 async def _send_bytes(send: "Send", body: bytes, *, more: bool) -> None:

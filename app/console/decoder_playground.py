@@ -13,9 +13,10 @@ from litestar.response.base import ASGIResponse
 
 from app.api.bodies import receive_form
 from app.api.call import Call
-from app.api.execution import Execution
+from app.api.execution import Answer, Execution
 from app.api.relay import Relay
 from app.api.streaming import CancelledOnDisconnect
+from app.billing.prices import PriceTable
 from app.console.decoder_form import (
     DecoderForm,
     dialect_of,
@@ -29,6 +30,7 @@ from app.core.errors import AppError, InvalidRequest
 from app.core.ids import new_id
 from app.core.security import derive_key
 from app.deployments.fleet import Fleet, Target
+from app.metering.records import Tally
 from runtime.protocol import DecoderInfo, SequenceOutput
 
 if TYPE_CHECKING:
@@ -73,10 +75,10 @@ async def run_decoder(request: PageRequest, name: str) -> Response[str]:
     target = fleet.resolve(principal, name)
     decoder = decoder_of(target, name)
     try:
-        execution = _begin(request, target, name, form, is_stream=False)
+        execution = _begin(request, target, name, form, WholeText(decoder), is_stream=False)
         with CancelledOnDisconnect(request.receive, execution):
             await execution.started
-            answer = text_of(await execution.all_outputs(), decoder)
+            answer = (await execution.next_body()).decode()
     except AppError as error:
         if error.status >= 500:
             raise
@@ -102,11 +104,12 @@ async def stream_decoder(request: PageRequest, name: FromPath[str]) -> ASGIRespo
     form = read_decoder_form(await receive_form(request))
     fleet: Fleet = request.app.state.fleet
     target = fleet.resolve(principal, name)
-    execution = _begin(request, target, name, form, is_stream=True)
+    answer = MeteredText(decoder_of(target, name), request.app.state.prices)
+    execution = _begin(request, target, name, form, answer, is_stream=True)
     with CancelledOnDisconnect(request.receive, execution):
         await execution.started
-        first = await execution.next_outputs()
-    return MeteredStream(request, execution, decoder_of(target, name), first)
+        first = await execution.next_body()
+    return MeteredStream(request, execution, first)
 
 
 @get("/models/{name:str}/playground/runs/{request_id:str}")
@@ -135,7 +138,13 @@ def text_of(outputs: list[SequenceOutput], decoder: DecoderInfo) -> str:
 
 
 def _begin(
-    request: PageRequest, target: Target, name: str, form: DecoderForm, *, is_stream: bool
+    request: PageRequest,
+    target: Target,
+    name: str,
+    form: DecoderForm,
+    answer: Answer,
+    *,
+    is_stream: bool,
 ) -> Execution:
     principal = signed_in(request).principal
     decoder = decoder_of(target, name)
@@ -152,7 +161,37 @@ def _begin(
     )
     # The salt of the API's requests: what a program cached is found from here, and back.
     cache_salt = derive_key(principal.cache_salt, "prefix cache", target.version_id)
-    return relay.generate(call, dialect.generate(decoder, cache_salt))
+    return relay.generate(call, dialect.generate(decoder, cache_salt), answer)
+
+
+class WholeText:
+    """The text alone, at its end."""
+
+    def __init__(self, decoder: DecoderInfo) -> None:
+        self._decoder = decoder
+        self._texts: list[str] = []
+
+    def add(self, outputs: list[SequenceOutput], tally: Tally) -> bytes:
+        self._texts.append(text_of(outputs, self._decoder))
+        return b""
+
+    def finish(self, tally: Tally) -> bytes:
+        return "".join(self._texts).encode()
+
+
+class MeteredText:
+    """Events of what was added and what the request has cost by then."""
+
+    def __init__(self, decoder: DecoderInfo, prices: PriceTable) -> None:
+        self._decoder = decoder
+        self._prices = prices
+
+    def add(self, outputs: list[SequenceOutput], tally: Tally) -> bytes:
+        text = text_of(outputs, self._decoder)
+        return _event({"text": text, "meter": reading(tally, self._prices)})
+
+    def finish(self, tally: Tally) -> bytes:
+        return b""
 
 
 class MeteredStream(ASGIResponse):
@@ -161,13 +200,7 @@ class MeteredStream(ASGIResponse):
 
     _should_set_content_length = False
 
-    def __init__(
-        self,
-        request: PageRequest,
-        execution: Execution,
-        decoder: DecoderInfo,
-        first: list[SequenceOutput],
-    ) -> None:
+    def __init__(self, request: PageRequest, execution: Execution, first: bytes) -> None:
         super().__init__(
             media_type="text/event-stream",
             headers={
@@ -178,29 +211,29 @@ class MeteredStream(ASGIResponse):
         )
         self._request = request
         self._execution = execution
-        self._decoder = decoder
         self._first = first
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
-        execution, prices = self._execution, self._request.app.state.prices
+        execution = self._execution
         with CancelledOnDisconnect(receive, execution):
             await self.start_response(send)
-            outputs = self._first
+            body = self._first
             try:
-                while outputs:
-                    text = text_of(outputs, self._decoder)
-                    meter = reading(execution.tally, prices)
-                    await _send(send, {"text": text, "meter": meter}, more=True)
-                    outputs = await execution.next_outputs()
+                while body:
+                    await _send(send, body, more=True)
+                    body = await execution.next_body()
                 organization_id = execution.tally.admitted.organization_id
                 final = await settled_reading(self._request, organization_id, execution.request_id)
-                await _send(send, {"end": final}, more=False)
+                await _send(send, _event({"end": final}), more=False)
             except AppError as error:
-                await _send(send, {"error": error.message}, more=False)
+                await _send(send, _event({"error": error.message}), more=False)
 
 
-async def _send(send: "Send", event: dict[str, Any], *, more: bool) -> None:
-    body = b"data: %b\n\n" % msgspec.json.encode(event)
+def _event(event: dict[str, Any]) -> bytes:
+    return b"data: %b\n\n" % msgspec.json.encode(event)
+
+
+async def _send(send: "Send", body: bytes, *, more: bool) -> None:
     await send({"type": "http.response.body", "body": body, "more_body": more})
 
 

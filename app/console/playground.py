@@ -22,6 +22,7 @@ from app.console.templating import PageRequest, page, render
 from app.core.errors import AppError
 from app.core.ids import new_id
 from app.deployments.fleet import Fleet
+from app.metering.records import Usage
 from runtime.protocol import Manifest, Predicted, Tensor
 
 MAX_FORM_BYTES = 16 * 1024**2
@@ -43,9 +44,8 @@ class Shown(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
-    """What a run gave, and what it took."""
+    """What a run gave, and how it ran."""
 
-    reading: Reading
     outputs: list[Shown]
     batch_rows: int
     queue_ms: float
@@ -83,11 +83,16 @@ async def run_playground(request: PageRequest, name: FromPath[str]) -> Response[
     request_id = new_id("req")
     try:
         given = await read_form(form, target.manifest)
-        predicted, _ = await run_prediction(
+
+        async def answer(predicted: Predicted, usage: Usage) -> Result:
+            return _result(predicted, target.manifest)
+
+        result = await run_prediction(
             request,
             principal,
             target,
             given,
+            answer,
             name=name,
             route="/console/playground",
             request_id=request_id,
@@ -99,12 +104,11 @@ async def run_playground(request: PageRequest, name: FromPath[str]) -> Response[
         fields = fields_of(target.manifest, sent)
         return _page(request, name, fields, error=error.message, status_code=error.status)
     reading = await settled_reading(request, principal.organization_id, request_id)
-    result = _result(predicted, reading, target.manifest)
     if request.headers.get("hx-request"):
-        html = render("playground/_result.html", result=result)
+        html = render("playground/_result.html", result=result, reading=reading)
         return Response(html, media_type="text/html; charset=utf-8")
     sent = {key: value for key, value in form.multi_items() if isinstance(value, str)}
-    return _page(request, name, fields_of(target.manifest, sent), result=result)
+    return _page(request, name, fields_of(target.manifest, sent), result=result, reading=reading)
 
 
 def _page(
@@ -113,6 +117,7 @@ def _page(
     fields: list[Field],
     *,
     result: Result | None = None,
+    reading: Reading | None = None,
     error: str = "",
     status_code: int = 200,
 ) -> Response[str]:
@@ -123,18 +128,18 @@ def _page(
         name=name,
         fields=fields,
         result=result,
+        reading=reading,
         error=error,
     )
 
 
-def _result(predicted: Predicted, reading: Reading, manifest: Manifest) -> Result:
+def _result(predicted: Predicted, manifest: Manifest) -> Result:
     labels = labels_of(predicted, manifest)
     outputs = [shown(tensor) for tensor in predicted.outputs]
     if labels:
         bars = [(best.label, f"{best.score:.1%}", int(best.score * 1000)) for best in labels[0]]
         outputs[0] = msgspec.structs.replace(outputs[0], bars=bars)
     return Result(
-        reading=reading,
         outputs=outputs,
         batch_rows=predicted.batch_rows,
         queue_ms=predicted.queue_ns / 1e6,

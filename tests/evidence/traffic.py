@@ -18,7 +18,15 @@ from app.billing.service import read_account, set_spending_limit
 from app.billing.tables import Budget
 from app.core import clock
 from app.core.errors import AppError
-from runtime.protocol import Generate, Predict, SamplingParams, Tensor
+from app.metering.records import Tally, Usage
+from runtime.protocol import (
+    Generate,
+    Predict,
+    Predicted,
+    SamplingParams,
+    SequenceOutput,
+    Tensor,
+)
 from tests.evidence.box import Box
 
 OPEN, LIMITED, PREPAID, BUDGETED = "org_open", "org_limited", "org_prepaid", "org_budgeted"
@@ -88,7 +96,7 @@ async def _client(box: Box, log: Log, rng: random.Random, stop: float) -> None:
             else:
                 await predict(box, log, rng, organization_id)
         except AppError as error:
-            if error.code == "internal_error":
+            if error.code in ("internal_error", "worker_untrusted"):
                 raise
             await asyncio.sleep(0.002)
 
@@ -97,20 +105,40 @@ async def stream(box: Box, log: Log, rng: random.Random, organization_id: str) -
     """One generation; `ask` says how long it may get, `got` is what was delivered so far, `end`
     that it is the whole answer, `failed` that there will be no more."""
     call = box.call(organization_id, "tiny", key=rng.choice("123"))
+    max_tokens, prompt = rng.randint(1, 12), rng.choice(PROMPTS)
     request = Generate(
         request_id=call.request_id,
-        sampling=SamplingParams(max_tokens=rng.randint(1, 12), ignore_eos=True),
+        sampling=SamplingParams(max_tokens=max_tokens, ignore_eos=True),
         cache_salt=call.principal.cache_salt,
-        text=rng.choice(PROMPTS),
+        text=prompt,
+        json_schema="{}" if prompt.startswith("refuse") else None,
     )
     cancel_at = rng.choice([None, None, None, 0, 2, 4])
+    answer = Counted(is_broken=rng.random() < 0.1)
     log.write("ask", call.request_id, request.sampling.max_tokens)
     try:
-        num_tokens = await _read(box.relay.generate(call, request), log, cancel_at)
-    except AppError:
+        num_tokens = await _read(box.relay.generate(call, request, answer), log, cancel_at)
+    except AppError as error:
         log.write("failed", call.request_id)
+        if answer.is_broken and error.code == "internal_error":
+            return
         raise
     log.write("end", call.request_id, num_tokens)
+
+
+class Counted:
+    """One byte for each token. A broken one cannot be made to its end."""
+
+    def __init__(self, *, is_broken: bool) -> None:
+        self.is_broken = is_broken
+
+    def add(self, outputs: list[SequenceOutput], tally: Tally) -> bytes:
+        return b"".join(b"." * len(output.token_ids) for output in outputs)
+
+    def finish(self, tally: Tally) -> bytes:
+        if self.is_broken:
+            raise ValueError("broken")
+        return b""
 
 
 async def _read(execution: Execution, log: Log, cancel_at: int | None) -> int:
@@ -118,8 +146,8 @@ async def _read(execution: Execution, log: Log, cancel_at: int | None) -> int:
     num_tokens = 0
     if cancel_at == 0:
         execution.cancel()
-    while outputs := await execution.next_outputs():
-        num_tokens += sum(len(output.token_ids) for output in outputs)
+    while body := await execution.next_body():
+        num_tokens += len(body)
         log.write("got", execution.request_id, num_tokens)
         if cancel_at is not None and num_tokens >= cancel_at:
             execution.cancel()
@@ -134,16 +162,21 @@ async def predict(box: Box, log: Log, rng: random.Random, organization_id: str) 
         Tensor(name="k", dtype="int64", shape=[1], data=k.to_bytes(8, "little")),
     ]
     log.write("ask", call.request_id, 0)
-    prediction = box.relay.predict(call, Predict(request_id=call.request_id, inputs=inputs))
+
+    async def answer(predicted: Predicted, usage: Usage) -> int:
+        return usage.device_ms
+
+    sent = Predict(request_id=call.request_id, inputs=inputs)
+    prediction = box.relay.predict(call, sent, answer)
     if rng.random() < 0.2:  # while its money is being set aside
         await asyncio.sleep(0)
         prediction.cancel()
     try:
-        _, usage = await prediction
+        device_ms = await prediction
     except AppError:
         log.write("failed", call.request_id)
         raise
-    log.write("answered", call.request_id, usage.device_ms)
+    log.write("answered", call.request_id, device_ms)
 
 
 async def _people(box: Box, log: Log, rng: random.Random) -> None:

@@ -224,7 +224,8 @@ class ScriptedWorker:
             if is_cancelled or (event == "abort" and i == at):
                 return self._step(generate, [], "", num_cached, "abort")
             if event == "refuse" and i == at:  # with tokens that are shown to nobody
-                return self._step(generate, [1, 1], "unseen", num_cached, "refused")
+                unseen = [1, 1][: max_tokens - i]
+                return self._step(generate, unseen, "unseen", num_cached, "refused")
             if event == "slow":
                 await asyncio.sleep(at / 1000)
             if i == at and event in ("fail", "die", "hang", "lie"):

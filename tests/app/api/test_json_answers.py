@@ -68,6 +68,9 @@ async def test_where_the_schema_does_not_tell_the_answer_is_looked_at(
         refused = await http.post("/models/echo/predict", json={"inputs": [[1] * 6]})
         assert (refused.status_code, refused.json()["error"]["code"]) == (413, "answer_too_large")
     assert any(isinstance(each, Predict) for each in box.workers["echo"].received)
+    receipt = await box.receipt(refused.headers["x-request-id"])  # it was asked for, and it ran
+    assert (receipt["outcome"], receipt["finish_reason"]) == ("cancelled", "answer_too_large")
+    assert receipt["amount_nano"] == 556 + 100
 
 
 async def test_large_answers_are_written_in_a_thread(
@@ -111,4 +114,4 @@ async def test_a_fault_of_ours_names_the_request(box: Box, monkeypatch: pytest.M
         response = await http.post("/models/doubler/predict", json=sent)
     assert response.status_code == 500
     assert json.loads(response.content)["error"]["code"] == "internal_error"
-    assert (await box.receipt(response.headers["x-request-id"]))["outcome"] == "completed"
+    assert (await box.receipt(response.headers["x-request-id"]))["outcome"] == "failed"
