@@ -1,15 +1,18 @@
 """The table of errors in `docs/clients.md` is true: each status is raised as the class that it
 names, by every route for text; and what they cost is the same whichever was called."""
 
+import asyncio
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import anthropic
+import httpx2
 import openai
 import pytest
 
+from app.api import bodies
 from app.billing.service import set_spending_limit
 from runtime.protocol import frames
 from tests.app.api.conftest import ORGANIZATION, Box
@@ -26,15 +29,43 @@ FORMATS: dict[str, Any] = {
     "message": {"output_config": {"format": SCHEMA}},
 }
 
+STALL_SECONDS = 0.05
+
 Ask = Callable[..., Awaitable[Any]]
+
+
+class SlowUplink(httpx2.AsyncHTTPTransport):
+    """Sends a body's first half, and the rest after longer than is waited for it."""
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        body = await request.aread()
+
+        async def halves() -> AsyncIterator[bytes]:
+            yield body[: len(body) // 2]
+            await asyncio.sleep(6 * STALL_SECONDS)
+            yield body[len(body) // 2 :]
+
+        slow = httpx2.Request(
+            request.method, request.url, headers=request.headers, content=halves()
+        )
+        return await super().handle_async_request(slow)
 
 
 class Clients:
     """Both SDKs with one key."""
 
-    def __init__(self, box: Box, key: str) -> None:
-        self.openai = openai.AsyncOpenAI(base_url=f"{box.url}/v1", api_key=key, max_retries=0)
-        self.claude = anthropic.AsyncAnthropic(base_url=box.url, api_key=key, max_retries=0)
+    def __init__(
+        self, box: Box, key: str, transport: type[httpx2.AsyncHTTPTransport] | None = None
+    ) -> None:
+        def client() -> httpx2.AsyncClient | None:
+            return httpx2.AsyncClient(transport=transport()) if transport else None
+
+        self.openai = openai.AsyncOpenAI(
+            base_url=f"{box.url}/v1", api_key=key, max_retries=0, http_client=client()
+        )
+        self.claude = anthropic.AsyncAnthropic(
+            base_url=box.url, api_key=key, max_retries=0, http_client=client()
+        )
 
     async def __aenter__(self) -> "Clients":
         return self
@@ -92,10 +123,15 @@ class Clients:
 
 
 async def test_each_status_is_raised_as_its_class(box: Box) -> None:
-    assert CLASSES.keys() == {"400", "401", "402", "403", "404", "413", "422", "429", "5xx"}
+    told = {"400", "401", "402", "403", "404", "408", "413", "422", "429", "5xx"}
+    assert CLASSES.keys() == told
     async with Clients(box, "tp-wrong") as stranger, Clients(box, box.keys["read"]) as reader:
         await stranger.fail("401")
         await reader.fail("403")
+    async with Clients(box, box.keys[ORGANIZATION], SlowUplink) as slow:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(bodies, "STALL_SECONDS", STALL_SECONDS)
+            await slow.fail("408")
     async with Clients(box, box.keys[ORGANIZATION]) as clients:
         await clients.fail("400", temperature=9)
         await clients.fail("404", model="absent")
