@@ -1,10 +1,14 @@
-"""The memory that bodies take while they arrive: of one organization's together, so much."""
+"""The memory that bodies take while they arrive: of one organization's together, so much. Small
+ones are none of it: however many large ones come slowly, their organization is answered, and can
+revoke the key that sends them.
+"""
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 from app.core.errors import RateLimited
 
+UNCOUNTED_BYTES = 64 * 1024  # of each body
 NUM_LARGEST = 8  # bodies of the largest size, or more smaller ones
 
 Came = Callable[[int], object]  # is told of bytes as they come; raises `AppError` to end the body
@@ -25,10 +29,11 @@ class ArrivingBodies:
     def counting(self, organization_id: str) -> Generator[Came]:
         """While one body arrives, of which what this yields is to be told; that raises
         `RateLimited`."""
-        num_bytes = 0
+        num_bytes, left_bytes = 0, UNCOUNTED_BYTES
 
         def came(num_more: int) -> None:
-            nonlocal num_bytes
+            nonlocal num_bytes, left_bytes
+            num_more, left_bytes = max(0, num_more - left_bytes), max(0, left_bytes - num_more)
             held_bytes = self.held_bytes(organization_id) + num_more
             if held_bytes > self.max_bytes:
                 raise RateLimited(
@@ -44,8 +49,8 @@ class ArrivingBodies:
         try:
             yield came
         finally:
-            left_bytes = self.held_bytes(organization_id) - num_bytes
-            if left_bytes:
-                self._held_bytes[organization_id] = left_bytes
+            others_bytes = self.held_bytes(organization_id) - num_bytes
+            if others_bytes:
+                self._held_bytes[organization_id] = others_bytes
             else:
                 self._held_bytes.pop(organization_id, None)

@@ -1,6 +1,5 @@
 """`POST /v1/embeddings`: texts or token ids in, vectors out, in OpenAI's shapes."""
 
-import asyncio
 import base64
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, cast
@@ -14,6 +13,7 @@ from msgspec import Meta
 from app.api.auth import caller_and_body, may_infer
 from app.api.bodies import receive_body
 from app.api.call import Call
+from app.api.json_answers import written
 from app.api.large_bodies import decode_and
 from app.api.relay import Relay
 from app.api.request_ids import new_request_id
@@ -23,7 +23,6 @@ from app.metering.records import Usage
 from runtime.protocol import Embed, Embedded, EmbedderInfo
 
 MAX_TEXTS = 2048  # OpenAI's
-LARGE_ANSWER_BYTES = 64 * 1024  # converted in a thread, so that nobody else waits
 ROUTE = "/v1/embeddings"
 
 AnyRequest = Request[Any, Any, Any]
@@ -90,9 +89,9 @@ async def create_embeddings(request: AnyRequest) -> ASGIResponse:
 
     async def answer(embedded: Embedded, usage: Usage) -> bytes:
         num_tokens = usage.input_tokens + usage.cached_tokens
-        if len(embedded.data) > LARGE_ANSWER_BYTES:
-            return await asyncio.to_thread(_answer, body, embedded, dimensions, num_tokens)
-        return _answer(body, embedded, dimensions, num_tokens)
+        return await written(
+            len(embedded.data), lambda: _answer(body, embedded, dimensions, num_tokens)
+        )
 
     embedding = relay.embed(call, embed, answer)
     with CancelledOnDisconnect(request.receive, embedding):

@@ -188,7 +188,7 @@ class UploadStore:
                 )
             )
             idle = [one for one in due if not self._is_live(one.id)]
-            ended = [one.id for one in idle if not await asyncio.to_thread(self._is_growing, one)]
+            ended = [one.id for one in idle if not self._is_growing(one)]
             await session.execute(
                 update(Upload).where(Upload.id.in_(ended)).values(status="expired")
             )

@@ -1,10 +1,13 @@
 """A migrated database per test: a copied SQLite file, or, with TEST_DATABASE_URL set to a
 PostgreSQL URL whose user may create databases, a database made from a template."""
 
+import asyncio
 import os
 import shutil
+import threading
 import uuid
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -94,3 +97,14 @@ async def database(settings: Settings) -> AsyncIterator[Database]:
     database = Database(settings.async_database_url)
     yield database
     await database.close()
+
+
+@pytest.fixture
+async def no_threads() -> AsyncIterator[None]:
+    """Every thread that is anybody's is busy, as it is with large files."""
+    may_end = threading.Event()
+    with ThreadPoolExecutor(1) as threads:
+        asyncio.get_running_loop().set_default_executor(threads)
+        threads.submit(may_end.wait)
+        yield
+        may_end.set()

@@ -6,15 +6,20 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 
-from app.api.arriving import ArrivingBodies
+from app.api import arriving as arriving_bodies
+from app.api.arriving import UNCOUNTED_BYTES, ArrivingBodies
 from app.core.errors import RateLimited
 from tests.app.api.conftest import ORGANIZATION, OTHER, Box
 
+LARGE_BYTES = UNCOUNTED_BYTES + 60_000
 FORM = "multipart/form-data; boundary=B"
 BEGINNING = b'--B\r\nContent-Disposition: form-data; name="x"\r\n\r\n'
 
 
-def test_what_has_arrived_or_was_refused_is_no_longer_held() -> None:
+def test_what_has_arrived_or_was_refused_is_no_longer_held(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(arriving_bodies, "UNCOUNTED_BYTES", 0)
     arriving = ArrivingBodies(1)
     arriving.max_bytes = 10
     with arriving.counting("a") as first:
@@ -28,6 +33,18 @@ def test_what_has_arrived_or_was_refused_is_no_longer_held() -> None:
         with arriving.counting("b") as others:
             others(10)
         first(4)
+    assert arriving._held_bytes == {}
+
+
+def test_what_makes_a_body_large_is_counted_alone() -> None:
+    arriving = ArrivingBodies(1)
+    with arriving.counting("a") as came:
+        came(UNCOUNTED_BYTES - 1)
+        assert arriving.held_bytes("a") == 0
+        came(4)
+        assert arriving.held_bytes("a") == 3
+        came(4)
+        assert arriving.held_bytes("a") == 7
     assert arriving._held_bytes == {}
 
 
@@ -48,7 +65,7 @@ async def test_an_organization_sends_so_much_at_once(box: Box, path: str, kind: 
     may_end = asyncio.Event()
 
     async def slow() -> AsyncIterator[bytes]:
-        yield BEGINNING + b" " * 60_000
+        yield BEGINNING + b" " * LARGE_BYTES
         await may_end.wait()
         yield b" "
 
@@ -60,13 +77,15 @@ async def test_an_organization_sends_so_much_at_once(box: Box, path: str, kind: 
         while arriving.held_bytes(ORGANIZATION) < 60_000:
             assert not held.done(), held.result().text
             await asyncio.sleep(0.01)
-        large = BEGINNING + b" " * 60_000
+        large = BEGINNING + b" " * LARGE_BYTES
         refused = await http.post(path, headers=headers(ORGANIZATION), content=large)
         others = await http.post(path, headers=headers(OTHER), content=large)
+        small = await http.post(path, headers=headers(ORGANIZATION), content=BEGINNING + b" " * 99)
         may_end.set()
         assert (await held).status_code == 400
         again = await http.post(path, headers=headers(ORGANIZATION), content=large)
     assert (refused.status_code, others.status_code, again.status_code) == (429, 400, 400)
+    assert small.status_code == 400
     assert refused.headers["retry-after"] == "1"
     assert "100,000 bytes" in refused.text
     assert arriving._held_bytes == {}

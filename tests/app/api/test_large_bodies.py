@@ -1,5 +1,6 @@
 """Large bodies: how many values they may hold, and that nobody else waits for them."""
 
+import asyncio
 import json
 import threading
 from typing import Any
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from app.api import large_bodies
 from app.api.large_bodies import check_size
 from app.api.openai_types import MAX_MESSAGES
-from app.api.threads import LARGE_BODY_BYTES
+from app.api.threads import LARGE_BODY_BYTES, convert
 from app.core.errors import InvalidRequest
 from tests.app.api.conftest import Box
 from tests.app.api.scripted_worker import EMBEDDER
@@ -49,8 +50,11 @@ def num_commas(value: Any) -> int:
     return max(0, len(inner) - 1) + sum(map(num_commas, inner))
 
 
-def is_refused(body: bytes, max_containers: int, max_values: int) -> bool:
+def is_refused(
+    body: bytes, max_containers: int, max_values: int, window_bytes: int = 1_000_000
+) -> bool:
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(large_bodies, "WINDOW_BYTES", window_bytes)
         patch.setattr(large_bodies, "MAX_CONTAINERS", max_containers)
         patch.setattr(large_bodies, "MAX_VALUES", max_values)
         try:
@@ -60,13 +64,15 @@ def is_refused(body: bytes, max_containers: int, max_values: int) -> bool:
     return False
 
 
-@given(value=JSON, is_ascii=st.booleans())
-def test_values_are_counted_and_letters_of_texts_are_not(value: Any, is_ascii: bool) -> None:
+@given(value=JSON, is_ascii=st.booleans(), window_bytes=st.integers(1, 40))
+def test_values_are_counted_and_letters_of_texts_are_not(
+    value: Any, is_ascii: bool, window_bytes: int
+) -> None:
     body = json.dumps(value, ensure_ascii=is_ascii).encode()
     containers, commas = num_containers(value), num_commas(value)
-    assert not is_refused(body, containers, commas)
-    assert is_refused(body, containers - 1, commas)
-    assert is_refused(body, containers, commas - 1)
+    assert not is_refused(body, containers, commas, window_bytes)
+    assert is_refused(body, containers - 1, commas, window_bytes)
+    assert is_refused(body, containers, commas - 1, window_bytes)
 
 
 @given(st.binary(), st.integers(0, 3))
@@ -76,28 +82,17 @@ def test_what_is_no_json_is_left_to_the_decoder(body: bytes, limit: int) -> None
 
 def test_counting_ends_at_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many values follow."""
-    end_of_text, num_texts = large_bodies._end_of_text, 0
+    is_small, num_looks = large_bodies._is_small, 0
 
-    def counted(body: bytes, at: int) -> int:
-        nonlocal num_texts
-        num_texts += 1
-        return end_of_text(body, at)
+    def counted(num_containers: int, num_commas: int) -> bool:
+        nonlocal num_looks
+        num_looks += 1
+        return is_small(num_containers, num_commas)
 
-    monkeypatch.setattr(large_bodies, "_end_of_text", counted)
+    monkeypatch.setattr(large_bodies, "_is_small", counted)
     body = json.dumps([{"role": "user"}] * 10_000).encode()
-    assert is_refused(body, 100, 10**9)
-    assert num_texts <= 2 * 100
-
-
-def test_a_long_text_is_passed_in_few_steps_none_of_them_long() -> None:
-    """Of a text of quotes, each of which could be its end."""
-    body = json.dumps("[" + '"' * 100_000).encode()
-    assert not is_refused(body, 0, 0)
-    at, num_steps = 1, 0
-    while (found := large_bodies._TEXT.match(body, at)) and found.end() > at:
-        at, num_steps = found.end(), num_steps + 1
-    assert at == len(body) - 1
-    assert 10 <= num_steps <= 12
+    assert is_refused(body, 100, 10**9, window_bytes=1000)
+    assert num_looks <= 4
 
 
 @pytest.mark.parametrize("path", ROUTES)
@@ -142,3 +137,8 @@ async def test_more_messages_than_a_request_may_have(box: Box, path: str) -> Non
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert (error["param"], "10000" in error["message"]) == (name, True)
+
+
+async def test_large_bodies_wait_for_no_files(no_threads: None) -> None:
+    async with asyncio.timeout(10):
+        assert await convert(10**6, threading.current_thread) is not threading.main_thread()

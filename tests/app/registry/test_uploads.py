@@ -751,3 +751,19 @@ async def test_a_piece_that_takes_longer_than_a_day_is_not_expired(
 )
 def test_filenames(filename: str, clean: str) -> None:
     assert clean_filename(filename) == clean
+
+
+async def test_nobody_waits_for_room_that_waits_for_a_thread(
+    uploads: UploadStore, principal: Principal, database: Database, no_threads: None
+) -> None:
+    """Whoever looks for room may keep everybody else from writing."""
+    creating = asyncio.create_task(uploads.create(principal, "m", 9))
+    try:
+        async with asyncio.timeout(10), database.write() as session:
+            found = await session.scalars(select(Upload.length_bytes))
+        while not found.all():  # it may come after
+            async with asyncio.timeout(10), database.write() as session:
+                found = await session.scalars(select(Upload.length_bytes))
+    finally:
+        creating.cancel()
+        await asyncio.gather(creating, return_exceptions=True)
