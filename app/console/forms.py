@@ -36,7 +36,9 @@ def read_fields(body: bytes) -> FormMultiDict:
     if len(body) > MAX_FIELDS_BYTES:
         raise TooLarge(f"A form without a file may have at most {MAX_FIELDS_BYTES:,} bytes.")
     try:
-        pairs = parse_qsl(body.decode("latin-1"), keep_blank_values=True, max_num_fields=MAX_FIELDS)
+        pairs = parse_qsl(
+            body.decode("utf-8", "replace"), keep_blank_values=True, max_num_fields=MAX_FIELDS
+        )
     except ValueError:
         raise TooLarge(f"A form may have at most {MAX_FIELDS:,} fields.") from None
     return FormMultiDict(pairs)

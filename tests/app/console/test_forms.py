@@ -43,6 +43,7 @@ def test_fields_are_read_as_browsers_write_them() -> None:
     form = read_fields("a=1&b=x+y%26%C3%A9&a=2&empty=&é=ü&bare".encode())
     assert form.getall("a") == ["1", "2"]
     assert (form["b"], form["empty"], form["bare"]) == ("x y&é", "", "")
+    assert form["é"] == "ü"  # as curl sends it
     assert not read_fields(b"")
 
 
