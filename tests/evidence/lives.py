@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 
+from app.api import endings
 from app.core.failpoints import Countdown, observed
 from tests.evidence import traffic
 from tests.evidence.box import Box
@@ -28,6 +29,8 @@ class Life(msgspec.Struct, frozen=True, kw_only=True):
 
 def live(life: Life) -> None:
     logging.basicConfig(level=logging.ERROR)
+    # The traffic has answers that cannot be made.
+    logging.getLogger(endings.__name__).setLevel(logging.CRITICAL)
     with ExitStack() as stack:
         if life.failpoint:
             stack.enter_context(observed(Countdown(life.failpoint, _kill)))
