@@ -21,12 +21,12 @@ from app.billing.tables import AccountBalance
 from app.billing.usage_archive import NOTHING_ARCHIVED, detail_from
 from app.core import clock
 from app.core.database import Database
+from app.metering.hours import period
 from app.metering.tables import DIMENSIONS, UsageEvent, UsageHour, UsageLine, UsageSeries
 
 MAX_EVENTS = 200_000
 MAX_SECONDS = 20.0  # then the hours have to do
 CHUNK = 200  # events rated in one go: a few milliseconds of the event loop
-HOUR_SECONDS = 3600
 
 ALL_DIMENSIONS = frozenset(DIMENSIONS)
 
@@ -273,6 +273,7 @@ def _sums_by_hour(since: datetime, until: datetime) -> Any:
         series.disposition,
         hour_of_day,
     )
+    within = period(since, until, detail_from=until)  # hours that it cuts are taken as a whole
     return (
         select(
             *group,
@@ -280,14 +281,9 @@ def _sums_by_hour(since: datetime, until: datetime) -> Any:
             func.sum(hours.amount_nano).label("amount_nano"),
         )
         .join(series, series.id == hours.series_id)
-        .where(hours.hour >= _hour(since), hours.hour < _hour(until) + bool(until.minute))
+        .where(hours.hour >= within.first, hours.hour < within.until)
         .group_by(*group)
     )
-
-
-def _hour(instant: datetime) -> int:
-    """Since 1970."""
-    return int(instant.timestamp()) // HOUR_SECONDS
 
 
 def _model_changes(sums: Mapping[str, list[int]]) -> list[ModelChange]:

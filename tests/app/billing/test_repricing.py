@@ -201,6 +201,24 @@ async def test_hours_are_rated_by_their_windows(
     assert found.new_nano in (1_000, 0)  # 0: the hour was over when it was posted
 
 
+@pytest.mark.parametrize("after_the_hour", [timedelta(microseconds=1), timedelta(minutes=1)])
+async def test_an_hour_that_has_just_begun_is_in_the_estimate(
+    database: Database,
+    accounts: AccountWriter,
+    settlement: Callable[..., Settlement],
+    monkeypatch: pytest.MonkeyPatch,
+    after_the_hour: timedelta,
+) -> None:
+    hour = NOW.replace(minute=0, second=0, microsecond=0)
+    monkeypatch.setattr(clock, "now", lambda: hour)
+    accounts.settle(settlement("req_1", finished_at_ns=_ns(hour)))
+    await accounts.flush()
+    found = await reprice(database, book_of(item()), SINCE, hour + after_the_hour, 0)
+    assert found.is_estimate
+    assert found.old_nano > 0
+    assert not (await reprice(database, book_of(item()), SINCE, hour, 0)).models
+
+
 async def test_a_box_that_is_new_shows_this_month(
     database: Database, accounts: AccountWriter, settlement: Callable[..., Settlement]
 ) -> None:
