@@ -13,6 +13,7 @@ from app.billing.budgets import set_budget
 from app.billing.credits import add_lot, take_back
 from app.billing.ledger import PROMOTIONAL_COST, STRIPE_CLEARING
 from app.billing.rating import Settlement
+from app.billing.reconciliation import budgets
 from app.billing.reconciliation.check import Check
 from app.billing.reconciliation.engines import EngineState
 from app.billing.reconciliation.journal import JournalState
@@ -99,9 +100,11 @@ async def books(
     settings: Settings,
     accounts: AccountWriter,
     settlement: Callable[..., Settlement],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> AsyncIterator[Books]:
     """Two organizations, one with credit of both kinds and budgets; six requests, of which one
     is waived; and one hold."""
+    monkeypatch.setattr(budgets, "EDGE", timedelta(0))  # as far from midnight as at noon
     async with database.write() as session:
         for kind, source, from_account in (
             ("paid", "stripe:pi_1", STRIPE_CLEARING),
