@@ -33,7 +33,8 @@ async def test_the_empty_overview_teaches_the_first_upload(owned: Console) -> No
 async def test_the_overview_adds_up_today_and_the_month(
     owned: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    moment = clock.now().replace(day=15, hour=12)
+    moment = clock.now()
+    moment = moment.replace(day=max(moment.day, 4), hour=12)  # three days before, in its month
     monkeypatch.setattr(clock, "now", lambda: moment)
     async with owned.database.write() as session:
         await add_model(session, "digits")
