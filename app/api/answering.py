@@ -11,7 +11,7 @@ from litestar import Request
 from litestar.response.base import ASGIResponse
 
 from app.api.auth import caller_and_body, may_infer
-from app.api.bodies import receive_body
+from app.api.bodies import holding_body, receive_body
 from app.api.call import Call
 from app.api.dialect import Dialect, usage_of
 from app.api.large_bodies import decode_and
@@ -76,10 +76,11 @@ async def read(
 ) -> "tuple[Dialect[Any], Target, Generate]":
     """The request of somebody who may make it, the replica for it, and its form for the worker."""
     request_id = new_request_id(request)
-    principal, received = await caller_and_body(request, may_infer, receive_body)
-    body, dialect = await decode_and(
-        dialect_class.decoder, received, lambda body: dialect_class(body, principal, request_id)
-    )
+    with holding_body(request):
+        principal, received = await caller_and_body(request, may_infer, receive_body)
+        body, dialect = await decode_and(
+            dialect_class.decoder, received, lambda body: dialect_class(body, principal, request_id)
+        )
     target = request.app.state.fleet.resolve(principal, body.model)
     decoder = decoder_of(target, body.model)
     # A worker runs somebody's model: it learns a key of this version, not the tenant's own.

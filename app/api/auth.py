@@ -11,16 +11,16 @@ from litestar.di import Provide
 from litestar.handlers import BaseRouteHandler
 
 from app.api.bodies import (
-    body_deadline,
     is_streamed,
     length_of_file,
     may_hold_file,
-    receive_body,
     receive_fields,
     receive_form,
+    receive_small_body,
     remember_sender,
     takes_file,
 )
+from app.api.large_bodies import check_size
 from app.core.errors import Unauthenticated
 from app.organizations.keys import KeyRing
 from app.organizations.principal import Principal, Scope
@@ -79,8 +79,7 @@ async def _receive_body(request: Connection, principal: Principal) -> bool:
     elif takes_file(request):
         await receive_fields(request)
     else:
-        async with body_deadline():
-            await receive_body(request)
+        check_size(await receive_small_body(request))
     return True
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import re
 from collections.abc import AsyncGenerator, Generator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 import msgspec
@@ -11,10 +11,10 @@ from litestar import Request
 from litestar.connection import ASGIConnection
 from litestar.datastructures import FormMultiDict
 from litestar.enums import RequestEncodingType
-from litestar.exceptions import ClientException
 from litestar.types import HTTPReceiveMessage, WebSocketReceiveMessage
 
 from app.api.arriving import ArrivingBodies, Came
+from app.api.forms import FormRequest, Parts
 from app.core.errors import AppError, InvalidRequest, TookTooLong, TooLarge
 from app.core.storage import is_full
 from app.registry.transfers import LEAST_BYTES, STALL_SECONDS, Pace
@@ -23,6 +23,7 @@ from app.registry.upload_limits import form_does_not_fit
 BODY_SECONDS = 30.0  # for all of a body that is neither an upload nor for a model
 
 FIELDS_BYTES = 64 * 1024  # at most so much of a body for a file is not the file
+SMALL_BODY_BYTES = 256 * 1024  # of what is for no model, and has no file
 
 # What a route says in its `opt` of a body that may take longer. Of the first only a form may.
 TAKES_FILE = {"body": "a form with a file in it"}
@@ -31,12 +32,12 @@ TAKES_STREAM = {"body": "received by the handler, as it comes"}
 AnyRequest = Request[Any, Any, Any]
 Connection = ASGIConnection[Any, Any, Any, Any]
 T = TypeVar("T")
-_SENDER = "sender"
+_SENDER, _HELD, _CAME = "sender", "held body", "came"  # in a request's state
 _AT = re.compile(r"^(?P<problem>.*) - at `\$\.?(?P<path>.*)`$", re.DOTALL)
 _MISSING = re.compile(r"^Object missing required field `(?P<field>.*)`$")
 
 
-def decode(decoder: "msgspec.json.Decoder[T]", body: bytes) -> T:
+def decode(decoder: "msgspec.json.Decoder[T]", body: bytes, what: str = "The body") -> T:
     """Raises `InvalidRequest` with `param` naming the field that is wrong or missing."""
     try:
         return decoder.decode(body)
@@ -44,14 +45,14 @@ def decode(decoder: "msgspec.json.Decoder[T]", body: bytes) -> T:
         message, param = describe(error)
         raise InvalidRequest(message, param=param) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from None
+        raise InvalidRequest(f"{what} is not valid JSON: {error}.", code="invalid_json") from None
     except RecursionError:
-        raise nested_too_deeply() from None
+        raise nested_too_deeply(what) from None
 
 
-def nested_too_deeply() -> InvalidRequest:
+def nested_too_deeply(what: str = "The body") -> InvalidRequest:
     """JSON whose nesting is deeper than any request's."""
-    return InvalidRequest("The body is nested too deeply.", code="invalid_json")
+    return InvalidRequest(f"{what} is nested too deeply.", code="invalid_json")
 
 
 @asynccontextmanager
@@ -100,15 +101,35 @@ def remember_sender(connection: Connection, organization_id: str) -> None:
 
 
 @contextmanager
+def holding_body(request: AnyRequest) -> Generator[None]:
+    """Around receiving a body and taking it apart: it waits for that in memory, and counts as
+    arriving until then."""
+    with ExitStack() as stack:
+        request.scope["state"][_HELD] = stack
+        yield
+
+
+@contextmanager
 def _counted(request: AnyRequest) -> Generator[Came]:
     """What is told of the body's bytes, on the account of whoever sends it."""
-    sender: str | None = request.scope["state"].get(_SENDER)
+    state = request.scope["state"]
+    sender: str | None = state.get(_SENDER)
     if sender is None:  # somebody who is not signed in, and has the deadline of small bodies
         yield lambda num_bytes: None
         return
     arriving: ArrivingBodies = request.app.state.arriving
-    with arriving.counting(sender) as came:
+    held: ExitStack | None = state.get(_HELD)
+    if held is not None:
+        state[_CAME] = came = held.enter_context(arriving.counting(sender))
         yield came
+    else:
+        with arriving.counting(sender) as came:
+            yield came
+
+
+def count_unpacked(request: AnyRequest, num_bytes: int) -> None:
+    """What a body that is held came to. Raises `RateLimited`."""
+    request.scope["state"][_CAME](num_bytes)
 
 
 async def receive_body(request: AnyRequest) -> bytes:
@@ -118,52 +139,66 @@ async def receive_body(request: AnyRequest) -> bytes:
         return await request.body()
 
 
+async def receive_small_body(request: AnyRequest) -> bytes:
+    """What is for no model. Raises `TooLarge`, `RateLimited` and `TookTooLong`."""
+    refusal = f"The body of this request may have at most {SMALL_BODY_BYTES:,} bytes."
+    with _counted(request) as came:
+        return await _receive_at_most(request, SMALL_BODY_BYTES, refusal, came)
+
+
 async def receive_fields(request: AnyRequest) -> None:
     """What comes without a file to a route that takes one: large bodies are for files. Raises
     `TooLarge` and `TookTooLong`."""
+    refusal = (
+        f"A body that is no multipart/form-data may have {FIELDS_BYTES:,} bytes here; "
+        "a file is sent in such a form, or through /api/uploads."
+    )
+    await _receive_at_most(request, FIELDS_BYTES, refusal)
+
+
+async def _receive_at_most(
+    request: AnyRequest, max_bytes: int, refusal: str, counted: Came | None = None
+) -> bytes:
     num_bytes = 0
 
     def came(num_more: int) -> None:
         nonlocal num_bytes
         num_bytes += num_more
-        if max(num_bytes, request.content_length or 0) > FIELDS_BYTES:
-            raise TooLarge(
-                f"A body that is no multipart/form-data may have {FIELDS_BYTES:,} bytes here; "
-                "a file is sent in such a form, or through /api/uploads."
-            )
+        if max(num_bytes, request.content_length or 0) > max_bytes:
+            raise TooLarge(refusal)
+        if counted is not None:
+            counted(num_more)
 
     async with body_deadline():
         with _watched(request, came):
-            await request.body()
+            return await request.body()
 
 
 async def receive_form(request: AnyRequest, came: Came | None = None) -> FormMultiDict:
-    """The form, whoever made it; `came` counts one that is no request to a model. Raises
-    `InvalidRequest`, `TooLarge`, what `came` or `receive_body` does."""
+    """The form, whoever made it; `came` counts one that is no request to a model: of that, only
+    the file may be large. Raises `InvalidRequest`, `TooLarge`, what `came` or `receive_body`
+    does."""
+    assert isinstance(request, FormRequest)
+    with _receiving_form(request, came):
+        return await request.form(None if came is None else FIELDS_BYTES)
+
+
+async def receive_parts(request: AnyRequest) -> Parts:
+    """A form to a model, as bytes. Raises as `receive_form` does."""
+    assert isinstance(request, FormRequest)
+    with _receiving_form(request, None):
+        return await request.parts()
+
+
+@contextmanager
+def _receiving_form(request: AnyRequest, came: Came | None) -> Generator[None]:
     try:
         with _counted(request) as counted, _watched(request, came or counted):
-            return await request.form()
-    except (LookupError, ValueError):  # of a charset that there is not, or of bytes not in it
-        raise InvalidRequest(
-            "A part of the form without a file name must be text in UTF-8."
-        ) from None
+            yield
     except OSError as error:
         if not is_full(error):
             raise
         raise form_does_not_fit() from error
-    except ClientException as error:
-        if error.status_code != 400:
-            raise
-        if "Large" in error.detail:  # the framework's word for the number of parts, too
-            limit = request.app.multipart_form_part_limit
-            raise TooLarge(
-                f"The form has more than {limit:,} parts or too long headers; send one part for "
-                "each field."
-            ) from None
-        raise InvalidRequest(
-            "The form is no multipart/form-data that can be read: send it with the boundary that "
-            "its Content-Type names, and every part whole."
-        ) from None
 
 
 @contextmanager

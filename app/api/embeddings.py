@@ -11,7 +11,7 @@ from litestar.response.base import ASGIResponse
 from msgspec import Meta
 
 from app.api.auth import caller_and_body, may_infer
-from app.api.bodies import receive_body
+from app.api.bodies import holding_body, receive_body
 from app.api.call import Call
 from app.api.json_answers import written
 from app.api.large_bodies import decode_and
@@ -67,8 +67,9 @@ async def create_embeddings(request: AnyRequest) -> ASGIResponse:
     """OpenAI's embeddings. Texts longer than the model takes are refused, never cut; `dimensions`
     is for models that declare that their vectors may be."""
     request_id = new_request_id(request)
-    principal, received = await caller_and_body(request, may_infer, receive_body)
-    body, (texts, token_ids) = await decode_and(_decoder, received, inputs_of)
+    with holding_body(request):
+        principal, received = await caller_and_body(request, may_infer, receive_body)
+        body, (texts, token_ids) = await decode_and(_decoder, received, inputs_of)
     target = request.app.state.fleet.resolve(principal, body.model)
     info = target.manifest.embedder
     if info is None:

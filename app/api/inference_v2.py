@@ -14,7 +14,7 @@ from litestar.params import FromPath
 from litestar.response.base import ASGIResponse
 
 from app.api.auth import bearer_principal, caller_and_body
-from app.api.bodies import body_deadline, decode
+from app.api.bodies import decode, holding_body, receive_small_body
 from app.api.compression import MIN_PACKED_BYTES, accepted_encoding, packed
 from app.api.health import problem_of
 from app.api.inference_v2_answers import check_answer_values, infer_answer
@@ -29,6 +29,7 @@ from app.api.inference_v2_models import (
 )
 from app.api.inference_v2_requests import datatype_of, read_infer
 from app.api.json_answers import least_shapes, written
+from app.api.large_bodies import check_size
 from app.api.plain_response import PlainResponse
 from app.api.predict import run_prediction, schema_of, target_for
 from app.api.predict_bodies import read_bytes
@@ -132,7 +133,8 @@ async def show_stats(request: AnyRequest) -> dict[str, Any]:
 async def list_repository(request: AnyRequest) -> list[IndexEntry]:
     """The endpoints that this key may call; `{"ready": true}` leaves out those that do not
     answer."""
-    principal, body = await caller_and_body(request, _may_read, _small_body)
+    principal, body = await caller_and_body(request, _may_read, receive_small_body)
+    check_size(body)
     asked = decode(_index_decoder, body) if body else IndexRequest()
     fleet: Fleet = request.app.state.fleet
     entries = [index_entry(view) for view in fleet.visible_endpoints(principal)]
@@ -149,14 +151,15 @@ async def infer(
     or [rows, 2] instead of their tensors. Metered as any prediction."""
     request_id = new_request_id(request)
     wanted = _wanted(name, version)
-    principal, target, body = await target_for(request, wanted, read_bytes)
-    schema = schema_of(target, name)
-    for spec in schema.outputs:
-        datatype_of(spec)  # before anything is run
-    header_length = request.headers.get(HEADER_LENGTH)
-    asked = await convert(
-        len(body), lambda: read_infer(body, header_length, target.manifest, schema)
-    )
+    with holding_body(request):
+        principal, target, body = await target_for(request, wanted, read_bytes)
+        schema = schema_of(target, name)
+        for spec in schema.outputs:
+            datatype_of(spec)  # before anything is run
+        header_length = request.headers.get(HEADER_LENGTH)
+        asked = await convert(
+            len(body), lambda: read_infer(body, header_length, target.manifest, schema)
+        )
     check_answer_values(asked.outputs, least_shapes(schema, asked.given), schema)
     encoding = accepted_encoding(request.headers.get("accept-encoding", ""))
     headers = {"x-request-id": request_id}
@@ -230,11 +233,6 @@ def _may_read(principal: Principal) -> None:
     """Raises `Forbidden`."""
     if not principal.scopes & {"inference", "read"}:
         raise Forbidden("This API key may not read about models.", code="missing_scope")
-
-
-async def _small_body(request: AnyRequest) -> bytes:
-    async with body_deadline():
-        return await request.body()
 
 
 def _target(request: AnyRequest, principal: Principal, name: str, version: str) -> Target:

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from app.api import tensors
-from app.api.bodies import decode
+from app.api.large_bodies import NumbersDecoder
 from app.api.predict_bodies import Given, checked_texts
 from app.core.errors import InvalidRequest
 from runtime.protocol import Manifest, Schema, Tensor, TensorSpec
@@ -80,7 +80,7 @@ class Asked(msgspec.Struct, frozen=True):
     outputs: list[WantedOutput]
 
 
-_decoder = msgspec.json.Decoder(InferRequest)
+_decoder: NumbersDecoder[InferRequest] = NumbersDecoder(InferRequest)
 
 
 def datatype_of(spec: TensorSpec) -> str:
@@ -97,7 +97,7 @@ def datatype_of(spec: TensorSpec) -> str:
 def read_infer(body: bytes, header_length: str | None, manifest: Manifest, schema: Schema) -> Asked:
     """Raises `InvalidRequest`."""
     json, binary = _split(body, header_length)
-    request = decode(_decoder, json)
+    request = _decoder.decode(json)
     if len(request.id) > MAX_ID_CHARS:
         raise InvalidRequest(f"id has more than {MAX_ID_CHARS} characters.", param="id")
     if request.parameters.get("sequence_id"):

@@ -15,6 +15,7 @@ from litestar.params import FromPath, FromQuery
 
 from app.api.auth import allowed, authenticated, dependencies
 from app.api.bodies import TAKES_FILE, decode, receive_form
+from app.api.forms import FormRequest
 from app.api.model_view import ModelList, ModelState, VersionState, read_models, read_version
 from app.api.writing import writing
 from app.core.database import Database
@@ -257,5 +258,6 @@ router = Router(
     ],
     guards=[authenticated],
     dependencies=dependencies,
+    request_class=FormRequest,
     tags=["Models"],
 )

@@ -11,7 +11,9 @@ from litestar.params import FromPath
 from litestar.response.base import ASGIResponse
 
 from app.api.auth import caller_and_body
+from app.api.bodies import holding_body
 from app.api.call import Call
+from app.api.forms import FormRequest
 from app.api.json_answers import check_json_shapes, least_shapes, written
 from app.api.plain_response import PlainResponse
 from app.api.predict_answers import JSON, PredictAnswer, answer_bytes, answer_size, chosen_form
@@ -46,10 +48,11 @@ async def predict(request: AnyRequest, name: FromPath[str]) -> ASGIResponse:
     Arrays may come as `application/x-npy`, `application/x-npz`, `application/octet-stream` or the
     parts of a form, and are answered so where `Accept` says it."""
     request_id = new_request_id(request)
-    principal, target, received = await target_for(request, name, receive)
-    schema = schema_of(target, name)
-    form = chosen_form(request.headers.get("accept", ""), schema)
-    given = await read_body(received, target.manifest, schema)
+    with holding_body(request):
+        principal, target, received = await target_for(request, name, receive)
+        schema = schema_of(target, name)
+        form = chosen_form(request.headers.get("accept", ""), schema)
+        given = await read_body(received, target.manifest, schema)
     if form == JSON:
         check_json_shapes(least_shapes(schema, given))
 
@@ -140,6 +143,7 @@ async def run_prediction(
 router = Router(
     "/models",
     route_handlers=[predict],
+    request_class=FormRequest,
     exception_handlers=exception_handlers,
     tags=["Predictions"],
 )

@@ -10,11 +10,12 @@ from typing import Any, cast
 
 import msgspec
 from litestar import Request
-from litestar.datastructures import UploadFile
 
 from app.api import tensors
-from app.api.bodies import decode, receive_body, receive_form
+from app.api.bodies import count_unpacked, receive_body, receive_parts
 from app.api.compression import unpacked
+from app.api.forms import close
+from app.api.large_bodies import NumbersDecoder
 from app.api.npy import NPY, NPZ, read_npy, read_npz
 from app.api.threads import LARGE_BODY_BYTES, convert
 from app.core.errors import InvalidRequest, UnsupportedMediaType
@@ -57,7 +58,8 @@ class Received(msgspec.Struct, frozen=True):
     parts: dict[str, bytes] = {}  # of a form
 
 
-_decoder = msgspec.json.Decoder(PredictRequest)
+_decoder: NumbersDecoder[PredictRequest] = NumbersDecoder(PredictRequest)
+_list_decoder: NumbersDecoder[Any] = NumbersDecoder(Any)
 
 
 async def receive(request: AnyRequest) -> Received:
@@ -74,7 +76,7 @@ async def read_body(received: Received, manifest: Manifest, schema: Schema) -> G
     if kind == FORM:
         return await _of_form(received.parts, schema)
     if kind in JSON:
-        return await convert(len(body), lambda: of_json(decode(_decoder, body), manifest, schema))
+        return await convert(len(body), lambda: of_json(_decoder.decode(body), manifest, schema))
     if kind == NPY:
         return Given(inputs=await convert(len(body), lambda: _of_npy(body, schema)))
     if kind == NPZ:
@@ -97,7 +99,9 @@ async def read_bytes(request: AnyRequest) -> bytes:
     if not encoding:
         return body
     max_bytes: int = request.app.state.settings.max_request_bytes
-    return await convert(max_bytes, lambda: unpacked(body, encoding, max_bytes))
+    whole = await convert(max_bytes, lambda: unpacked(body, encoding, max_bytes))
+    count_unpacked(request, len(whole))
+    return whole
 
 
 def of_json(body: PredictRequest, manifest: Manifest, schema: Schema) -> Given:
@@ -167,15 +171,15 @@ def _of_npz(body: bytes, schema: Schema) -> list[Tensor]:
 
 
 async def _receive_parts(request: AnyRequest) -> dict[str, bytes]:
-    form = await receive_form(request)
+    parts: dict[str, bytes] = {}
+    received = await receive_parts(request)
     try:
-        parts: dict[str, bytes] = {}
-        for name, value in form.multi_items():
+        for name, part in received:
             if name in parts:
                 raise InvalidRequest(f"The part {name[:80]!r} comes twice.", param=name[:80])
-            parts[name] = await value.read() if isinstance(value, UploadFile) else value.encode()
+            parts[name] = part if isinstance(part, bytes) else await part.read()
     finally:
-        await form.close()
+        await close(received)
     return parts
 
 
@@ -202,12 +206,16 @@ def _of_parts(parts: dict[str, bytes], schema: Schema) -> list[Tensor]:
 def _value_of(part: bytes, name: str) -> Any:
     if part.startswith(NPY_MAGIC):
         return read_npy(part, f"The part {name[:80]!r}")
+    return decode_list(part, f"The part {name[:80]!r}", name)
+
+
+def decode_list(text: bytes, what: str, name: str) -> Any:
+    """An input's numbers, however nested. Raises `InvalidRequest`, of `what`."""
     try:
-        return msgspec.json.decode(part)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        raise InvalidRequest(
-            f"The part {name[:80]!r} is neither an npy file nor JSON.", param=name[:80]
-        ) from None
+        return _list_decoder.decode(text, what)
+    except InvalidRequest as error:
+        error.param = name[:80]
+        raise
 
 
 def _is_image(part: bytes) -> bool:

@@ -203,7 +203,7 @@ def read_header(file: BinaryIO) -> Header:
         encoded = file.read(num_bytes)
     try:
         return msgspec.json.decode(encoded, type=Header)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise DamagedArchive(f"the header is damaged: {error}") from error
 
 

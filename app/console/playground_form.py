@@ -11,11 +11,18 @@ from typing import Any, Literal
 import msgspec
 from litestar.datastructures import UploadFile
 
-from app.api.predict_bodies import Given, checked_image, checked_texts, takes_image
+from app.api.predict_bodies import (
+    Given,
+    checked_image,
+    checked_texts,
+    decode_list,
+    takes_image,
+)
 from app.api.tensors import tensors_of_values
+from app.api.threads import convert
 from app.console.snippets import example_shape, example_value
 from app.core.errors import InvalidRequest
-from runtime.protocol import ImageInput, Manifest, TensorSpec
+from runtime.protocol import ImageInput, Manifest, Schema, Tensor, TensorSpec
 
 Kind = Literal["texts", "image", "numbers", "json"]
 MAX_NUMBER_FIELDS = 16
@@ -72,8 +79,8 @@ async def read_form(form: Any, manifest: Manifest) -> Given:
     image: Any = form.get(IMAGE)
     if isinstance(image, UploadFile) and (content := await image.read()):
         return Given(image=checked_image(content, schema))
-    values = {spec.name: _value(spec, form) for spec in schema.inputs}
-    return Given(inputs=tensors_of_values(values, schema))
+    num_chars = sum(len(value) for value in form.values() if isinstance(value, str))
+    return Given(inputs=await convert(num_chars, lambda: _given_numbers(form, schema)))
 
 
 # --- fields -----------------------------------------------------------------------------
@@ -149,6 +156,10 @@ def _given_texts(text: str, manifest: Manifest) -> Given:
     return Given(texts=checked_texts(rows, manifest))
 
 
+def _given_numbers(form: Any, schema: Schema) -> list[Tensor]:
+    return tensors_of_values({spec.name: _value(spec, form) for spec in schema.inputs}, schema)
+
+
 def _value(spec: TensorSpec, form: Any) -> Any:
     shape = example_shape(spec)
     fields = [form.get(f"{spec.name}:{index}") for index in range(math.prod(shape))]
@@ -157,12 +168,7 @@ def _value(spec: TensorSpec, form: Any) -> Any:
     text = str(form.get(spec.name, "")).strip()
     if not text:
         raise InvalidRequest(f"Give {spec.name} its numbers.", param=spec.name)
-    try:
-        return msgspec.json.decode(text)
-    except msgspec.DecodeError as error:
-        raise InvalidRequest(f"{spec.name} is not JSON: {error}.", param=spec.name) from None
-    except RecursionError:
-        raise InvalidRequest(f"{spec.name} is nested too deeply.", param=spec.name) from None
+    return decode_list(text.encode("utf-8", "replace"), spec.name, spec.name)
 
 
 def _number(spec: TensorSpec, text: str) -> Any:

@@ -9,6 +9,7 @@ from litestar.static_files import (
     create_static_files_router,  # pyright: ignore[reportUnknownVariableType]
 )
 
+from app.api.forms import MAX_FORM_BYTES, FormRequest
 from app.console import (
     account,
     billing,
@@ -36,7 +37,6 @@ from app.console import (
     usage,
 )
 from app.console.errors import exception_handlers
-from app.console.forms import MAX_FORM_BYTES, FormRequest
 from app.console.sessions import HOME
 from app.console.templating import HEADERS, STATIC_DIR, STATIC_PATH, PageRequest
 from app.core.errors import NotFound

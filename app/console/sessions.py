@@ -11,12 +11,14 @@ from urllib.parse import quote, urlsplit
 
 from litestar import Response
 from litestar.datastructures import Cookie
+from litestar.enums import RequestEncodingType
 
 from app.api.auth import SAFE_METHODS
 from app.api.bodies import (
     body_deadline,
     is_streamed,
     may_hold_file,
+    receive_body,
     receive_form,
     remember_sender,
 )
@@ -64,8 +66,11 @@ async def authenticate(request: PageRequest) -> SignedIn:
 
 
 async def _receive_small_form(request: PageRequest) -> None:
+    """Only what its sender does has a deadline, not the wait for a thread that takes it apart."""
+    is_whole = request.content_type[0] == RequestEncodingType.URL_ENCODED
     async with body_deadline():
-        await receive_form(request)
+        await (receive_body(request) if is_whole else receive_form(request))
+    await receive_form(request)
 
 
 async def require_own_form(request: PageRequest) -> None:

@@ -1,18 +1,29 @@
 """The memory of bodies that are on their way, of one organization and of another."""
 
 import asyncio
+import gzip
+import threading
 from collections.abc import AsyncIterator
+from typing import Any
 
 import httpx
 import pytest
 
 from app.api import arriving as arriving_bodies
+from app.api import large_bodies
 from app.api.arriving import UNCOUNTED_BYTES, ArrivingBodies
 from app.core.errors import RateLimited
 from tests.app.api.conftest import ORGANIZATION, OTHER, Box
 
+PATHS = (
+    ("/v1/completions", "application/json"),
+    ("/v1/embeddings", "application/json"),
+    ("/v1/messages", "application/json"),
+    ("/v2/models/doubler/infer", "application/json"),
+    ("/models/doubler/predict", "application/json"),
+    ("/models/doubler/predict", "multipart/form-data; boundary=B"),
+)
 LARGE_BYTES = UNCOUNTED_BYTES + 60_000
-FORM = "multipart/form-data; boundary=B"
 BEGINNING = b'--B\r\nContent-Disposition: form-data; name="x"\r\n\r\n'
 
 
@@ -48,17 +59,7 @@ def test_what_makes_a_body_large_is_counted_alone() -> None:
     assert arriving._held_bytes == {}
 
 
-@pytest.mark.parametrize(
-    ("path", "kind"),
-    [
-        ("/v1/completions", "application/json"),
-        ("/v1/embeddings", "application/json"),
-        ("/v1/messages", "application/json"),
-        ("/v2/models/doubler/infer", "application/json"),
-        ("/models/doubler/predict", "application/json"),
-        ("/models/doubler/predict", FORM),
-    ],
-)
+@pytest.mark.parametrize(("path", "kind"), PATHS)
 async def test_an_organization_sends_so_much_at_once(box: Box, path: str, kind: str) -> None:
     arriving: ArrivingBodies = box.app.state.arriving
     arriving.max_bytes = 100_000
@@ -88,4 +89,46 @@ async def test_an_organization_sends_so_much_at_once(box: Box, path: str, kind: 
     assert small.status_code == 400
     assert refused.headers["retry-after"] == "1"
     assert "100,000 bytes" in refused.text
+    assert arriving._held_bytes == {}
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "encoding"),
+    [*((*sent, "") for sent in PATHS), *((*sent, "gzip") for sent in PATHS[3:5])],
+)
+async def test_a_body_is_counted_until_it_is_taken_apart(
+    box: Box, monkeypatch: pytest.MonkeyPatch, path: str, kind: str, encoding: str
+) -> None:
+    """And as large as it was before it was packed."""
+    arriving: ArrivingBodies = box.app.state.arriving
+    may_go_on, waiting = threading.Event(), asyncio.Event()
+    loop, take_apart = asyncio.get_running_loop(), large_bodies.check_size
+
+    def slow(*args: Any) -> Any:
+        loop.call_soon_threadsafe(waiting.set)
+        assert may_go_on.wait(20)
+        return take_apart(*args)
+
+    monkeypatch.setattr(large_bodies, "check_size", slow)
+    large = BEGINNING + b" " * LARGE_BYTES + b"\r\n--B--\r\n"
+    headers = {"Content-Type": kind} | ({"Content-Encoding": encoding} if encoding else {})
+    async with box.http() as http:
+        content = gzip.compress(large) if encoding else large
+        sent = asyncio.create_task(http.post(path, headers=headers, content=content))
+        async with asyncio.timeout(10):
+            await waiting.wait()
+        assert 60_000 < arriving.held_bytes(ORGANIZATION) < len(large)
+        may_go_on.set()
+        assert (await sent).status_code == 400
+    assert arriving._held_bytes == {}
+
+
+async def test_what_a_packed_body_comes_to_is_counted(box: Box) -> None:
+    arriving: ArrivingBodies = box.app.state.arriving
+    arriving.max_bytes = 100_000
+    packed = gzip.compress(b" " * 10 * LARGE_BYTES)
+    async with box.http() as http:
+        for path in ("/models/doubler/predict", "/v2/models/doubler/infer"):
+            answer = await http.post(path, headers={"Content-Encoding": "gzip"}, content=packed)
+            assert (answer.status_code, "100,000 bytes" in answer.text) == (429, True)
     assert arriving._held_bytes == {}

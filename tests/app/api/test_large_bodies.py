@@ -5,12 +5,14 @@ import json
 import threading
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from app.api import large_bodies
-from app.api.large_bodies import check_size
+from app.api.bodies import SMALL_BODY_BYTES
+from app.api.large_bodies import MAX_EXPONENTS, NumbersDecoder, Size, check_size
 from app.api.openai_types import MAX_MESSAGES
 from app.api.threads import LARGE_BODY_BYTES, convert
 from app.core.errors import InvalidRequest
@@ -28,9 +30,9 @@ ROUTES: dict[str, dict[str, Any]] = {
     "/v1/responses/input_tokens": {"model": "tiny", "input": [MESSAGE]},
     "/v1/embeddings": {"model": "vectors", "input": "a"},
 }
-TEXT = st.text(alphabet='a\\"{}[],é')
+TEXT = st.text(alphabet='a\\"{}[],é1eE.')
 JSON = st.recursive(
-    TEXT | st.integers(),
+    TEXT | st.integers() | st.sampled_from((1e-320, -1.5e300, 1e22, 0.25)) | st.booleans(),
     lambda inner: st.lists(inner, max_size=5) | st.dictionaries(TEXT, inner, max_size=5),
     max_leaves=20,
 )
@@ -50,15 +52,19 @@ def num_commas(value: Any) -> int:
     return max(0, len(inner) - 1) + sum(map(num_commas, inner))
 
 
-def is_refused(
-    body: bytes, max_containers: int, max_values: int, window_bytes: int = 1_000_000
-) -> bool:
+def num_exponents(value: Any) -> int:
+    if isinstance(value, float):
+        return "e" in repr(value)
+    if not isinstance(value, dict | list):
+        return 0
+    return sum(map(num_exponents, value.values() if isinstance(value, dict) else value))
+
+
+def is_refused(body: bytes, limit: Size, window_bytes: int = 1_000_000) -> bool:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(large_bodies, "WINDOW_BYTES", window_bytes)
-        patch.setattr(large_bodies, "MAX_CONTAINERS", max_containers)
-        patch.setattr(large_bodies, "MAX_VALUES", max_values)
         try:
-            check_size(body)
+            check_size(body, limit)
         except InvalidRequest:
             return True
     return False
@@ -69,29 +75,93 @@ def test_values_are_counted_and_letters_of_texts_are_not(
     value: Any, is_ascii: bool, window_bytes: int
 ) -> None:
     body = json.dumps(value, ensure_ascii=is_ascii).encode()
-    containers, commas = num_containers(value), num_commas(value)
-    assert not is_refused(body, containers, commas, window_bytes)
-    assert is_refused(body, containers - 1, commas, window_bytes)
-    assert is_refused(body, containers, commas - 1, window_bytes)
+    size = Size(num_containers(value), num_commas(value), num_exponents(value))
+    assert not is_refused(body, size, window_bytes)
+    assert is_refused(body, size._replace(num_containers=size.num_containers - 1), window_bytes)
+    assert is_refused(body, size._replace(num_commas=size.num_commas - 1), window_bytes)
+    # A window may end within a number.
+    assert is_refused(body, size._replace(num_exponents=size.num_exponents - 1))
 
 
 @given(st.binary(), st.integers(0, 3))
 def test_what_is_no_json_is_left_to_the_decoder(body: bytes, limit: int) -> None:
-    is_refused(body, limit, limit)
+    is_refused(body, Size(limit, limit, limit))
+
+
+@pytest.mark.parametrize("number", ["1e5", "1E5", "1.5e-320", "0e+1", "-9.e308"])
+def test_an_exponent_may_be_written_in_many_ways(number: str) -> None:
+    body = f'[true, false, {number}, "1e5", {{"E1e": 0}}]'.encode()
+    assert not is_refused(body, Size(9, 9, 1))
+    assert is_refused(body, Size(9, 9, 0))
+
+
+def test_slow_numbers_are_read_by_python() -> None:
+    """Any of float64, exactly; many of them in a tenth of the decoder's own time."""
+    decoder: NumbersDecoder[Any] = NumbersDecoder(Any)
+    for count in (MAX_EXPONENTS, MAX_EXPONENTS + 1):
+        numbers = [5e-324, -1.7976931348623157e308, 1e23, 0.1, 3] * count
+        assert decoder.decode(json.dumps(numbers).encode()) == numbers
+    used: list[str] = []
+
+    def patient(text: str) -> float:
+        used.append(text)
+        return float(text)
+
+    with pytest.MonkeyPatch.context() as patch:
+        hooked = msgspec.json.Decoder(Any, float_hook=patient)
+        patch.setattr(decoder, "_patient", hooked)
+        decoder.decode(b"[" + b"1e9," * (MAX_EXPONENTS - 1) + b"1e9]")
+        assert not used
+        decoder.decode(b"[" + b"1e9," * MAX_EXPONENTS + b"1e9]")
+    assert len(used) == MAX_EXPONENTS + 1
+
+
+@pytest.mark.parametrize("route", ["predict", "infer", "form"])
+async def test_what_holds_numbers_is_bounded_too(
+    box: Box, monkeypatch: pytest.MonkeyPatch, route: str
+) -> None:
+    monkeypatch.setattr(large_bodies, "MAX_PATIENT_EXPONENTS", 2_000)
+    monkeypatch.setattr(large_bodies, "MAX_CONTAINERS", 2_000)
+    for many in ("[" + "1e-320," * 2_001 + "1]", "[" + "[]," * 2_001 + "1]"):
+        async with box.http() as http:
+            if route == "predict":
+                body = f'{{"inputs": {many}}}'
+                answer = await http.post("/models/doubler/predict", content=body)
+            elif route == "infer":
+                body = f'{{"inputs": [{{"name": "x", "data": {many}}}]}}'
+                answer = await http.post("/v2/models/doubler/infer", content=body)
+            else:
+                files = {"x": (None, many)}
+                answer = await http.post("/models/doubler/predict", files=files)
+        assert answer.status_code == 400
+        assert "too many values" in answer.text
+
+
+async def test_a_body_for_no_model_is_small_and_bounded(box: Box) -> None:
+    slow = "[" + "1e-320," * MAX_EXPONENTS + "1e-320]"
+    async with box.http() as http:
+        for path in ("/api/prices", "/api/prices/preview"):
+            answers = [
+                await http.post(path, content='{"items": %s}' % slow),  # noqa: UP031
+                await http.post(path, content=b" " * (SMALL_BODY_BYTES + 1)),
+            ]
+            assert [answer.status_code for answer in answers] == [400, 413]
+            assert "too many values" in answers[0].text
+            assert "at most 262,144 bytes" in answers[1].text
 
 
 def test_counting_ends_at_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many values follow."""
-    is_small, num_looks = large_bodies._is_small, 0
+    plus, num_looks = Size.plus, 0
 
-    def counted(num_containers: int, num_commas: int) -> bool:
+    def counted(size: Size, text: bytes) -> Size:
         nonlocal num_looks
         num_looks += 1
-        return is_small(num_containers, num_commas)
+        return plus(size, text)
 
-    monkeypatch.setattr(large_bodies, "_is_small", counted)
+    monkeypatch.setattr(Size, "plus", counted)
     body = json.dumps([{"role": "user"}] * 10_000).encode()
-    assert is_refused(body, 100, 10**9, window_bytes=1000)
+    assert is_refused(body, Size(100, 10**9, 0), window_bytes=1000)
     assert num_looks <= 4
 
 
@@ -125,7 +195,7 @@ async def test_a_body_of_too_many_values_is_refused(
         answer = await http.post(path, json=body)
     assert answer.status_code == 400
     assert answer.json()["error"]["code"] == "too_many_values"
-    assert "at most 100,000 objects and lists, and 1,000 values" in answer.text
+    assert "at most 100,000 objects and lists, 1,000 values in all and 1,000" in answer.text
 
 
 @pytest.mark.parametrize("path", [path for path in ROUTES if str(MESSAGE) in str(ROUTES[path])])

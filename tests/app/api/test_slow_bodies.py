@@ -134,7 +134,7 @@ async def test_a_body_that_is_given_up_ends_its_connection(
     reader, writer = await asyncio.open_connection(host, port)
 
     async def send() -> None:
-        head = f"POST {path} HTTP/1.1\r\nHost: box\r\nContent-Length: 9000000\r\n"
+        head = f"POST {path} HTTP/1.1\r\nHost: box\r\nContent-Length: 200000\r\n"
         writer.write(f"{head}Authorization: Bearer {box.keys[ORGANIZATION]}\r\n\r\n".encode())
         while True:
             writer.write(b" ")

@@ -517,6 +517,7 @@ def test_both_forms_of_the_first_format_are_read(kept: str) -> None:
 @pytest.mark.parametrize(
     ("kept", "part", "changed", "words"),
     [
+        (WITH_HASH, b'"first_seal":3', b'"first_seal"\xff3', "the header is damaged"),
         (WITH_HASH, b'"first_seal":3', b'"first_seal":2', "the header is damaged"),
         (WITHOUT_HASH, b'"who":', b'"whn":', "the columns are not as the header says"),
         (WITHOUT_HASH, b'"random":10', b'"random":11', "the columns are not as the header says"),

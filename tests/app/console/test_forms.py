@@ -1,17 +1,19 @@
 """What a form may hold: how large it may be on each route, how many fields it may have; and that
 nothing of it is kept."""
 
+import asyncio
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from litestar._parsers import parse_url_encoded_form_data
 from litestar.routes import HTTPRoute
 
-from app.api import threads
+from app.api import bodies, forms, threads
+from app.api.forms import MAX_FIELDS, MAX_FIELDS_BYTES, MAX_FORM_BYTES, read_fields
 from app.billing.policy import DEFAULTS
-from app.console import forms, prices_form
-from app.console.forms import MAX_FIELDS, MAX_FIELDS_BYTES, MAX_FORM_BYTES, read_fields
+from app.console import prices_form
 from app.core.errors import TooLarge
 from app.main import create_app
 from app.settings import Settings
@@ -93,3 +95,17 @@ async def test_nothing_of_a_form_is_kept(owned: Console) -> None:
     answer = await owned.post("/console/account", "/console/account/password", current="a", new="b")
     assert answer.status < 500
     assert parse_url_encoded_form_data.cache_info().currsize == 0
+
+
+async def test_the_wait_for_a_thread_is_not_its_senders(
+    owned: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bodies, "BODY_SECONDS", 0.2)
+
+    async def busy(size_bytes: int, work: Callable[[], Any]) -> Any:
+        await asyncio.sleep(0.4)
+        return work()
+
+    monkeypatch.setattr(forms, "convert", busy)
+    answer = await owned.post("/console/account", "/console/account/password", current="a", new="b")
+    assert answer.status not in (408, 500)

@@ -9,6 +9,7 @@ import pytest
 from litestar.datastructures import UploadFile
 
 from app.api import bodies
+from app.api.bodies import FIELDS_BYTES
 from app.registry.transfers import LEAST_BYTES
 from tests.app.console.conftest import ORIGIN, Console
 from tests.app.console.test_members_pages import joined
@@ -147,3 +148,21 @@ async def test_a_slow_form_arrives(owned: Console, monkeypatch: pytest.MonkeyPat
     headers = {"Content-Length": "500000000", "X-CSRF-Token": token}
     answer = await sent(owned, slow(), **headers)
     assert (answer.status_code, "be a model&#39;s name" in answer.text) == (400, True)
+
+
+async def test_only_the_file_of_a_form_may_be_large(owned: Console) -> None:
+    token = await owned.csrf_token("/console/upload")
+
+    async def text(num_bytes: int) -> AsyncIterator[bytes]:
+        yield b'--B\r\nContent-Disposition: form-data; name="name"\r\n\r\n'
+        yield b"x" * num_bytes
+        yield b"\r\n--B--\r\n"
+
+    headers = {"Content-Length": "500000000", "X-CSRF-Token": token}
+    for num_bytes, status, words in (
+        (FIELDS_BYTES, 400, "Choose a file first"),
+        (FIELDS_BYTES + 1, 413, "give a part that is a file its file name"),
+    ):
+        answer = await sent(owned, text(num_bytes), **headers)
+        assert (answer.status_code, words in answer.text) == (status, True), answer.text
+    assert owned.client.app.state.uploads._limits._forms == set()

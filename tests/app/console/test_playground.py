@@ -60,7 +60,7 @@ async def test_json_is_taken_as_it_is_and_refused_in_plain_words() -> None:
     assert given.inputs[0].shape == [2, 4]
     wrong = [
         ("", "Give x its numbers"),
-        ("[1,", "x is not JSON"),
+        ("[1,", "x is not valid JSON"),
         ("[" * 100_000, "x is nested too deeply"),
     ]
     for text, complaint in wrong:
