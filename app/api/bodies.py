@@ -133,10 +133,17 @@ def count_unpacked(request: AnyRequest, num_bytes: int) -> None:
 
 
 async def receive_body(request: AnyRequest) -> bytes:
-    """What a model is asked, however long it is. Raises `RateLimited` where too much comes at once
-    and `TookTooLong` where next to nothing of it comes for a while."""
+    """What a model is asked, however long it is; the caller alone has it, for a request is kept
+    while its answer runs, and as long as its connection idles. Raises `RateLimited` where too much
+    comes at once and `TookTooLong` where next to nothing of it comes for a while."""
     with _counted(request) as came, _watched(request, came):
-        return await request.body()
+        return b"".join([chunk async for chunk in request.stream()])
+
+
+async def receive_kept(request: AnyRequest) -> None:
+    """What is taken apart later, by `receive_form`. Raises as `receive_body` does."""
+    with _counted(request) as came, _watched(request, came):
+        await request.body()
 
 
 async def receive_small_body(request: AnyRequest) -> bytes:

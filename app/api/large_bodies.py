@@ -3,6 +3,7 @@ a thread. Decoding takes time by the value, not by the byte, and while it runs n
 a thread or not.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -51,7 +52,7 @@ class NumbersDecoder(Generic[T]):
 
     def decode(self, body: bytes, what: str = "The body") -> T:
         """Raises `InvalidRequest`, of `what`."""
-        size = check_size(body, Size(MAX_CONTAINERS, len(body), MAX_PATIENT_EXPONENTS), what)
+        size = check_size(body, Size(MAX_CONTAINERS, sys.maxsize, MAX_PATIENT_EXPONENTS), what)
         is_slow = size.num_exponents > MAX_EXPONENTS
         return decode(self._patient if is_slow else self._decoder, body, what)
 
@@ -96,9 +97,10 @@ def _check_outside_texts(body: bytes, limit: Size, what: str) -> Size:
 
 
 def _too_many_values(limit: Size, what: str) -> InvalidRequest:
+    values = "" if limit.num_commas == sys.maxsize else f"{limit.num_commas:,} values in all, "
     return InvalidRequest(
         f"{what} holds too many values: at most {limit.num_containers:,} objects and lists, "
-        f"{limit.num_commas:,} values in all and {limit.num_exponents:,} numbers with an exponent "
-        "such as 1e5. Send fewer or shorter lists, or arrays as bytes where the API takes them.",
+        f"{values}and {limit.num_exponents:,} numbers with an exponent such as 1e5. Send fewer or "
+        "shorter lists, or arrays as bytes where the API takes them.",
         code="too_many_values",
     )

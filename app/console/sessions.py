@@ -18,8 +18,8 @@ from app.api.bodies import (
     body_deadline,
     is_streamed,
     may_hold_file,
-    receive_body,
     receive_form,
+    receive_kept,
     remember_sender,
 )
 from app.console.templating import PageRequest
@@ -69,7 +69,7 @@ async def _receive_small_form(request: PageRequest) -> None:
     """Only what its sender does has a deadline, not the wait for a thread that takes it apart."""
     is_whole = request.content_type[0] == RequestEncodingType.URL_ENCODED
     async with body_deadline():
-        await (receive_body(request) if is_whole else receive_form(request))
+        await (receive_kept(request) if is_whole else receive_form(request))
     await receive_form(request)
 
 

@@ -8,10 +8,13 @@ from typing import Any
 
 import httpx
 import pytest
+from litestar.types import Empty
+from litestar.utils.scope.state import ScopeState
 
+from app.api import answering, large_bodies
 from app.api import arriving as arriving_bodies
-from app.api import large_bodies
 from app.api.arriving import UNCOUNTED_BYTES, ArrivingBodies
+from app.api.bodies import AnyRequest, holding_body
 from app.core.errors import RateLimited
 from tests.app.api.conftest import ORGANIZATION, OTHER, Box
 
@@ -132,3 +135,20 @@ async def test_what_a_packed_body_comes_to_is_counted(box: Box) -> None:
             answer = await http.post(path, headers={"Content-Encoding": "gzip"}, content=packed)
             assert (answer.status_code, "100,000 bytes" in answer.text) == (429, True)
     assert arriving._held_bytes == {}
+
+
+async def test_a_request_keeps_no_body(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lives as long as its answer, and then while its connection idles."""
+    requests: list[AnyRequest] = []
+
+    def watched(request: AnyRequest) -> Any:
+        requests.append(request)
+        return holding_body(request)
+
+    monkeypatch.setattr(answering, "holding_body", watched)
+    async with box.http() as http:
+        body = {"model": "tiny", "prompt": "a"}
+        assert (await http.post("/v1/completions", json=body)).status_code == 200
+    (request,) = requests
+    kept = ScopeState.from_scope(request.scope)
+    assert (request._body, kept.body) == (Empty, Empty)

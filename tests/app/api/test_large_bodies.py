@@ -195,7 +195,7 @@ async def test_a_body_of_too_many_values_is_refused(
         answer = await http.post(path, json=body)
     assert answer.status_code == 400
     assert answer.json()["error"]["code"] == "too_many_values"
-    assert "at most 100,000 objects and lists, 1,000 values in all and 1,000" in answer.text
+    assert "at most 100,000 objects and lists, 1,000 values in all, and 1,000" in answer.text
 
 
 @pytest.mark.parametrize("path", [path for path in ROUTES if str(MESSAGE) in str(ROUTES[path])])
