@@ -24,9 +24,12 @@ BODY_SECONDS = 30.0  # for all of a body that is neither an upload nor for a mod
 
 FIELDS_BYTES = 64 * 1024  # at most so much of a body for a file is not the file
 SMALL_BODY_BYTES = 256 * 1024  # of what is for no model, and has no file
+BOOK_BYTES = 4 * 1024**2
 
-# What a route says in its `opt` of a body that may take longer. Of the first only a form may.
+# What a route says in its `opt` of a body that may take longer, or be longer. Of the first only a
+# form may.
 TAKES_FILE = {"body": "a form with a file in it"}
+TAKES_BOOK = {"body": "a price book, which may be long"}
 TAKES_STREAM = {"body": "received by the handler, as it comes"}
 
 AnyRequest = Request[Any, Any, Any]
@@ -148,9 +151,11 @@ async def receive_kept(request: AnyRequest) -> None:
 
 async def receive_small_body(request: AnyRequest) -> bytes:
     """What is for no model. Raises `TooLarge`, `RateLimited` and `TookTooLong`."""
-    refusal = f"The body of this request may have at most {SMALL_BODY_BYTES:,} bytes."
+    is_book = request.route_handler.opt.get("body") == TAKES_BOOK["body"]
+    max_bytes = BOOK_BYTES if is_book else SMALL_BODY_BYTES
+    refusal = f"The body of this request may have at most {max_bytes:,} bytes."
     with _counted(request) as came:
-        return await _receive_at_most(request, SMALL_BODY_BYTES, refusal, came)
+        return await _receive_at_most(request, max_bytes, refusal, came)
 
 
 async def receive_fields(request: AnyRequest) -> None:

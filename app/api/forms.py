@@ -27,7 +27,12 @@ MAX_FORM_BYTES = 256 * 1024  # of any form of the console whose route says nothi
 MAX_FIELDS_BYTES = 4 * 1024**2  # a long conversation's; what is larger is a file
 MAX_FIELDS = 2_000  # twice those of the longest form, of prices
 MAX_PARTS = 1_000
-UTF_8 = ("", "utf-8", "utf8", "us-ascii")
+# What a part without a file name may be in; other codecs may take hours.
+UTF_8, LATIN_1 = "utf-8", "latin-1"
+CODECS = {
+    **dict.fromkeys(("", "utf-8", "utf8", "us-ascii", "ascii"), UTF_8),
+    **dict.fromkeys(("iso-8859-1", "latin-1", "latin1"), LATIN_1),
+}
 
 Parts = list[tuple[str, bytes | UploadFile]]  # in their order; bytes where there is no file name
 
@@ -36,8 +41,8 @@ class FormRequest(Request[Any, Any, Any]):
     """A request whose forms are read by this module."""
 
     async def form(self, max_text_bytes: int | None = None) -> FormMultiDict:
-        """Raises `InvalidRequest` and `TooLarge`: also where parts that are no files have more
-        than `max_text_bytes` together."""
+        """Raises `InvalidRequest` and `TooLarge`: also where, of a form that is for one file, the
+        rest has more than `max_text_bytes`."""
         if self._form is Empty:
             kind = self.content_type[0]
             if kind == RequestEncodingType.URL_ENCODED:
@@ -97,7 +102,7 @@ async def read_parts(
                 "that its Content-Type names, and every part whole."
             ) from None
         if isinstance(error, LookupError | ValueError):  # of a file's name in another charset
-            raise _not_utf_8() from None
+            raise _not_a_text() from None
         raise
     return parts
 
@@ -105,48 +110,69 @@ async def read_parts(
 async def _parts(
     stream: AsyncGenerator[bytes], boundary: bytes, max_text_bytes: int | None
 ) -> AsyncIterator[tuple[str, bytes | UploadFile]]:
-    content: bytearray | UploadFile = bytearray()
-    num_text_bytes, name = 0, ""
+    reading = _Reading(max_text_bytes)
     try:
         with PushMultipartParser(boundary, max_segment_count=MAX_PARTS) as parser:
             while not parser.closed:
                 for piece in parser.parse(await anext(stream, b"")):
                     if isinstance(piece, MultipartSegment):
-                        name, content = piece.name or "", _begun(piece)
-                    elif not piece:  # the end of a part
-                        if isinstance(content, UploadFile):
-                            await content.seek(0)
-                        done, content = content, bytearray()
-                        yield name, bytes(done) if isinstance(done, bytearray) else done
-                    elif isinstance(content, UploadFile):
-                        await content.write(bytes(piece))
+                        reading.begin(piece)
+                    elif piece:
+                        await reading.add(bytes(piece))
                     else:
-                        num_text_bytes += len(piece)
-                        _check_length(num_text_bytes, max_text_bytes)
-                        content += piece
+                        yield await reading.end()
     finally:
-        if isinstance(content, UploadFile):
-            await content.close()
+        await reading.close()
 
 
-def _begun(segment: MultipartSegment) -> bytearray | UploadFile:
-    if segment.filename:
-        return UploadFile(
-            content_type=segment.content_type or "text/plain",
-            filename=segment.filename,
-            headers=dict(segment.headerlist),
-        )
-    if (segment.charset or "").lower() not in UTF_8:
-        raise _not_utf_8()
-    return bytearray()
+class _Reading:
+    """The part that is read. With `max_text_bytes`, one is a file, and that much are not."""
 
+    def __init__(self, max_text_bytes: int | None) -> None:
+        self._max_text_bytes = max_text_bytes
+        self._num_text_bytes, self._num_files = 0, 0
+        self._name, self._codec = "", UTF_8
+        self._text = bytearray()
+        self._file: UploadFile | None = None
 
-def _check_length(num_bytes: int, max_bytes: int | None) -> None:
-    if max_bytes is not None and num_bytes > max_bytes:
-        raise TooLarge(
-            f"The parts of this form that are no files may have {max_bytes:,} bytes together; give "
-            "a part that is a file its file name."
-        )
+    def begin(self, segment: MultipartSegment) -> None:
+        self._name = segment.name or ""
+        if segment.filename:
+            self._num_files += 1
+            if self._num_files > 1 and self._max_text_bytes is not None:
+                raise TooLarge("This form takes one file; pack several into an archive.")
+            kind = segment.content_type or "text/plain"
+            self._file = UploadFile(kind, segment.filename, headers=dict(segment.headerlist))
+        else:
+            codec = CODECS.get((segment.charset or "").lower())
+            if codec is None:
+                raise _not_a_text()
+            self._codec = codec
+
+    async def add(self, piece: bytes) -> None:
+        if self._file is not None:
+            await self._file.write(piece)
+            return
+        self._num_text_bytes += len(piece)
+        if self._max_text_bytes is not None and self._num_text_bytes > self._max_text_bytes:
+            raise TooLarge(
+                f"The parts of this form that are no files may have {self._max_text_bytes:,} bytes "
+                "together; give a part that is a file its file name."
+            )
+        self._text += piece
+
+    async def end(self) -> tuple[str, bytes | UploadFile]:
+        if self._file is not None:
+            await self._file.seek(0)
+            file, self._file = self._file, None
+            return self._name, file
+        text, self._text = bytes(self._text), bytearray()
+        return self._name, text if self._codec == UTF_8 else text.decode(self._codec).encode()
+
+    async def close(self) -> None:
+        """Of a part that did not end."""
+        if self._file is not None:
+            await self._file.close()
 
 
 def _texts_of(parts: Parts) -> FormMultiDict:
@@ -155,11 +181,13 @@ def _texts_of(parts: Parts) -> FormMultiDict:
             [(name, part.decode() if isinstance(part, bytes) else part) for name, part in parts]
         )
     except UnicodeDecodeError:
-        raise _not_utf_8() from None
+        raise _not_a_text() from None
 
 
-def _not_utf_8() -> InvalidRequest:
-    return InvalidRequest("A part of the form without a file name must be text in UTF-8.")
+def _not_a_text() -> InvalidRequest:
+    return InvalidRequest(
+        "A part of the form without a file name must be text in UTF-8 or ISO-8859-1."
+    )
 
 
 async def close(parts: Parts) -> None:

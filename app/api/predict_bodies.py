@@ -15,7 +15,7 @@ from app.api import tensors
 from app.api.bodies import count_unpacked, receive_body, receive_parts
 from app.api.compression import unpacked
 from app.api.forms import close
-from app.api.large_bodies import NumbersDecoder
+from app.api.large_bodies import NUMBERS, NumbersDecoder, check_size
 from app.api.npy import NPY, NPZ, read_npy, read_npz
 from app.api.threads import LARGE_BODY_BYTES, convert
 from app.core.errors import InvalidRequest, UnsupportedMediaType
@@ -194,28 +194,31 @@ async def _of_form(parts: dict[str, bytes], schema: Schema) -> Given:
 
 
 def _of_parts(parts: dict[str, bytes], schema: Schema) -> list[Tensor]:
-    given: dict[str, Any] = {}
     for name, part in parts.items():
         if _is_image(part):
             checked_image(part, schema)
             raise InvalidRequest(f"Beside an image, {name[:80]!r} must be the only part.")
-        given[name] = _value_of(part, name)
+    tensors.check_names(parts, schema)  # the rest is not decoded
+    lists = {name: part for name, part in parts.items() if not part.startswith(NPY_MAGIC)}
+    given = decode_lists(lists, "The part '{}'")
+    for name in parts.keys() - lists.keys():
+        given[name] = read_npy(parts[name], f"The part {name[:80]!r}")
     return tensors.tensors_of_values(given, schema)
 
 
-def _value_of(part: bytes, name: str) -> Any:
-    if part.startswith(NPY_MAGIC):
-        return read_npy(part, f"The part {name[:80]!r}")
-    return decode_list(part, f"The part {name[:80]!r}", name)
-
-
-def decode_list(text: bytes, what: str, name: str) -> Any:
-    """An input's numbers, however nested. Raises `InvalidRequest`, of `what`."""
-    try:
-        return _list_decoder.decode(text, what)
-    except InvalidRequest as error:
-        error.param = name[:80]
-        raise
+def decode_lists(texts: dict[str, bytes], what: str) -> dict[str, Any]:
+    """The numbers of several inputs, however nested, which are bounded together. `what` says which
+    one, of a name. Raises `InvalidRequest`."""
+    # Each is decoded only after those before it, so that none hides in another's open text.
+    size = check_size(b",".join(texts.values()), NUMBERS, "The form")
+    lists: dict[str, Any] = {}
+    for name, text in texts.items():
+        try:
+            lists[name] = _list_decoder.decode(text, what.format(name[:80]), size)
+        except InvalidRequest as error:
+            error.param = name[:80]
+            raise
+    return lists
 
 
 def _is_image(part: bytes) -> bool:

@@ -8,7 +8,7 @@ from litestar import Request, Response, Router, delete, get, post
 from litestar.params import FromPath
 
 from app.api.auth import bearer_principal, principal_after_body
-from app.api.bodies import decode
+from app.api.bodies import TAKES_BOOK, decode
 from app.api.openai import visible_models
 from app.api.writing import writing
 from app.billing.policy import check_policy
@@ -182,7 +182,7 @@ async def get_book(request: AnyRequest, book_id: FromPath[str]) -> Response[Book
     return Response(answer_of(book))
 
 
-@post("/", status_code=201, summary="A new price book")
+@post("/", status_code=201, opt=TAKES_BOOK, summary="A new price book")
 async def post_prices(request: AnyRequest) -> Response[BookAnswer]:
     """Replaces all prices from `effective_at` (now) on. Requests already admitted keep theirs."""
     principal = await principal_after_body(request)
@@ -204,7 +204,7 @@ async def post_prices(request: AnyRequest) -> Response[BookAnswer]:
     return Response(answer_of(book), status_code=201)
 
 
-@post("/preview", status_code=200, summary="Last month under new prices")
+@post("/preview", status_code=200, opt=TAKES_BOOK, summary="Last month under new prices")
 async def preview_prices(request: AnyRequest) -> Response[Preview]:
     """Changes nothing: rates what was used last month (on a new box, this month) under the book
     that is sent, and compares it with the one in force."""

@@ -5,7 +5,7 @@ its 16 bits and is shown as the float it stands for. Files of arrays are `npy.py
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -82,6 +82,18 @@ def only_input(schema: Schema, what: str) -> TensorSpec:
 def _tensors(
     named: Mapping[str, Any], schema: Schema, read: Callable[[Any, TensorSpec], Array]
 ) -> list[Tensor]:
+    check_names(named, schema)
+    tensors: list[Tensor] = []
+    for spec in schema.inputs:
+        if spec.name not in named:
+            raise _wrong(spec, "is required")
+        array = cast_to(read(named[spec.name], spec), spec)
+        tensors.append(tensor_of(array, spec, schema))
+    return check_rows(tensors, schema)
+
+
+def check_names(named: Iterable[str], schema: Schema) -> None:
+    """Raises `InvalidRequest` for what is no input of the model."""
     specs = schema.inputs
     known = {spec.name for spec in specs}
     for name in named:
@@ -90,13 +102,6 @@ def _tensors(
                 f"inputs.{name[:80]} is not an input of this model, which takes: {_names(specs)}.",
                 param=f"inputs.{name[:80]}",
             )
-    tensors: list[Tensor] = []
-    for spec in specs:
-        if spec.name not in named:
-            raise _wrong(spec, "is required")
-        array = cast_to(read(named[spec.name], spec), spec)
-        tensors.append(tensor_of(array, spec, schema))
-    return check_rows(tensors, schema)
 
 
 def wire_dtype(spec: TensorSpec) -> np.dtype[Any]:

@@ -15,7 +15,7 @@ from app.api.predict_bodies import (
     Given,
     checked_image,
     checked_texts,
-    decode_list,
+    decode_lists,
     takes_image,
 )
 from app.api.tensors import tensors_of_values
@@ -157,18 +157,26 @@ def _given_texts(text: str, manifest: Manifest) -> Given:
 
 
 def _given_numbers(form: Any, schema: Schema) -> list[Tensor]:
-    return tensors_of_values({spec.name: _value(spec, form) for spec in schema.inputs}, schema)
+    values = {spec.name: _value(spec, form) for spec in schema.inputs}
+    texts = {
+        name: value.encode("utf-8", "replace")
+        for name, value in values.items()
+        if isinstance(value, str)
+    }
+    return tensors_of_values(values | decode_lists(texts, "{}"), schema)
 
 
 def _value(spec: TensorSpec, form: Any) -> Any:
+    """Numbers, or the text of JSON."""
     shape = example_shape(spec)
-    fields = [form.get(f"{spec.name}:{index}") for index in range(math.prod(shape))]
+    count = math.prod(shape) if math.prod(shape) <= MAX_NUMBER_FIELDS else 0
+    fields = [form.get(f"{spec.name}:{index}") for index in range(count)]
     if fields and all(isinstance(field, str) for field in fields):
         return _nested([_number(spec, str(field)) for field in fields], shape)
     text = str(form.get(spec.name, "")).strip()
     if not text:
         raise InvalidRequest(f"Give {spec.name} its numbers.", param=spec.name)
-    return decode_list(text.encode("utf-8", "replace"), spec.name, spec.name)
+    return text
 
 
 def _number(spec: TensorSpec, text: str) -> Any:

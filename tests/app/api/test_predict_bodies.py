@@ -149,7 +149,7 @@ def part(name: str, content: bytes, *more: str) -> bytes:
 
 
 async def test_forms_that_cannot_be_read(box: Box) -> None:
-    charsets = ["nope", "rot13", "undefined", "idna", "punycode", "latin-1"]
+    charsets = ["nope", "rot13", "undefined", "idna", "punycode", "utf-16"]
     bodies = [
         part("x", b"[[1, 2]]", f"Content-Type: text/plain; charset={name}") + b"--b--\r\n"
         for name in charsets
@@ -164,6 +164,16 @@ async def test_forms_that_cannot_be_read(box: Box) -> None:
         for body, status, words in wrong:
             response = await http.post("/models/doubler/predict", content=body, headers=headers)
             assert (response.status_code, words in message(response)) == (status, True), body[:200]
+
+
+@pytest.mark.parametrize("charset", ["utf-8", "UTF8", "us-ascii", "ISO-8859-1", "latin1"])
+async def test_charsets_that_clients_name(box: Box, charset: str) -> None:
+    kind = f"Content-Type: text/plain; charset={charset}"
+    body = part("x", b"[[1, 2]]", kind) + part("k", b"[1]", kind) + b"--b--\r\n"
+    headers = {"content-type": "multipart/form-data; boundary=b"}
+    async with box.http() as http:
+        answer = await http.post("/models/doubler/predict", content=body, headers=headers)
+        assert answer.status_code == 200, answer.text
 
 
 async def test_an_image_goes_to_the_worker_as_it_came(box: Box) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import errno
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 
 import httpx
 import pytest
@@ -10,6 +10,7 @@ from litestar.datastructures import UploadFile
 
 from app.api import bodies
 from app.api.bodies import FIELDS_BYTES
+from app.api.forms import read_parts
 from app.registry.transfers import LEAST_BYTES
 from tests.app.console.conftest import ORIGIN, Console
 from tests.app.console.test_members_pages import joined
@@ -166,3 +167,34 @@ async def test_only_the_file_of_a_form_may_be_large(owned: Console) -> None:
         answer = await sent(owned, text(num_bytes), **headers)
         assert (answer.status_code, words in answer.text) == (status, True), answer.text
     assert owned.client.app.state.uploads._limits._forms == set()
+
+
+async def test_a_form_for_a_file_takes_one(owned: Console) -> None:
+    token = await owned.csrf_token("/console/upload")
+    file = b'--B\r\nContent-Disposition: form-data; name="file"; filename="%b"\r\n\r\nx\r\n'
+
+    async def files(*names: bytes) -> AsyncIterator[bytes]:
+        for name in names:
+            yield file % name
+        yield b"--B--\r\n"
+
+    headers = {"Content-Length": "500000000", "X-CSRF-Token": token}
+    # A browser sends a field without a file as one without a name.
+    one, two = [
+        await sent(owned, files(*names), **headers) for names in ((b"a", b""), (b"a", b"b"))
+    ]
+    assert (one.status_code, "be a model&#39;s name" in one.text) == (400, True)
+    assert (two.status_code, "takes one file" in two.text) == (413, True)
+    assert owned.client.app.state.uploads._limits._forms == set()
+
+
+async def test_what_latin_1_cannot_say_is_still_a_text() -> None:
+    async def body() -> AsyncGenerator[bytes]:
+        for charset in ("iso-8859-1", "utf-8"):
+            yield b'--B\r\nContent-Disposition: form-data; name="a"\r\n'
+            yield f"Content-Type: text/plain; charset={charset}\r\n\r\n".encode()
+            yield b"\xe9\r\n" if charset != "utf-8" else "\u00e9\r\n".encode()
+        yield b"--B--\r\n"
+
+    texts = [text for _, text in await read_parts(body(), b"B", None)]
+    assert texts == ["\u00e9".encode()] * 2

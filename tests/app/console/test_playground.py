@@ -68,6 +68,20 @@ async def test_json_is_taken_as_it_is_and_refused_in_plain_words() -> None:
             await read_form({"x": text}, manifest_of(TABLE))
 
 
+async def test_fields_are_looked_for_only_where_the_page_has_them() -> None:
+    asked: list[str] = []
+
+    class Form(dict[str, str]):
+        def get(self, name: str, default: Any = None) -> Any:
+            asked.append(name)
+            return super().get(name, default)
+
+    image = TensorSpec(name="x", dtype="float32", shape=[None, 3, 2048, 2048])
+    with pytest.raises(InvalidRequest, match="takes"):
+        await read_form(Form(x="[]"), manifest_of(image))
+    assert len(asked) < 9
+
+
 async def test_whole_numbers_keep_every_digit() -> None:
     ids = TensorSpec(name="ids", dtype="int64", shape=[None, 3])
     form = {"ids:0": "9007199254740993", "ids:1": "-9223372036854775808", "ids:2": "1e3"}
