@@ -79,6 +79,8 @@ async def read_form(form: Any, manifest: Manifest) -> Given:
     image: Any = form.get(IMAGE)
     if isinstance(image, UploadFile) and (content := await image.read()):
         return Given(image=checked_image(content, schema))
+    if takes_image(schema) and not str(form.get(schema.inputs[0].name, "")).strip():
+        raise InvalidRequest("Draw or choose an image, or give its numbers.", param="image")
     num_chars = sum(len(value) for value in form.values() if isinstance(value, str))
     return Given(inputs=await convert(num_chars, lambda: _given_numbers(form, schema)))
 

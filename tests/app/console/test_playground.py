@@ -68,6 +68,11 @@ async def test_json_is_taken_as_it_is_and_refused_in_plain_words() -> None:
             await read_form({"x": text}, manifest_of(TABLE))
 
 
+async def test_an_image_that_is_not_given_is_asked_for() -> None:
+    with pytest.raises(InvalidRequest, match="Draw or choose an image, or give its numbers"):
+        await read_form({"image": " "}, manifest_of(IMAGE))
+
+
 async def test_fields_are_looked_for_only_where_the_page_has_them() -> None:
     asked: list[str] = []
 
