@@ -137,27 +137,27 @@ def _check_item(i: int, item: Item) -> None:
 
 def _check_windows(items: list[tuple[int, Item]]) -> None:
     """Of one key: at most one price for all day, and windows that do not overlap."""
-    is_taken = [False] * MINUTES_PER_DAY
+    taken = 0
     has_all_day = False
     for i, item in items:
         if item.is_all_day:
             _require(not has_all_day, i, "dimension", "a combination that is not listed twice")
             has_all_day = True
             continue
-        for minute in _minutes(item):
-            _require(
-                not is_taken[minute],
-                i,
-                "from_minute",
-                f"outside other windows of the same price; {write_minute(minute)} UTC is in two",
-            )
-            is_taken[minute] = True
+        minutes = _minutes(item)
+        if in_two := taken & minutes:
+            first = write_minute((in_two & -in_two).bit_length() - 1)
+            wanted = f"outside other windows of the same price; {first} UTC is in two"
+            _require(False, i, "from_minute", wanted)
+        taken |= minutes
 
 
-def _minutes(item: Item) -> list[int]:
+def _minutes(item: Item) -> int:
+    """A bit for each minute of the day: a book has thousands of windows."""
     if item.from_minute < item.until_minute:
-        return list(range(item.from_minute, item.until_minute))
-    return [*range(item.from_minute, MINUTES_PER_DAY), *range(item.until_minute)]
+        return (1 << item.until_minute) - (1 << item.from_minute)
+    outside = (1 << item.from_minute) - (1 << item.until_minute)
+    return ((1 << MINUTES_PER_DAY) - 1) ^ outside
 
 
 def write_minute(minute: int) -> str:

@@ -97,7 +97,7 @@ def test_what_is_no_json_is_left_to_the_decoder(body: bytes, limit: int) -> None
     is_refused(body, Size(limit, limit, limit, limit))
 
 
-LONG = ["9" * 308 + ".5", "0." + "0" * 310 + "7"]
+LONG = ["9" * LONG_DIGITS + ".5", "-0." + "0" * LONG_DIGITS + "7"]
 
 
 @pytest.mark.parametrize("number", ["1e5", "1E5", "1.5e-320", "0e+1", "-9.0e308", *LONG])

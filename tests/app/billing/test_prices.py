@@ -7,11 +7,13 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.billing import price_changes
-from app.billing.price_changes import cancel_prices, change_prices
+from app.billing.price_changes import cancel_prices, change_prices, check_items, write_minute
 from app.billing.prices import (
     Book,
     Item,
@@ -171,6 +173,32 @@ async def test_bad_prices_are_named(database: Database, items: list[Item], param
         async with database.write() as session:
             await change_prices(session, items, "usd")
     assert caught.value.param == param
+
+
+MINUTE = st.integers(0, 1439)
+
+
+def minutes_of(window: tuple[int, int]) -> set[int]:
+    """Over midnight where it ends before it begins."""
+    start, end = window
+    return {minute % 1440 for minute in range(start, end if start < end else end + 1440)}
+
+
+@given(st.lists(st.tuples(MINUTE, MINUTE).filter(lambda ends: ends[0] != ends[1]), max_size=4))
+def test_windows_that_overlap_are_told_with_a_minute_of_both(
+    windows: list[tuple[int, int]],
+) -> None:
+    items = [item(from_minute=start, until_minute=end or 1440) for start, end in windows]
+    taken: set[int] = set()
+    for index, window in enumerate(windows):
+        if in_two := taken & minutes_of(window):
+            said = rf"items\[{index}\].from_minute .* {write_minute(min(in_two))} UTC is in two"
+            with pytest.raises(InvalidRequest, match=said):
+                check_items(items)
+            return
+        taken |= minutes_of(window)
+    if items:
+        check_items(items)
 
 
 async def test_a_book_cannot_start_in_the_past(prices: PriceTable, database: Database) -> None:
