@@ -11,7 +11,7 @@ import pytest
 from litestar.types import Empty
 from litestar.utils.scope.state import ScopeState
 
-from app.api import answering, large_bodies
+from app.api import answering, large_bodies, predict_bodies
 from app.api import arriving as arriving_bodies
 from app.api.arriving import UNCOUNTED_BYTES, ArrivingBodies
 from app.api.bodies import AnyRequest, holding_body
@@ -112,7 +112,8 @@ async def test_a_body_is_counted_until_it_is_taken_apart(
         assert may_go_on.wait(20)
         return take_apart(*args)
 
-    monkeypatch.setattr(large_bodies, "check_size", slow)
+    for module in (large_bodies, predict_bodies):
+        monkeypatch.setattr(module, "check_size", slow)
     large = BEGINNING + b" " * LARGE_BYTES + b"\r\n--B--\r\n"
     headers = {"Content-Type": kind} | ({"Content-Encoding": encoding} if encoding else {})
     async with box.http() as http:
