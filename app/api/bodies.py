@@ -108,7 +108,9 @@ def holding_body(request: AnyRequest) -> Generator[None]:
     """Around receiving a body and taking it apart: it waits for that in memory, and counts as
     arriving until then."""
     with ExitStack() as stack:
-        request.scope["state"][_HELD] = stack
+        state = request.scope["state"]
+        state[_HELD] = stack
+        stack.callback(state.pop, _HELD)  # nothing that comes later is held by what has ended
         yield
 
 
